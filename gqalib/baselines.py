@@ -1,0 +1,91 @@
+"""What others do, as faithfully as it can be run: v2, the pipeline whose failure this workbook starts from.
+
+v2 is torch-pruning's dependency graph rooted at each layer's `k_proj`, as LLM-Pruner calls it, followed by a truncation:
+
+    32 query / 8 KV heads  --graph-->  30 / 6  --first 24 query heads-->  24 / 6
+
+The graph maps the channels of `k_proj` one to one onto `q_proj`, so removing KV heads {a, b} also removes *query heads*
+{a, b} — not the query heads that read them. The numbers are right at the end (24 = 4 × 6); the pairing is not.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gqalib import importance
+from gqalib.models import decoder_layers, layer_shape
+from gqalib.surgery import keep_channels, query_heads, record_shapes, rows_of_heads
+
+
+def kv_heads_to_remove(layer: nn.Module, count: int, statistic: str = "taylor") -> list[int]:
+    """The KV heads that LLM-Pruner's score, with its misaligned fold, ranks lowest."""
+    return importance.largest(-importance.misaligned_group_scores(layer, statistic), count)
+
+
+def prune_with_dependency_graph(model: nn.Module, kv_heads: dict[int, Sequence[int]], example: torch.Tensor) -> None:
+    """Remove KV heads {layer: heads} by torch-pruning's dependency groups rooted at `k_proj`, in place.
+
+    Args:
+        example: token ids [1, length] for tracing the graph.
+    """
+    import torch_pruning as tp
+
+    model.requires_grad_(True)  # the graph is traced through autograd
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs={"input_ids": example.to(model.device), "use_cache": False})
+    for index, heads in kv_heads.items():
+        attention = decoder_layers(model)[index].self_attn
+        channels = rows_of_heads(heads, attention.head_dim).tolist()
+        graph.get_pruning_group(attention.k_proj, tp.prune_linear_out_channels, idxs=channels).prune()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def truncate_query_heads(model: nn.Module, group_size: int) -> None:
+    """v2's repair: keep the *first* `group_size` × (KV heads left) query heads of every layer, in place."""
+    for layer in decoder_layers(model):
+        attention = layer.self_attn
+        kept = torch.arange(group_size * layer_shape(layer)["num_key_value_heads"] * attention.head_dim)
+        if len(kept) < attention.q_proj.out_features:
+            tp_keep(attention.q_proj, rows=kept)
+            tp_keep(attention.o_proj, columns=kept)
+    record_shapes(model)
+
+
+def tp_keep(linear: nn.Linear, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
+    """Keep rows or columns of a projection with torch-pruning's own primitives."""
+    import torch_pruning as tp
+
+    if rows is not None:
+        gone = sorted(set(range(linear.out_features)) - set(rows.tolist()))
+        tp.prune_linear_out_channels(linear, gone)
+    if columns is not None:
+        gone = sorted(set(range(linear.in_features)) - set(columns.tolist()))
+        tp.prune_linear_in_channels(linear, gone)
+
+
+def prune_mlp(model: nn.Module, channels: Sequence[int], statistic: str = "magnitude") -> None:
+    """Remove the lowest-scoring MLP channels, so many per layer, in place."""
+    for index, layer in enumerate(decoder_layers(model)):
+        scores = importance.channel_scores(layer, statistic)
+        keep_channels(model, index, importance.largest(scores, len(scores) - channels[index]))
+
+
+def heads_left(num_attention_heads: int, kv_heads_removed: Sequence[int]) -> list[int]:
+    """The query heads that v2's graph leaves: all but those with the *numbers* of the removed KV heads."""
+    return [head for head in range(num_attention_heads) if head not in set(kv_heads_removed)]
+
+
+def pairing(kept_query_heads: Sequence[int], kept_kv_heads: Sequence[int], group_size: int) -> list[tuple[int, int, int]]:
+    """(query head, KV head that it reads, KV head that is its own) for every surviving query head, by original numbers.
+
+    What attention does after a cut: the heads that are left are renumbered, and KV head j serves the next
+    len(query) // len(kv) of them. When that does not divide, the fused kernel pairs by the floor of the ratio.
+    """
+    served = len(kept_query_heads) // len(kept_kv_heads)
+    return [(head, kept_kv_heads[position // served], head // group_size) for position, head in enumerate(kept_query_heads)]
+
+
+def num_misread(pairs: Sequence[tuple[int, int, int]]) -> int:
+    """How many query heads read a KV head that is not theirs."""
+    return sum(read != own for _, read, own in pairs)

@@ -1,0 +1,302 @@
+"""Corpora: text that is already on the reader's machine, or that `datasets` brings.
+
+A corpus name is one of
+
+    python-docs    docstrings and language reference of this very installation (nothing is downloaded)
+    wikitext2      WikiText-2 raw, through `datasets`
+    c4             the English validation shards of C4, through `datasets`
+    file:PATH      anybody's own text, JSON or JSONL (a `text` field)
+
+and every corpus has the splits `train` (calibration and training), `validation` and `test`.
+Documents are plain strings; `token_ids` joins them and `windows` cuts what the model reads.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import itertools
+import json
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from gqalib.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+
+# The packages whose docstrings make up python-docs: what `requirements.txt` pins and people read.
+PACKAGES = (
+    "accelerate", "datasets", "huggingface_hub", "hypothesis", "IPython", "matplotlib", "mpmath", "networkx",
+    "numpy", "pandas", "peft", "sympy", "torch", "transformers", "trl",
+)  # fmt: skip
+SKIPPED_FOLDERS = {"test", "tests", "_tests", "testing", "lib2to3", "site-packages", "idlelib", "turtledemo", "_vendor"}
+HELD_OUT_ONE_IN = 25  # one file in 25 is validation text, another one test text
+DATASETS = {  # name: (hub path, configuration, text column)
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
+    "c4": ("allenai/c4", "en", "text"),
+}
+
+
+# ---------------------------------------------------------------- python-docs
+
+
+def source_files() -> list[tuple[str, Path]]:
+    """Name and path of every module of python-docs, in the order of a hash of the name (a fixed shuffle)."""
+    roots = [("python", Path(sysconfig.get_paths()["stdlib"]))]
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            roots.append((package, Path(spec.origin).parent))
+    names = {}
+    for package, root in roots:
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).parts
+            if not SKIPPED_FOLDERS.intersection(parts):
+                names["/".join((package, *parts))] = path
+    return sorted(names.items(), key=lambda item: _digest(item[0]))
+
+
+def split_of(name: str) -> str:
+    """The split that a module belongs to: decided by a hash of its name, so it never moves."""
+    bucket = int(_digest(name)[-8:], 16) % HELD_OUT_ONE_IN
+    return {0: "validation", 1: "test"}.get(bucket, "train")
+
+
+def docstrings(source: str) -> Iterator[tuple[str, str]]:
+    """Signature line (`""` for the module itself) and cleaned docstring of each documented object, in order."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's files
+        tree = ast.parse(source)
+    yield from _walk(tree, prefix="")
+
+
+def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
+    if doc := ast.get_docstring(node):
+        yield _signature(node, prefix), doc
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            inner = prefix if isinstance(node, ast.Module) else f"{prefix}{node.name}."
+            yield from _walk(child, inner)
+
+
+def _signature(node: ast.AST, prefix: str) -> str:
+    if isinstance(node, ast.Module):
+        return ""
+    if isinstance(node, ast.ClassDef):
+        return f"class {prefix}{node.name}"
+    arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    return f"{prefix}{node.name}({', '.join(arguments)})"
+
+
+def python_docs(split: str) -> Iterator[str]:
+    """One document per module: its dotted name, then signature and docstring of everything it documents.
+
+    A paragraph that occurred before is left out, and `train` also leaves out every paragraph of the
+    held-out files, so no sentence of the test text was ever trained on.
+    """
+    seen = set() if split != "train" else {p for s in SPLITS[1:] for p in _paragraph_digests(s)}
+    for name, path in source_files():
+        if split_of(name) == split and (document := _module_document(name, path, seen)):
+            yield document
+    if split == "train":
+        yield from language_reference()
+
+
+def language_reference() -> Iterator[str]:
+    """The topics of Python's language reference that the interpreter carries for `help()`."""
+    from pydoc_data.topics import topics
+
+    yield from (text.strip() for _, text in sorted(topics.items()))
+
+
+def _module_document(name: str, path: Path, seen: set[str]) -> str:
+    entries = []
+    for signature, doc in _entries(path):
+        kept = [p for p in doc.split("\n\n") if not _seen_before(p, seen)]
+        if kept:
+            entries.append("\n".join(filter(None, (signature, "\n\n".join(kept)))))
+    return "\n\n".join([_dotted(name), *entries]) if entries else ""
+
+
+def _entries(path: Path) -> list[tuple[str, str]]:
+    try:
+        return list(docstrings(path.read_text(encoding="utf-8")))
+    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):  # templates, vendored oddities
+        return []
+
+
+def _seen_before(paragraph: str, seen: set[str]) -> bool:
+    digest = _digest(paragraph.strip())
+    known = digest in seen
+    seen.add(digest)
+    return known
+
+
+def _paragraph_digests(split: str) -> Iterator[str]:
+    for name, path in source_files():
+        if split_of(name) == split:
+            yield from (_digest(p.strip()) for _, doc in _entries(path) for p in doc.split("\n\n"))
+
+
+def _dotted(name: str) -> str:
+    return name.removesuffix(".py").removesuffix("/__init__").removeprefix("python/").replace("/", ".")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- every corpus
+
+
+def read_corpus(corpus: str, split: str) -> Iterator[str]:
+    """Documents of one split of a corpus, one string each.
+
+    Raises:
+        InputError: unknown corpus or split, or a file that is missing or has no text.
+    """
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    if corpus == "python-docs":
+        return python_docs(split)
+    if corpus in DATASETS:
+        return _hub_documents(corpus, split)
+    if corpus.startswith("file:"):
+        return iter(_split_file(Path(corpus.removeprefix("file:")), split))
+    raise InputError(f"unknown corpus {corpus!r}: use python-docs, {', '.join(DATASETS)} or file:PATH")
+
+
+def token_ids(documents: Iterator[str], tokenizer, num_tokens: int | None = None) -> torch.Tensor:
+    """Token ids of the documents, joined, int64 of shape [tokens]; stops after `num_tokens`.
+
+    Documents are joined with the tokenizer's end-of-text token where it has one, else with a blank line.
+    """
+    join = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else _encode(tokenizer, "\n\n")
+    ids: list[int] = []
+    for document in documents:
+        ids += _encode(tokenizer, document) + join
+        if num_tokens is not None and len(ids) >= num_tokens:
+            break
+    return torch.tensor(ids[:num_tokens], dtype=torch.long)
+
+
+def windows(ids: torch.Tensor, length: int) -> torch.Tensor:
+    """Non-overlapping windows [count, length] of a token stream; the tail that fills no window is dropped."""
+    count = len(ids) // length
+    if count == 0:
+        raise InputError(f"the corpus has {len(ids)} tokens, too few for one window of {length}: give a longer text")
+    return ids[: count * length].view(count, length)
+
+
+def evaluation_windows(corpus: str, split: str, tokenizer, length: int, num_tokens: int) -> torch.Tensor:
+    """Windows [count, length] from the start of a split, `num_tokens` in all (fewer if the text ends before).
+
+    Raises:
+        InputError: the split has not enough tokens for one window.
+    """
+    return windows(token_ids(read_corpus(corpus, split), tokenizer, max(num_tokens, length)), length)
+
+
+def instructions(name: str, split: str, corpus: str, num_rows: int | None = None) -> list[dict[str, str]]:
+    """Rows of `prompt` and `completion` to learn from.
+
+    `python-docs`: "Describe `package.module.name`." and the first paragraph of its docstring; `alpaca-cleaned`;
+    `file:PATH`: JSON or JSONL rows of instruction, input, output; `corpus`: documents of the preset's own corpus,
+    each to be continued from its first sentence.
+    """
+    if name == "python-docs":
+        rows = _described(split)
+    elif name == "corpus":
+        rows = _continued(read_corpus(corpus, split))
+    elif name == "alpaca-cleaned" or name.startswith("file:"):
+        rows = map(_alpaca_row, _alpaca(name, split))
+    else:
+        raise InputError(f"unknown instructions {name!r}: use python-docs, alpaca-cleaned, corpus or file:PATH")
+    return list(itertools.islice(rows, num_rows))
+
+
+def _described(split: str) -> Iterator[dict[str, str]]:
+    for name, path in source_files():
+        if split_of(name) == split:
+            for signature, doc in _entries(path):
+                label = re.sub(r"^class |\(.*", "", signature)
+                subject = ".".join(filter(None, (_dotted(name), label)))
+                yield {"prompt": f"Describe `{subject}`.\n", "completion": doc.split("\n\n")[0].strip()}
+
+
+def _continued(documents: Iterator[str]) -> Iterator[dict[str, str]]:
+    for document in documents:
+        first, space, rest = re.split(r"(?<=[.!?])(\s)", document, maxsplit=1) if re.search(r"[.!?]\s", document) else ("", "", "")
+        if rest.strip():
+            yield {"prompt": first + space, "completion": rest.strip()}
+
+
+def _alpaca(name: str, split: str) -> list[dict]:
+    if name.startswith("file:"):
+        return _part(_json_rows(Path(name.removeprefix("file:"))), split)
+    from datasets import load_dataset
+
+    return _part(load_dataset("yahma/alpaca-cleaned", split="train"), split)
+
+
+def _alpaca_row(row: dict) -> dict[str, str]:
+    """Alpaca's prompt template (Taori et al. 2023)."""
+    given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+    return {
+        "prompt": f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n",
+        "completion": row["output"],
+    }
+
+
+def _hub_documents(corpus: str, split: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    path, configuration, column = DATASETS[corpus]
+    try:
+        if corpus == "c4":  # training and validation shards are streamed; C4 has no test split
+            rows = load_dataset(path, configuration, split="train" if split == "train" else "validation", streaming=True)
+        else:
+            rows = load_dataset(path, configuration, split=split)
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        raise InputError(f"corpus {corpus} cannot be loaded ({error}): connect, or give file:PATH") from error
+    return (row[column] for row in rows if row[column].strip())
+
+
+def _split_file(path: Path, split: str) -> list[str]:
+    """80 % / 10 % / 10 % of a file's documents, in order, so that neighbours stay in one split."""
+    if not path.is_file():
+        raise InputError(f"corpus file {path} does not exist: give file:PATH of a text, JSON or JSONL file")
+    if path.suffix in (".json", ".jsonl"):
+        documents = [row["text"] if "text" in row else f"{row['instruction']}\n{row['output']}" for row in _json_rows(path)]
+    else:
+        text = path.read_text(encoding="utf-8")
+        documents = text.split("<|endoftext|>") if "<|endoftext|>" in text else re.split(r"\n\s*\n", text)
+    documents = [document.strip() for document in documents if document.strip()]
+    if not documents:
+        raise InputError(f"corpus file {path} holds no text: give a longer one")
+    return _part(documents, split)
+
+
+def _part(rows, split: str) -> list:
+    first, last = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}[split]
+    return [rows[i] for i in range(len(rows) * first // 100, len(rows) * last // 100)]
+
+
+def _json_rows(path: Path) -> list[dict]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as {path.suffix or 'JSON'} rows: {error}") from error
+    needed = ({"text"}, {"instruction", "output"})
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and any(n <= r.keys() for n in needed) for r in rows):
+        raise InputError(f"{path} must hold rows with a field text, or with instruction and output")
+    return rows
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,0 +1,170 @@
+"""How much a group, a channel or a layer matters.
+
+A *unit* is what surgery removes: a GQA group (a KV head with its query heads) or an MLP channel. Scores are float64
+tensors with one entry per unit, the larger the more important. With W a weight and G the gradient of the calibration
+loss, summed over the calibration text:
+
+    taylor      Σ |W ⊙ G|   first-order estimate of the change of the loss (Molchanov et al. 2019; LLM-Pruner's element-wise form)
+    magnitude   Σ W²        no data at all
+
+Nothing here reads or writes files, and nothing here removes anything.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from gqalib.errors import InputError
+from gqalib.models import decoder_layers, layer_shape
+from gqalib.perplexity import advance, batches, layers_between, only_layers, perplexity, token_losses
+
+STATISTICS = ("taylor", "magnitude", "random")
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def backward(
+    model: nn.Module,
+    windows: torch.Tensor,
+    layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None,
+    first_layer: int = 0,
+) -> float:
+    """Leave the gradient of the mean calibration loss in `.grad` of the projections of `layers` (default: all), and only there.
+
+    With `hidden_states` [count, length, hidden], the stream before `first_layer`, the layers below it are not run.
+
+    Returns:
+        The calibration loss in nats per token.
+
+    Raises:
+        InputError: the loss or a gradient is not finite.
+    """
+    all_layers = decoder_layers(model)
+    wanted = [all_layers[i] for i in (range(len(all_layers)) if layers is None else layers)]
+    model.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    for layer in wanted:
+        layer.self_attn.requires_grad_(True)
+        layer.mlp.requires_grad_(True)
+    loss = _accumulate(model, windows, hidden_states, first_layer)
+    for index, layer in enumerate(wanted):
+        if not all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None):
+            raise InputError(f"a gradient of layer {index} is not finite: use dtype float32 or another calibration text")
+    return loss
+
+
+def _accumulate(model: nn.Module, windows: torch.Tensor, hidden_states: torch.Tensor | None, first_layer: int) -> float:
+    num_predicted, total = windows.shape[0] * (windows.shape[1] - 1), 0.0
+    with layers_between(model, first_layer):
+        for rows in batches(windows):
+            inputs = {"input_ids": windows[rows].to(model.device)}
+            if hidden_states is not None:
+                inputs = {"inputs_embeds": hidden_states[rows]}
+            loss = token_losses(model(**inputs, use_cache=False).logits, windows[rows].to(model.device)).sum() / num_predicted
+            if not torch.isfinite(loss):
+                raise InputError(f"the calibration loss is {loss.item()}: use dtype float32 or another calibration text")
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+# ---------------------------------------------------------------- units of one layer
+
+
+def element_scores(weight: nn.Parameter, statistic: str, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The statistic of every element of a weight, in float64 on the weight's device, same shape."""
+    if statistic not in STATISTICS:
+        raise InputError(f"unknown statistic {statistic!r}: use one of {', '.join(STATISTICS)}")
+    if statistic == "random":
+        return torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+    if statistic == "magnitude":
+        return weight.detach().double().square()
+    if weight.grad is None:
+        raise InputError("a weight has no gradient: call importance.backward on this layer before taylor scores")
+    return (weight.detach() * weight.grad).double().abs()
+
+
+def head_scores(layer: nn.Module, statistic: str = "taylor") -> dict[str, torch.Tensor]:
+    """Scores by head: `q_proj` and `o_proj` [num_attention_heads], `k_proj` and `v_proj` [num_key_value_heads]."""
+    attention = layer.self_attn
+    rows = {name: element_scores(getattr(attention, name).weight, statistic).sum(1) for name in ("q_proj", "k_proj", "v_proj")}
+    rows["o_proj"] = element_scores(attention.o_proj.weight, statistic).sum(0)  # its columns belong to the heads
+    return {name: score.view(-1, attention.head_dim).sum(1) for name, score in rows.items()}
+
+
+def group_scores_by_part(layer: nn.Module, statistic: str = "taylor") -> dict[str, torch.Tensor]:
+    """Scores by projection, each [num_key_value_heads]: query heads g·size … g·size+size−1 fold into group g."""
+    heads = head_scores(layer, statistic)
+    num_groups = len(heads["k_proj"])
+    return {name: score.view(num_groups, -1).sum(1) for name, score in heads.items()}
+
+
+def group_scores(
+    layer: nn.Module, statistic: str = "taylor", include_o_proj: bool = False, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Score of each GQA group of a layer, [num_key_value_heads]: query heads + key head + value head, as the seed sums them.
+
+    `include_o_proj` adds the columns of `o_proj` that the group feeds, which the seed leaves out.
+    """
+    if statistic == "random":
+        return torch.rand(layer_shape(layer)["num_key_value_heads"], generator=generator, dtype=torch.float64)
+    parts = group_scores_by_part(layer, statistic)
+    return sum(score for name, score in parts.items() if include_o_proj or name != "o_proj")
+
+
+def misaligned_group_scores(layer: nn.Module, statistic: str = "taylor") -> torch.Tensor:
+    """LLM-Pruner's fold, for comparison: `view(size, groups).sum(0)` credits KV head k with query heads k, k+groups, …
+
+    `repeat_kv` pairs *consecutive* query heads with a KV head, so for a 4:1 layer three of the four belong elsewhere.
+    """
+    heads = head_scores(layer, statistic)
+    return heads["q_proj"].view(-1, len(heads["k_proj"])).sum(0) + heads["k_proj"] + heads["v_proj"]
+
+
+def channel_scores(layer: nn.Module, statistic: str = "taylor", generator: torch.Generator | None = None) -> torch.Tensor:
+    """Score of each MLP channel, [intermediate_size]: its rows of gate_proj and up_proj and its column of down_proj."""
+    if statistic == "random":
+        return torch.rand(layer_shape(layer)["intermediate_size"], generator=generator, dtype=torch.float64)
+    mlp = layer.mlp
+    scores = [element_scores(linear.weight, statistic) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    return scores[0].sum(1) + scores[1].sum(1) + scores[2].sum(0)
+
+
+def largest(scores: torch.Tensor, count: int) -> list[int]:
+    """The `count` best units, ascending; of equal scores the lower index stays."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    return sorted(order[:count].tolist())
+
+
+# ---------------------------------------------------------------- layers
+
+
+def removal_importance(model: nn.Module, windows: torch.Tensor, cached_prefix: bool = True) -> torch.Tensor:
+    """Rise of the perplexity when a layer is replaced by the identity, float64 [layers]. It can be negative.
+
+    With `cached_prefix` the stream before each layer is kept, so that only the layers above it are run again.
+    """
+    num_layers = len(decoder_layers(model))
+    baseline, rises, hidden_states = perplexity(model, windows), [], None
+    for layer in range(num_layers):
+        if cached_prefix:
+            hidden_states = advance(model, hidden_states, windows, max(0, layer - 1), layer)
+            without = perplexity(model, windows, hidden_states, first_layer=layer + 1)
+        else:
+            with only_layers(model, [i for i in range(num_layers) if i != layer]):
+                without = perplexity(model, windows)
+        rises.append(without - baseline)
+    return torch.tensor(rises, dtype=torch.float64)
+
+
+def activation_importance(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """1 − mean cosine similarity of a layer's input and output, float64 [layers] (ShortGPT's block influence)."""
+    influence, before = [], advance(model, None, windows, 0, 0)
+    for layer in range(len(decoder_layers(model))):
+        after = advance(model, before, windows, layer, layer + 1)
+        influence.append(1 - torch.cosine_similarity(before.double(), after.double(), dim=-1).mean().item())
+        before = after
+    return torch.tensor(influence, dtype=torch.float64)

@@ -1,0 +1,128 @@
+"""From scores and rates to a pruned model: one shot, or layer by layer on the model pruned so far."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import nn
+
+from gqalib import importance
+from gqalib.allocation import layer_rates, layer_weights, whole_units
+from gqalib.errors import InputError
+from gqalib.models import decoder_layers, layer_shapes
+from gqalib.perplexity import advance
+from gqalib.surgery import keep_channels, keep_groups
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much each layer loses; lists with one entry per layer."""
+
+    rates: list[float]  # the rate asked, of groups and channels alike
+    groups: list[int]  # whole groups to remove
+    channels: list[int]  # channels to remove
+
+    @classmethod
+    def from_rates(cls, model: nn.Module, rates: torch.Tensor, mlp: bool = True, channel_multiple: int = 1) -> "Plan":
+        """Whole groups and channels for these rates; `mlp=False` leaves the channels alone."""
+        shapes = layer_shapes(model)
+        groups = whole_units(rates, torch.tensor(shapes["num_key_value_heads"].to_numpy()))
+        channels = whole_units(rates, torch.tensor(shapes["intermediate_size"].to_numpy()), channel_multiple)
+        return cls(rates.tolist(), groups, channels if mlp else [0] * len(shapes))
+
+
+def make_plan(model: nn.Module, layer_importance: torch.Tensor, settings, **changes) -> Plan:
+    """The plan for a preset's `pruning` section: importance → rates → whole groups and channels.
+
+    `changes` replace single settings, e.g. `strategy="uniform"` or `mean_rate=0.5`.
+    """
+    s = {name: getattr(settings, name) for name in settings.__dataclass_fields__} | changes
+    weights = layer_weights(layer_importance, s["strategy"], s["alpha"])
+    rates = layer_rates(weights, layer_sizes(model), s["mean_rate"], s["min_rate"], s["max_rate"])
+    return Plan.from_rates(model, rates, channel_multiple=s["channel_multiple"])
+
+
+def layer_sizes(model: nn.Module) -> torch.Tensor:
+    """Parameters of the projections of each layer, float64 [layers]."""
+    sizes = [sum(p.numel() for m in (x.self_attn, x.mlp) for p in m.parameters()) for x in decoder_layers(model)]
+    return torch.tensor(sizes, dtype=torch.float64)
+
+
+def prune(
+    model: nn.Module,
+    plan: Plan,
+    windows: torch.Tensor,
+    *,
+    group_statistic: str = "taylor",
+    channel_statistic: str = "taylor",
+    include_o_proj: bool = False,
+    sequential: bool = True,
+    seed: int = 0,
+    after_layer: Callable[[int], None] | None = None,
+) -> pd.DataFrame:
+    """Prune a model in place, front to back.
+
+    `sequential`: the gradients of a layer are taken on the model pruned so far, as the seed does; the layers in front of
+    it are frozen, and what they give is kept, so a step costs only the layers from there on. Otherwise all scores come
+    from the dense model in one pass.
+
+    Args:
+        windows: calibration text, token ids [count, length].
+        after_layer: called with the index of each layer when it is done, pruned or not.
+
+    Returns:
+        One row per layer: rate asked, units removed, rate reached (by parameters), shape, seconds.
+    """
+    _check(plan, model)
+    dense, before = layer_shapes(model), layer_sizes(model)
+    needs_gradient = "taylor" in (group_statistic, channel_statistic)
+    generator = torch.Generator().manual_seed(seed)
+    if needs_gradient and not sequential:
+        importance.backward(model, windows)
+    hidden_states, seconds = None, []
+    for index, layer in enumerate(decoder_layers(model)):
+        start = time.perf_counter()
+        if plan.groups[index] or plan.channels[index]:
+            if needs_gradient and sequential:
+                importance.backward(model, windows, [index], hidden_states, index)
+            scores = importance.group_scores(layer, group_statistic, include_o_proj, generator)
+            channels = importance.channel_scores(layer, channel_statistic, generator)
+            keep_groups(model, index, importance.largest(scores, len(scores) - plan.groups[index]))
+            keep_channels(model, index, importance.largest(channels, len(channels) - plan.channels[index]))
+            layer.zero_grad(set_to_none=True)
+        if needs_gradient and sequential:
+            hidden_states = advance(model, hidden_states, windows, index, index + 1)
+        seconds.append(time.perf_counter() - start)
+        if after_layer is not None:
+            after_layer(index)
+    model.requires_grad_(True)
+    return _table(model, plan, dense, before, seconds)
+
+
+def _check(plan: Plan, model: nn.Module) -> None:
+    shapes = layer_shapes(model)
+    if len(plan.groups) != len(shapes) or len(plan.channels) != len(shapes):
+        raise InputError(f"the plan names {len(plan.groups)} layers, the model has {len(shapes)}: make the plan for this model")
+    for index, (groups, channels) in enumerate(zip(plan.groups, plan.channels, strict=True)):
+        for removed, total, kind in (
+            (groups, shapes["num_key_value_heads"][index], "groups"),
+            (channels, shapes["intermediate_size"][index], "channels"),
+        ):
+            if not 0 <= removed < total:
+                raise InputError(f"layer {index} cannot lose {removed} of its {total} {kind}: at least one must stay")
+
+
+def _table(model: nn.Module, plan: Plan, dense: pd.DataFrame, before: torch.Tensor, seconds: list[float]) -> pd.DataFrame:
+    after = layer_shapes(model)
+    return pd.DataFrame(
+        {
+            "rate_asked": plan.rates,
+            "groups_removed": dense["num_key_value_heads"] - after["num_key_value_heads"],
+            "channels_removed": dense["intermediate_size"] - after["intermediate_size"],
+            "rate_reached": (1 - layer_sizes(model) / before).numpy(),
+            **after.to_dict("series"),
+            "seconds": seconds,
+        }
+    ).rename_axis("layer")

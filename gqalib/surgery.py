@@ -1,0 +1,114 @@
+"""Cutting a layer to some of its groups and channels: weights, module sizes and config change together.
+
+Nothing here knows why a group goes. After every call the model runs, saves and loads.
+
+    group g of a 4:1 layer          rows of q_proj            row block of k_proj, v_proj      columns of o_proj
+    one KV head, 4 query heads      heads 4g … 4g+3           head g                           heads 4g … 4g+3
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gqalib.errors import InputError
+from gqalib.models import decoder_layers, layer_shape
+
+
+def keep_groups(model: nn.Module, layer_index: int, groups: Sequence[int]) -> None:
+    """Keep these GQA groups (KV heads with their query heads) of a layer, in ascending order, and drop the rest.
+
+    Raises:
+        InputError: layer or group out of range, a group named twice, or no group left.
+    """
+    attention = _layer(model, layer_index).self_attn
+    shape = layer_shape(decoder_layers(model)[layer_index])
+    groups = _checked(groups, shape["num_key_value_heads"], "group", layer_index)
+    kv_rows = rows_of_heads(groups, attention.head_dim)
+    query_rows = rows_of_heads(query_heads(groups, shape["num_attention_heads"] // shape["num_key_value_heads"]), attention.head_dim)
+    _keep_rows(attention.q_proj, query_rows)
+    _keep_rows(attention.k_proj, kv_rows)
+    _keep_rows(attention.v_proj, kv_rows)
+    _keep_columns(attention.o_proj, query_rows)
+    record_shapes(model)
+
+
+def keep_channels(model: nn.Module, layer_index: int, channels: Sequence[int]) -> None:
+    """Keep these MLP channels (rows of gate_proj and up_proj, columns of down_proj) of a layer and drop the rest.
+
+    Raises:
+        InputError: layer or channel out of range, a channel named twice, or no channel left.
+    """
+    mlp = _layer(model, layer_index).mlp
+    rows = torch.tensor(_checked(channels, mlp.gate_proj.weight.shape[0], "channel", layer_index))
+    _keep_rows(mlp.gate_proj, rows)
+    _keep_rows(mlp.up_proj, rows)
+    _keep_columns(mlp.down_proj, rows)
+    record_shapes(model)
+
+
+def query_heads(groups: Sequence[int], group_size: int) -> list[int]:
+    """The query heads of these groups: `repeat_kv` gives KV head g to the *consecutive* heads g·size … g·size+size−1."""
+    return [group * group_size + i for group in groups for i in range(group_size)]
+
+
+def rows_of_heads(heads: Sequence[int], head_dim: int) -> torch.Tensor:
+    """Row numbers of whole heads in a projection's weight, int64 [heads × head_dim]."""
+    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+def record_shapes(model: nn.Module) -> None:
+    """Write the layers' actual shapes into `config.per_layer_config`, so that what is saved can be loaded."""
+    model.config.per_layer_config = {i: layer_shape(layer) for i, layer in enumerate(decoder_layers(model))}
+
+
+@torch.no_grad()
+def mask_groups(model: nn.Module, layer_index: int, groups: Sequence[int]) -> None:
+    """Zero the `o_proj` columns of these groups: what removing them must equal, with every shape left alone."""
+    attention = _layer(model, layer_index).self_attn
+    shape = layer_shape(decoder_layers(model)[layer_index])
+    heads = query_heads(groups, shape["num_attention_heads"] // shape["num_key_value_heads"])
+    attention.o_proj.weight[:, rows_of_heads(heads, attention.head_dim)] = 0
+
+
+@torch.no_grad()
+def mask_channels(model: nn.Module, layer_index: int, channels: Sequence[int]) -> None:
+    """Zero the `down_proj` columns of these channels."""
+    _layer(model, layer_index).mlp.down_proj.weight[:, torch.tensor(channels)] = 0
+
+
+def _layer(model: nn.Module, index: int) -> nn.Module:
+    layers = decoder_layers(model)
+    if not 0 <= index < len(layers):
+        raise InputError(f"layer {index} is out of range: the model has layers 0 to {len(layers) - 1}")
+    return layers[index]
+
+
+def _checked(units: Sequence[int], count: int, kind: str, layer_index: int) -> list[int]:
+    units = sorted(int(unit) for unit in units)
+    if not units:
+        raise InputError(f"no {kind} of layer {layer_index} would be left: keep at least one of its {count}")
+    if units[0] < 0 or units[-1] >= count:
+        wrong = units[0] if units[0] < 0 else units[-1]
+        raise InputError(f"{kind} {wrong} is out of range: layer {layer_index} has {kind}s 0 to {count - 1}")
+    if len(set(units)) < len(units):
+        raise InputError(f"{kind}s {units} of layer {layer_index} name one twice: name each once")
+    return units
+
+
+def _keep_rows(linear: nn.Linear, rows: torch.Tensor) -> None:
+    _replace(linear, "weight", linear.weight[rows])
+    if linear.bias is not None:
+        _replace(linear, "bias", linear.bias[rows])
+    linear.out_features = len(rows)
+
+
+def _keep_columns(linear: nn.Linear, columns: torch.Tensor) -> None:
+    _replace(linear, "weight", linear.weight[:, columns])
+    linear.in_features = len(columns)
+
+
+def _replace(linear: nn.Linear, name: str, value: torch.Tensor) -> None:
+    """A new Parameter, not a new `.data`: the old gradient and the old shape must not live on beside the new weight."""
+    old = getattr(linear, name)
+    setattr(linear, name, nn.Parameter(value.detach().clone().contiguous(), requires_grad=old.requires_grad))

@@ -1,0 +1,264 @@
+"""How the reference model was made: tokenizer, shape, Muon + AdamW, growth in depth, checkpoints.
+
+The recipe is data (`Recipe`), the state is a folder: `train` started again in the same folder goes on where the last
+checkpoint stood. The same code runs on a GPU (bf16, large batches) and on a CPU.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gqalib import attention  # noqa: F401  (registers attn_implementation="blocked")
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training at a fixed depth and window."""
+
+    num_hidden_layers: int
+    window: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, besides the text and the seed."""
+
+    stages: tuple[Stage, ...]
+    decay_tokens: int  # the last tokens, over which the rates fall linearly to `final_rate`
+    batch_tokens: int = 4096
+    muon_lr: float = 0.02  # every matrix of the backbone
+    adamw_lr: float = 3e-3  # embedding and norms
+    weight_decay: float = 0.05  # Muon's
+    warmup_steps: int = 50
+    final_rate: float = 0.02
+    seed: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(stage.num_tokens for stage in self.stages)
+
+    def rate(self, tokens_seen: int) -> float:
+        """The factor on both learning rates: warm-up, constant, linear decay."""
+        warmup = (tokens_seen / self.batch_tokens + 1) / self.warmup_steps
+        decay = (self.num_tokens - tokens_seen) / self.decay_tokens
+        return min(1.0, warmup, max(self.final_rate, decay))
+
+    def stage(self, tokens_seen: int) -> Stage:
+        for stage in self.stages:
+            if tokens_seen < stage.num_tokens:
+                return stage
+            tokens_seen -= stage.num_tokens
+        return self.stages[-1]
+
+
+def train_tokenizer(documents, vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with one special token, trained on an iterator of documents."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        documents, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def reference_config(num_hidden_layers: int = 32, **overrides) -> LlamaConfig:
+    """Llama-3-8B's topology (32 query and 8 KV heads, SwiGLU at 3.5 x, rope theta 500,000) at hidden 128, head_dim 8."""
+    shape = dict(
+        vocab_size=4096, hidden_size=128, intermediate_size=448, num_hidden_layers=num_hidden_layers,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=8, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        max_position_embeddings=256, rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaConfig(**{**shape, **overrides})
+
+
+def initial_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
+    """A fresh model whose output projections are scaled by 1 / sqrt(2 layers), as GPT-2 does, to keep the residual stream tame."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM._from_config(config, attn_implementation="blocked")
+    _scale_outputs(model, 1 / math.sqrt(2 * config.num_hidden_layers))
+    return model
+
+
+@torch.no_grad()
+def deepen(model: LlamaForCausalLM, num_hidden_layers: int) -> LlamaForCausalLM:
+    """A deeper model that computes nearly the same: each layer becomes k consecutive copies, each adding 1/k of it.
+
+    Growth in depth: Du et al., "Stacking Your Transformers" (NeurIPS 2024); the 1/k reads the residual stream as
+    an Euler scheme with k times the steps, so that the loss does not jump.
+    """
+    old = model.config.num_hidden_layers
+    if num_hidden_layers % old:
+        raise ValueError(f"{num_hidden_layers} layers are no multiple of the model's {old}")
+    config = LlamaConfig.from_dict({**model.config.to_dict(), "num_hidden_layers": num_hidden_layers})
+    config.layer_types = None
+    deeper = LlamaForCausalLM._from_config(config, attn_implementation="blocked")
+    deeper.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    deeper.model.norm.load_state_dict(model.model.norm.state_dict())
+    for index, layer in enumerate(deeper.model.layers):
+        layer.load_state_dict(model.model.layers[index * old // num_hidden_layers].state_dict())
+    _scale_outputs(deeper, old / num_hidden_layers)
+    return deeper.to(model.device)
+
+
+@torch.no_grad()
+def _scale_outputs(model: LlamaForCausalLM, factor: float) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(factor)
+        layer.mlp.down_proj.weight.mul_(factor)
+
+
+def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embedding and norms; each remembers its full rate as `base_lr`."""
+    matrices = [p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
+    others = [p for n, p in model.named_parameters() if ".layers." not in n or p.ndim != 2]
+    result = [
+        torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    for optimizer in result:
+        optimizer.param_groups[0]["base_lr"] = optimizer.param_groups[0]["lr"]
+    return result
+
+
+def batch_at(ids: torch.Tensor, tokens_seen: int, window: int, batch_tokens: int, seed: int) -> torch.Tensor:
+    """The training batch [batch, window] that belongs to a position in the run: a function, so a resumed run goes on alike.
+
+    Each pass over the text is cut at another offset and shuffled anew.
+    """
+    rows = batch_tokens // window
+    per_epoch = (len(ids) - window) // window // rows * rows
+    epoch, first = divmod(tokens_seen // window, per_epoch)
+    generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+    offset = int(torch.randint(window, (1,), generator=generator))
+    order = torch.randperm(per_epoch, generator=generator)[first : first + rows]
+    return ids[(offset + order * window)[:, None] + torch.arange(window)]
+
+
+def train(
+    ids: torch.Tensor,
+    validation: torch.Tensor,
+    recipe: Recipe,
+    folder: Path,
+    device: str = "cpu",
+    micro_tokens: int = 2048,
+    checkpoint_s: float = 300,
+) -> LlamaForCausalLM:
+    """Train the reference model; state and log live in `folder`, so that a killed run goes on where it was saved.
+
+    Args:
+        ids, validation: token ids [tokens] to learn from, and windows [count, window] that are watched at each checkpoint.
+        micro_tokens: how many tokens go through the model at once: what the caches like, not part of the result.
+    """
+    model, opts, tokens_seen = _resume(recipe, folder, device)
+    saved_at = time.monotonic()
+    while tokens_seen < recipe.num_tokens:
+        stage = recipe.stage(tokens_seen)
+        if model.config.num_hidden_layers != stage.num_hidden_layers:
+            model = deepen(model, stage.num_hidden_layers)
+            opts = optimizers(model, recipe)
+        batch = batch_at(ids, tokens_seen, stage.window, recipe.batch_tokens, recipe.seed).to(device)
+        started = time.monotonic()
+        loss = step(model, opts, batch.split(max(1, micro_tokens // stage.window)), recipe.rate(tokens_seen))
+        tokens_seen += batch.numel()
+        if dist.is_initialized() and dist.get_rank() > 0:
+            continue
+        _log(folder, tokens=tokens_seen, loss=loss, seconds=time.monotonic() - started)
+        if time.monotonic() - saved_at > checkpoint_s or tokens_seen >= recipe.num_tokens:
+            _save(folder, model, opts, tokens_seen)
+            _log(folder, tokens=tokens_seen, validation_loss=validation_loss(model, validation))
+            saved_at = time.monotonic()
+    return model
+
+
+def step(model: nn.Module, opts: list[torch.optim.Optimizer], batches: tuple[torch.Tensor, ...], rate: float) -> float:
+    """One optimiser step on equal batches of token ids; matrix products in bf16. Returns the loss in nats per token.
+
+    Under `torchrun` each process takes its share of the batches and the gradients are summed over processes.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    total = torch.zeros((), device=model.device)
+    for batch in batches[rank::world_size]:
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss / len(batches)
+        loss.backward()
+        total += loss.detach()
+    if world_size > 1:
+        _sum_over_processes(model, total)
+    if not torch.isfinite(total):
+        raise FloatingPointError("the training loss is not finite: lower the learning rates")
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in opts:
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["base_lr"] * rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return total.item()
+
+
+def _sum_over_processes(model: nn.Module, total: torch.Tensor) -> None:
+    gradients = [p.grad for p in model.parameters()]
+    vector = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(vector)
+    nn.utils.vector_to_parameters(vector, gradients)
+    dist.all_reduce(total)
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, windows: torch.Tensor) -> float:
+    """Mean loss in nats per token over windows [count, window], in bf16 like the training."""
+    with torch.autocast(model.device.type, torch.bfloat16):
+        losses = [model(input_ids=w, labels=w, use_cache=False).loss for w in windows.to(model.device).split(8)]
+    return torch.stack(losses).mean().item()
+
+
+def _resume(recipe: Recipe, folder: Path, device: str):
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / "state.json"
+    if not state.exists():
+        (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+        model = initial_model(reference_config(recipe.stages[0].num_hidden_layers), recipe.seed).to(device)
+        return model, optimizers(model, recipe), 0
+    saved = json.loads(state.read_text())
+    model = LlamaForCausalLM.from_pretrained(folder / saved["checkpoint"], attn_implementation="blocked").to(device)
+    opts = optimizers(model, recipe)
+    tensors = load_file(folder / saved["checkpoint"] / "optimizers.safetensors", device=device)
+    for i, optimizer in enumerate(opts):
+        for j, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            prefix = f"{i}.{j}."
+            optimizer.state[parameter] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return model, opts, saved["tokens_seen"]
+
+
+def _save(folder: Path, model: LlamaForCausalLM, opts, tokens_seen: int) -> None:
+    """Two checkpoints in turn; `state.json` is replaced last, so it always names a whole one."""
+    name = f"checkpoint-{'b' if (folder / 'state.json').exists() and 'checkpoint-a' in (folder / 'state.json').read_text() else 'a'}"
+    model.save_pretrained(folder / name)
+    state = {
+        f"{i}.{j}.{key}": value
+        for i, optimizer in enumerate(opts)
+        for j, parameter in enumerate(optimizer.param_groups[0]["params"])
+        for key, value in optimizer.state[parameter].items()
+    }
+    save_file(state, folder / name / "optimizers.safetensors")
+    (folder / "state.tmp").write_text(json.dumps({"checkpoint": name, "tokens_seen": tokens_seen}))
+    os.replace(folder / "state.tmp", folder / "state.json")
+
+
+def _log(folder: Path, **values: float) -> None:
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps({key: round(value, 4) for key, value in values.items()}) + "\n")
