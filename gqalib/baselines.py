@@ -15,7 +15,7 @@ from torch import nn
 
 from gqalib import importance
 from gqalib.models import decoder_layers, layer_shape
-from gqalib.surgery import keep_channels, query_heads, record_shapes, rows_of_heads
+from gqalib.surgery import keep_channels, record_shapes, rows_of_heads
 
 
 def kv_heads_to_remove(layer: nn.Module, count: int, statistic: str = "taylor") -> list[int]:
@@ -47,12 +47,12 @@ def truncate_query_heads(model: nn.Module, group_size: int) -> None:
         attention = layer.self_attn
         kept = torch.arange(group_size * layer_shape(layer)["num_key_value_heads"] * attention.head_dim)
         if len(kept) < attention.q_proj.out_features:
-            tp_keep(attention.q_proj, rows=kept)
-            tp_keep(attention.o_proj, columns=kept)
+            _keep(attention.q_proj, rows=kept)
+            _keep(attention.o_proj, columns=kept)
     record_shapes(model)
 
 
-def tp_keep(linear: nn.Linear, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
+def _keep(linear: nn.Linear, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
     """Keep rows or columns of a projection with torch-pruning's own primitives."""
     import torch_pruning as tp
 
@@ -69,6 +69,22 @@ def prune_mlp(model: nn.Module, channels: Sequence[int], statistic: str = "magni
     for index, layer in enumerate(decoder_layers(model)):
         scores = importance.channel_scores(layer, statistic)
         keep_channels(model, index, importance.largest(scores, len(scores) - channels[index]))
+
+
+@torch.no_grad()
+def shuffle_kv_heads(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give the KV heads of every layer to other query heads (a cyclic shift, so each moves), in place: a control.
+
+    Nothing is removed and no weight changes its value; only the pairing is broken.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in decoder_layers(model):
+        attention, count = layer.self_attn, layer_shape(layer)["num_key_value_heads"]
+        shift = int(torch.randint(1, count, (1,), generator=generator)) if count > 1 else 0
+        rows = rows_of_heads([(head + shift) % count for head in range(count)], attention.head_dim)
+        for projection in (attention.k_proj, attention.v_proj):
+            projection.weight.copy_(projection.weight[rows])
+    return model
 
 
 def heads_left(num_attention_heads: int, kv_heads_removed: Sequence[int]) -> list[int]:

@@ -42,7 +42,14 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"{folder} has no *.safetensors (pickled weights are not read): save it again as safetensors")
 
 
-def load_model(model: str, dtype: str = "float32", device: str = "cpu", **kwargs) -> GqaLlamaForCausalLM:
+def resolve_device(device: str) -> str:
+    """`auto` becomes `cuda` where there is one, else `cpu`."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwargs) -> GqaLlamaForCausalLM:
     """A Llama, pruned or not, ready to be scored: weights in `dtype` on `device`, evaluation mode.
 
     Other arguments (`attn_implementation`, `device_map`, …) go to `from_pretrained`.
@@ -54,13 +61,24 @@ def load_model(model: str, dtype: str = "float32", device: str = "cpu", **kwargs
     elif config.model_type != GqaLlamaConfig.model_type:
         raise InputError(f"{model} is a {config.model_type!r} model, no Llama: only Llama models can be pruned here")
     loaded = GqaLlamaForCausalLM.from_pretrained(source, config=config, dtype=getattr(torch, dtype), **kwargs)
-    return (loaded if "device_map" in kwargs else loaded.to(device)).eval()
+    return (loaded if "device_map" in kwargs else loaded.to(resolve_device(device))).eval()
 
 
 def to_gqa_config(config: LlamaConfig) -> GqaLlamaConfig:
     """The same shape as a `GqaLlamaConfig`."""
     data = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
     return GqaLlamaConfig(**data)
+
+
+def empty_llama_3_8b() -> GqaLlamaForCausalLM:
+    """Llama-3-8B's shape without weights (meta device): for counting."""
+    config = GqaLlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+    )  # fmt: skip
+    with torch.device("meta"):
+        return GqaLlamaForCausalLM(config)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

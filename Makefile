@@ -1,0 +1,35 @@
+PRESET ?= tiny
+SET ?=
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: env run test lab report publish
+.DELETE_ON_ERROR:
+
+env: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+run: env
+	$(BIN)/python -m gqalib run --preset $(PRESET) $(foreach pair,$(SET),--set $(pair))
+
+report: env
+	$(BIN)/python -m gqalib report --preset $(PRESET)
+
+publish: env
+	$(BIN)/python -m gqalib publish --preset $(PRESET)
+
+lab: env
+	$(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir .
+
+# nbval executes the committed notebooks, in order, in a run folder of its own
+test: env
+	$(BIN)/python -m pytest tests
+	rm -rf runs/nbval
+	GQALIB_RUNS=$(CURDIR)/runs/nbval TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1 \
+	  $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 -p no:randomly notebooks/0[1-9]_*.ipynb

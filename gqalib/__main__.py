@@ -1,0 +1,80 @@
+"""`python -m gqalib`: run the series, publish a run into the repository, make its report."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gqalib import series
+from gqalib.errors import InputError
+from gqalib.presets import preset_names
+from gqalib.records import default_run_dir
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m gqalib", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="execute the numbered notebooks through papermill; finished ones are kept")
+    run.add_argument("--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)")
+    run.add_argument("--from", dest="first", metavar="NN", help="start with this notebook")
+    run.add_argument("--only", metavar="NN", help="run this notebook alone")
+    run.add_argument("--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help="e.g. pruning.mean_rate=0.5; repeatable")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--force", action="store_true", help="run finished notebooks again")
+    for command in (run, commands.add_parser("publish", help="copy a finished run into notebooks/, figures/, data/results/, README"),
+                    commands.add_parser("report", help="HTML pages of a run")):  # fmt: skip
+        command.add_argument("--run-dir", type=Path, help="where results go (default: runs/<preset>)")
+        if command is not run:
+            command.add_argument("--preset", default="tiny")
+    return top
+
+
+def overrides(pairs: list[str]) -> dict[str, Any]:
+    """`name=value` pairs; values are read as YAML, so 0.5 is a number and [1, 8] a list."""
+    result = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError(f"--set {pair} is no NAME=VALUE: write for example --set pruning.mean_rate=0.5")
+        try:
+            result[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {pair} has a value that cannot be read: write it as YAML") from error
+        if isinstance(result[name], str):  # YAML reads 1e-4 as text
+            try:
+                result[name] = float(value)
+            except ValueError:
+                pass
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 a notebook failed, 2 bad input, 130 interrupted."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.command == "run":
+            job = series.Series(
+                options.preset, overrides(options.overrides), options.run_dir, options.seed, options.first, options.only
+            )
+            job.run(options.force)
+            print(job.summary())
+        elif options.command == "publish":
+            series.publish(options.run_dir or default_run_dir(options.preset), options.preset)
+        else:
+            print(series.report(options.run_dir or default_run_dir(options.preset)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except series.NotebookFailed as error:
+        print(f"\nfailed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished notebooks are kept, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

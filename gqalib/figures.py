@@ -1,0 +1,104 @@
+"""One style, and the drawings that more than one cell needs. Colours mean the same in every figure."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from gqalib.perplexity import batches, token_losses
+
+# Also apart in greyscale: from dark to light. Markers say the same for lines.
+COLORS = {"dense": "#222222", "v2": "#b2182b", "v3": "#2166ac", "recovered": "#5aae61", "other": "#a0a0a0"}
+MARKERS = {"dense": "o", "v2": "X", "v3": "s", "recovered": "^", "other": "."}
+
+
+def use_style() -> None:
+    """What every figure of the workbook shares."""
+    plt.rcParams.update({
+        "figure.figsize": (8, 3.6), "figure.dpi": 100, "savefig.dpi": 150, "savefig.bbox": "tight", "figure.constrained_layout.use": True,
+        "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+        "axes.axisbelow": True, "image.cmap": "viridis", "image.aspect": "auto", "svg.hashsalt": "gqalib", "legend.frameon": False,
+    })  # fmt: skip
+
+
+def draw_gqa_layout(ax: plt.Axes, num_attention_heads: int, num_key_value_heads: int) -> None:
+    """Query heads above, the KV head that each band of them reads below."""
+    size = num_attention_heads // num_key_value_heads
+    for head in range(num_attention_heads):
+        shade = plt.cm.Greys(0.25 if (head // size) % 2 else 0.5)
+        ax.add_patch(plt.Rectangle((head, 1), 0.9, 0.7, color=shade))
+        ax.text(head + 0.45, 1.35, f"Q{head}", ha="center", va="center", fontsize=7)
+        ax.plot([head + 0.45, (head // size + 0.5) * size - 0.05], [1, 0.7], color="#888888", lw=0.7)
+    for kv in range(num_key_value_heads):
+        ax.add_patch(plt.Rectangle((kv * size, 0), size - 0.1, 0.7, color=plt.cm.Greys(0.25 if kv % 2 else 0.5)))
+        ax.text((kv + 0.5) * size - 0.05, 0.35, f"K{kv} V{kv}", ha="center", va="center", fontsize=8)
+    ax.set(xlim=(-0.2, num_attention_heads), ylim=(-0.1, 1.8))
+    ax.axis("off")
+
+
+def draw_pairing(ax: plt.Axes, pairs: Sequence[tuple[int, int, int]], num_attention_heads: int, num_key_value_heads: int) -> None:
+    """Which KV head each query head reads (filled) and which is its own (ring); `pairs` from `baselines.pairing`."""
+    heads, read, own = np.array(pairs).T
+    right = read == own
+    ax.scatter(heads[right], read[right], marker="s", s=26, color=COLORS["v3"], label="reads its own")
+    ax.scatter(heads[~right], read[~right], marker="X", s=30, color=COLORS["v2"], label="reads another's")
+    ax.scatter(heads, own, marker="o", s=62, facecolors="none", edgecolors=COLORS["dense"], linewidths=0.9, label="its own")
+    ax.set(xlim=(-0.7, num_attention_heads - 0.3), ylim=(num_key_value_heads - 0.5, -0.5), ylabel="KV head")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def heatmap(ax: plt.Axes, values: np.ndarray, label: str, diverging: bool = False) -> None:
+    """Layers from left to right, units (or counts) upwards, with a labelled colour bar."""
+    limit = np.nanmax(np.abs(values)) if diverging else None
+    image = ax.imshow(
+        values.T, origin="lower", cmap="RdBu_r" if diverging else "viridis", vmin=-limit if diverging else None, vmax=limit, interpolation="nearest"
+    )
+    ax.grid(False)
+    ax.set_xlabel("layer")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.figure.colorbar(image, ax=ax, label=label)
+
+
+def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float], dense: float) -> None:
+    """Horizontal bars on a logarithmic axis, the value at each end, the dense model as a line."""
+    values = np.array(values, dtype=float)
+    positions = np.arange(len(values))[::-1]
+    colours = [_colour_of(name) for name in names]
+    ax.barh(positions, np.nan_to_num(values, nan=dense), color=colours, height=0.7)
+    for position, value in zip(positions, values, strict=True):
+        ax.text(max(value, dense) * 1.04 if value == value else dense, position, f"{value:,.1f}" if value == value else "does not run", va="center", fontsize=9)
+    ax.axvline(dense, color=COLORS["dense"], lw=1, ls="--")
+    ax.set_yticks(positions, names)
+    ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(dense * 0.8, np.nanmax(values) * 2))
+    readable_log_axis(ax.xaxis)
+    ax.grid(axis="y", visible=False)
+
+
+def readable_log_axis(axis) -> None:
+    """Plain numbers at 1, 2 and 5 times the powers of ten instead of exponents."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _colour_of(name: str) -> str:
+    for key in ("dense", "v2", "LoRA", "v3"):
+        if key in name:
+            return COLORS["recovered" if key == "LoRA" else key]
+    return COLORS["v3"] if "Taylor" in name or "taylor" in name else COLORS["other"]
+
+
+@torch.no_grad()
+def loss_by_position(model: torch.nn.Module, windows: torch.Tensor) -> np.ndarray:
+    """Mean −log p in nats of the 2nd, 3rd, … token of a window, [length − 1]."""
+    rows = []
+    for part in batches(windows):
+        input_ids = windows[part].to(model.device)
+        rows.append(token_losses(model(input_ids=input_ids, use_cache=False).logits, input_ids).view(len(input_ids), -1).double().cpu())
+    return torch.cat(rows).mean(0).numpy()

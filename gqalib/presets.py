@@ -1,0 +1,214 @@
+"""Presets: everything that a run depends on, as data, checked once where it enters.
+
+A preset is a YAML file in `gqalib/presets/`; an override is a dotted name and a value, `{"pruning.mean_rate": 0.5}`.
+Unknown names, wrong types and impossible values are errors that name value and fix.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from gqalib.errors import InputError
+
+FOLDER = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Windows and sizes of the evaluation text; windows are capped by the model's `max_position_embeddings`."""
+
+    short_window: int  # tokens; the founding document's protocol
+    long_window: int  # tokens; the literature's
+    num_tokens: int  # test tokens behind every reported perplexity
+    quick_tokens: int  # test tokens behind each of the many perplexities of a sweep
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Windows of the training split."""
+
+    num_examples: int
+    length: int  # tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_examples * self.length
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """From layer importance to rates (METHODS: inverse, clipped, water-filled)."""
+
+    mean_rate: float
+    strategy: Literal["inverse", "proportional", "uniform"]
+    alpha: float
+    min_rate: float
+    max_rate: float
+    channel_multiple: int  # MLP widths stay multiples of it
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """LoRA: what peft and trl are given."""
+
+    learning_rate: float
+    lora_r: int
+    lora_alpha: int
+    lora_dropout: float
+    num_epochs: float
+    num_examples: int | None  # None: all
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_length: int  # tokens
+    warmup_ratio: float
+    lr_scheduler: str
+    report_to: str
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a GPU costs; a price without a date and a source is a rumour."""
+
+    date: str
+    gpu: str
+    usd_per_gpu_hour: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How speed is measured and money is counted."""
+
+    batch_sizes: list[int]
+    prompt_tokens: int
+    new_tokens: int
+    min_run_s: float  # seconds of measurement per case and round
+    prices: Prices
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One complete set of parameters."""
+
+    name: str
+    model: str  # folder or hub id
+    corpus: str  # python-docs | wikitext2 | c4 | file:PATH
+    instructions: str  # python-docs | alpaca-cleaned | corpus | file:PATH
+    dtype: Literal["float32", "bfloat16"]
+    device: str  # auto | cpu | cuda | cuda:1 …
+    evaluation: Evaluation
+    calibration: Sample
+    removal: Sample
+    pruning: Pruning
+    recovery: Recovery
+    cost: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# What the type does not say: dotted name → (test, what is allowed).
+POSITIVE = (lambda v: v > 0, "a positive number")
+RULES = {
+    "pruning.mean_rate": (lambda v: 0 < v < 1, "a fraction between 0 and 1, such as 0.25"),
+    "pruning.min_rate": (lambda v: 0 <= v < 1, "a fraction from 0 up to 1"),
+    "pruning.max_rate": (lambda v: 0 < v < 1, "a fraction between 0 and 1"),
+    "pruning.alpha": (lambda v: v >= 0, "zero or a positive number"),
+    "recovery.lora_dropout": (lambda v: 0 <= v < 1, "a fraction from 0 up to 1"),
+    "recovery.warmup_ratio": (lambda v: 0 <= v < 1, "a fraction from 0 up to 1"),
+    "recovery.num_examples": (lambda v: v is None or v > 0, "a positive number, or null for all"),
+    "cost.batch_sizes": (lambda v: v and min(v) > 0, "a list of positive batch sizes"),
+    "evaluation.short_window": (lambda v: v > 1, "at least 2 tokens"),
+    "evaluation.long_window": (lambda v: v > 1, "at least 2 tokens"),
+}
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
+    """A preset with some of its values replaced.
+
+    Raises:
+        InputError: unknown preset or name, wrong type, or a value that cannot be.
+    """
+    if name not in preset_names():
+        raise InputError(f"unknown preset {name!r}: use one of {', '.join(preset_names())}")
+    data = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    for dotted, value in (overrides or {}).items():
+        _set(data, dotted, value)
+    if {"corpus"} <= (overrides or {}).keys() and "instructions" not in overrides:
+        data["instructions"] = "corpus"  # another text brings its own: python-docs rows would be a foreign language
+    preset = _build(Preset, {"name": name, **data}, "")
+    _check_bounds(preset)
+    return preset
+
+
+def dotted_names(cls: type = Preset, prefix: str = "") -> list[str]:
+    """Every name that an override may have."""
+    names = []
+    for field in dataclasses.fields(cls):
+        inner = dataclasses.is_dataclass(field.type)
+        names += dotted_names(field.type, f"{prefix}{field.name}.") if inner else [prefix + field.name]
+    return [name for name in names if name != "name"]
+
+
+def _set(data: dict, dotted: str, value: Any) -> None:
+    if dotted not in dotted_names():
+        near = difflib.get_close_matches(dotted, dotted_names(), 3, 0.5) or dotted_names()
+        raise InputError(f"unknown parameter {dotted!r}: did you mean {', '.join(near)}?")
+    *sections, last = dotted.split(".")
+    for section in sections:
+        data = data[section]
+    data[last] = value
+
+
+def _build(cls: type, data: dict, prefix: str):
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    for name in data.keys() - fields.keys():
+        raise InputError(f"unknown parameter {prefix + name!r}: use one of {', '.join(fields)}")
+    for name in fields.keys() - data.keys():
+        raise InputError(f"parameter {prefix + name!r} is missing: add it to the preset")
+    return cls(**{name: _value(kind, data[name], prefix + name) for name, kind in fields.items()})
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, name + ".")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not _is(kind, value):
+        expected = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")
+        raise InputError(f"{name} = {value!r} is a {type(value).__name__}: give {expected}")
+    default = POSITIVE if kind in (int, float) else (lambda v: True, "")
+    allowed, text = RULES.get(name, default)
+    if not allowed(value) or value != value or value in (float("inf"), float("-inf")):
+        raise InputError(f"{name} = {value!r} cannot be: give {text or 'a finite value'}")
+    return value
+
+
+def _is(kind: Any, value: Any) -> bool:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in arguments
+    if origin is types.UnionType:
+        return any(_is(argument, value) for argument in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_is(arguments[0], item) for item in value)
+    return isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+
+
+def _check_bounds(preset: Preset) -> None:
+    s = preset.pruning
+    if not s.min_rate <= s.mean_rate <= s.max_rate:
+        raise InputError(
+            f"pruning.mean_rate = {s.mean_rate} is out of reach between pruning.min_rate = {s.min_rate} "
+            f"and pruning.max_rate = {s.max_rate}: move a bound"
+        )

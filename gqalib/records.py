@@ -1,0 +1,157 @@
+"""Records: one JSON file per executed notebook, from which README, figures and the report are made.
+
+A notebook holds one `Notebook`: it reads the preset, finds upstream records, collects metrics, tables and figures, and
+writes everything at the very end, atomically. A notebook that was killed leaves no record.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import transformers
+
+from gqalib import figures
+from gqalib.errors import InputError
+from gqalib.models import REPOSITORY, resolve_device
+from gqalib.presets import load_preset
+
+SCHEMA = 1
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
+
+
+def default_run_dir(preset: str) -> Path:
+    """`runs/<preset>` in the repository, or under `$GQALIB_RUNS`."""
+    return Path(os.environ.get("GQALIB_RUNS", REPOSITORY / "runs")).expanduser().absolute() / preset
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record, whole and of this schema.
+
+    Raises:
+        InputError: it is missing, torn or of another schema.
+    """
+    name = path.stem
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"run {name} first: {path} is missing") from error
+    except ValueError as error:
+        raise InputError(f"{path} is torn: delete it and run {name} again") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or record.get("notebook") != name:
+        raise InputError(f"{path} is no record of {name} in schema {SCHEMA}: delete it and run {name} again")
+    return record
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@cache
+def library_hash() -> str:
+    """One hash of gqalib's own source and presets."""
+    files = sorted((REPOSITORY / "gqalib").rglob("*.py")) + sorted((REPOSITORY / "gqalib").rglob("*.yaml"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+class Notebook:
+    """The handle of one executed notebook. Creating it seeds Python, numpy and torch."""
+
+    def __init__(self, name: str, preset: str, overrides: dict[str, Any], run_dir: str | Path = "", seed: int = 0):
+        self.name, self.seed, self.overrides = name, seed, overrides
+        self.preset = load_preset(preset, overrides)
+        self.run_dir = Path(run_dir).absolute() if run_dir else default_run_dir(preset)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.metrics, self.tables, self.texts, self.artefacts, self.read = {}, {}, {}, [], {}
+        self._started = time.monotonic()
+        transformers.set_seed(seed)
+        transformers.utils.logging.disable_progress_bar()
+        figures.use_style()
+
+    def upstream(self, name: str) -> dict[str, Any]:
+        """The record of an earlier notebook of the same run.
+
+        Raises:
+            InputError: it is missing, torn, or was made with other parameters.
+        """
+        path = self.run_dir / f"{name}.json"
+        record = read_record(path)
+        if record["parameters"] != json.loads(json.dumps(self.preset.to_dict())) or record["seed"] != self.seed:
+            raise InputError(f"{path} was made with other parameters: run {name} again with these")
+        self.read[name] = sha256(path)
+        return record
+
+    def metric(self, name: str, value: float, unit: str) -> None:
+        """A number for the record; it must be finite."""
+        if isinstance(value, bool) or not math.isfinite(value):
+            raise InputError(f"metric {name} = {value} is not finite: see the cell that computes it")
+        self.metrics[name] = {"value": value if isinstance(value, int) else float(value), "unit": unit}
+
+    def table(self, name: str, frame: pd.DataFrame) -> None:
+        """A table for the record, as a list of rows; what is not finite becomes null."""
+        self.tables[name] = json.loads(frame.to_json(orient="records", double_precision=6))
+
+    def text(self, name: str, value: str) -> None:
+        self.texts[name] = value
+
+    def artefact(self, name: str) -> Path:
+        """A folder for a model, listed in the record."""
+        self.artefacts.append(f"models/{name}")
+        return self.run_dir / "models" / name
+
+    def figure(self, fig: plt.Figure, name: str) -> None:
+        """Save a figure as PNG and SVG and list it in the record; the notebook shows it as well."""
+        folder = self.run_dir / "figures"
+        folder.mkdir(exist_ok=True)
+        for suffix in ("png", "svg"):
+            file = f"{self.name[:2]}_{name}.{suffix}"
+            fig.savefig(folder / file)
+            self.artefacts.append(f"figures/{file}")
+
+    def finish(self) -> None:
+        """Write the record."""
+        record = {
+            "schema": SCHEMA,
+            "notebook": self.name,
+            "preset": self.preset.name,
+            "parameters": self.preset.to_dict(),
+            "overrides": self.overrides,
+            "seed": self.seed,
+            "library": library_hash(),
+            "git_commit": _git_commit(),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "device": resolve_device(self.preset.device),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "upstream": self.read,
+            "metrics": self.metrics,
+            "tables": self.tables,
+            "texts": self.texts,
+            "artefacts": self.artefacts,
+            "seconds": round(time.monotonic() - self._started, 1),
+        }
+        write_atomically(self.run_dir / f"{self.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        print(f"{self.name}: {len(self.metrics)} metrics and {len(self.tables)} tables recorded after {record['seconds']:.0f} s")
+
+
+def _git_commit() -> str | None:
+    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    return result.stdout.strip() or None

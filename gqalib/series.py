@@ -1,0 +1,250 @@
+"""The runner: executes the numbered notebooks through papermill, resumes, and publishes what they made."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from gqalib.errors import InputError
+from gqalib.models import REPOSITORY, check_model
+from gqalib.presets import load_preset
+from gqalib.records import default_run_dir, library_hash, read_record, sha256, write_atomically
+
+NOTEBOOKS = REPOSITORY / "notebooks"
+PARAMETERS = ("preset", "overrides", "run_dir", "seed")
+KERNEL_ENVIRONMENT = {  # never MPLBACKEND: figures would vanish from the executed notebooks
+    "PYTHONHASHSEED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TQDM_DISABLE": "1",
+}
+TIMEOUT_S = 24 * 3600  # per cell; a hung kernel ends some day
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook of the series raised; the message names notebook, cell and error."""
+
+
+@dataclass
+class Series:
+    """What is to be run, checked before anything starts."""
+
+    preset: str = "tiny"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    run_dir: Path | None = None
+    seed: int = 0
+    first: str | None = None
+    only: str | None = None
+    notebooks: Path = NOTEBOOKS
+
+    def __post_init__(self) -> None:
+        self.parameters = load_preset(self.preset, self.overrides).to_dict()
+        check_model(self.parameters["model"])
+        self.run_dir = Path(self.run_dir).absolute() if self.run_dir else default_run_dir(self.preset)
+        self.paths = self._select()
+
+    def _select(self) -> list[Path]:
+        paths = sorted(p for p in self.notebooks.glob("[0-9][0-9]_*.ipynb") if not p.name.startswith("00_"))
+        numbers = [path.name[:2] for path in paths]
+        for option, number in (("--from", self.first), ("--only", self.only)):
+            if number is not None and number[:2] not in numbers:
+                raise InputError(f"{option} {number} names no notebook: use one of {', '.join(numbers)}")
+        if self.only is not None:
+            return [path for path in paths if path.name[:2] == self.only[:2]]
+        return [path for path in paths if self.first is None or path.name[:2] >= self.first[:2]]
+
+    def run(self, force: bool = False) -> None:
+        """Execute what is not finished yet, one line of progress each."""
+        os.environ.update(KERNEL_ENVIRONMENT)
+        started, spent = time.monotonic(), 0.0
+        with _locked(self.run_dir):
+            for i, path in enumerate(self.paths, 1):
+                print(f"[{i}/{len(self.paths)}] {path.stem:24s}", end=" ", flush=True)
+                if not force and self.is_finished(path):
+                    print("finished before", flush=True)
+                    continue
+                begun = time.monotonic()
+                self.execute(path)
+                spent += time.monotonic() - begun
+                left = self._expected_s(self.paths[i:])
+                print(f"{time.monotonic() - begun:4.0f} s   (elapsed {_clock(time.monotonic() - started)}, {left})", flush=True)
+
+    def is_finished(self, path: Path) -> bool:
+        """Whether the record and the executed notebook stand for these parameters, this code and these upstream records."""
+        try:
+            record = read_record(self.run_dir / f"{path.stem}.json")
+            executed = nbformat.read(self.run_dir / path.name, as_version=4)
+            upstream = {name: sha256(self.run_dir / f"{name}.json") for name in record["upstream"]}
+        except (InputError, OSError, KeyError, ValueError):
+            return False
+        asked = {"parameters": json.loads(json.dumps(self.parameters)), "seed": self.seed, "library": library_hash(), "upstream": upstream}
+        return all(record[key] == value for key, value in asked.items()) and _code(executed) == _code(nbformat.read(path, as_version=4))
+
+    def execute(self, path: Path) -> None:
+        """Run one notebook headlessly; the executed copy appears in the run folder when it is whole.
+
+        Raises:
+            InputError: a cell raised one. NotebookFailed: a cell raised anything else.
+        """
+        import papermill
+
+        unknown = set(PARAMETERS) - set(papermill.inspect_notebook(str(path)))
+        if unknown:
+            raise InputError(f"{path.name} has no parameter {', '.join(sorted(unknown))}: add it to the cell tagged parameters")
+        record, temporary = self.run_dir / f"{path.stem}.json", self.run_dir / f".{path.name}"
+        record.unlink(missing_ok=True)  # an old record must not stand beside a half-run notebook
+        values = {"preset": self.preset, "overrides": self.overrides, "run_dir": str(self.run_dir), "seed": self.seed}
+        try:
+            papermill.execute_notebook(
+                str(path), str(temporary), values, kernel_name="python3", language="python", cwd=str(path.parent),
+                progress_bar=False, execution_timeout=TIMEOUT_S,
+            )  # fmt: skip
+        except papermill.PapermillExecutionError as error:
+            where = f"{path.stem}, cell {error.cell_index}: {error.source.strip().splitlines()[0]}"
+            if error.ename == "InputError":
+                raise InputError(f"{error.evalue} ({path.stem})") from None
+            kept = temporary.replace(self.run_dir / f"{path.stem}.failed.ipynb")
+            raise NotebookFailed(f"{where}\n{error.ename}: {error.evalue}\nthe notebook up to there: {kept}") from None
+        finally:
+            if sys.exc_info()[0] is not None:
+                temporary.unlink(missing_ok=True)
+        read_record(record)  # a notebook that wrote none has not finished
+        temporary.replace(self.run_dir / path.name)
+        (self.run_dir / f"{path.stem}.failed.ipynb").unlink(missing_ok=True)
+
+    def _expected_s(self, paths: list[Path]) -> str:
+        """What is left, from the committed records of the same preset where there are any."""
+        seconds = [_seconds(REPOSITORY / "data" / "results" / self.preset / f"{path.stem}.json") for path in paths]
+        if not paths:
+            return "done"
+        return f"about {_clock(sum(seconds))} left" if all(seconds) else f"{len(paths)} left"
+
+    def summary(self) -> str:
+        """The results table and where everything lies."""
+        lines = []
+        with contextlib.suppress(InputError):
+            lines += ["", results_table(read_record(self.run_dir / "07_cost_analysis.json")).to_string(index=False), ""]
+        lines += [f"notebooks  {self.run_dir / path.name}" for path in self.paths]
+        return "\n".join([*lines, f"figures    {self.run_dir / 'figures'}"])
+
+
+def results_table(record: dict[str, Any]) -> pd.DataFrame:
+    """Dense / v2 / v3 / v3 + LoRA, as 07_cost_analysis recorded it, in readable numbers."""
+    table = pd.DataFrame(record["tables"]["results"])
+    for column, digits in (("parameters kept %", 1), ("backbone removed %", 1), ("perplexity", 2), ("speed-up", 2), ("ceiling", 2)):
+        table[column] = table[column].map(lambda value, d=digits: "–" if value is None or pd.isna(value) else f"{value:,.{d}f}")
+    return table
+
+
+def publish(run_dir: Path, preset: str = "tiny", notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> list[Path]:
+    """Copy a finished run into the repository: executed notebooks, figures, records, README's table."""
+    published, results = [], root / "data" / "results" / preset
+    results.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(root / "figures" / preset, ignore_errors=True)
+    for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
+        if path.name.startswith("00_"):
+            continue
+        record = read_record(run_dir / f"{path.stem}.json")
+        write_atomically(path, nbformat.writes(_clean(nbformat.read(run_dir / path.name, as_version=4))) + "\n")
+        write_atomically(results / f"{path.stem}.json", (run_dir / f"{path.stem}.json").read_text(encoding="utf-8"))
+        published.append(path)
+        for artefact in record["artefacts"]:
+            if artefact.startswith("figures/"):
+                target = root / "figures" / preset / Path(artefact).name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(run_dir / artefact, target)
+    update_readme(root / "README.md", read_record(results / "07_cost_analysis.json"))
+    return published
+
+
+def update_readme(readme: Path, record: dict[str, Any]) -> None:
+    """Rewrite the block between `<!-- results -->` and `<!-- /results -->` from a record."""
+    text = readme.read_text(encoding="utf-8")
+    block = f"<!-- results -->\n{readme_block(record)}\n<!-- /results -->"
+    new = re.sub(r"<!-- results -->.*?<!-- /results -->", lambda _: block, text, flags=re.DOTALL)
+    write_atomically(readme, new)
+
+
+def readme_block(record: dict[str, Any]) -> str:
+    """README's results: a Markdown table and the line that says what it was measured on."""
+    table = results_table(record)
+    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    p = record["parameters"]
+    under = f"{p['corpus']} test text, {p['evaluation']['short_window']}-token windows, preset `{record['preset']}`, {record['machine']}"
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + f"\n\nMeasured on {under}."
+
+
+def report(run_dir: Path) -> Path:
+    """One HTML page per executed notebook and an index, in `run_dir/report`."""
+    from nbconvert import HTMLExporter
+
+    folder = run_dir / "report"
+    folder.mkdir(exist_ok=True)
+    pages = sorted(run_dir.glob("[0-9][0-9]_*[a-z].ipynb"))
+    for path in pages:
+        html, _ = HTMLExporter().from_filename(str(path))
+        write_atomically(folder / f"{path.stem}.html", html)
+    links = "\n".join(f'<li><a href="{path.stem}.html">{path.stem.replace("_", " ")}</a></li>' for path in pages)
+    write_atomically(folder / "index.html", f"<!doctype html><meta charset=utf-8><title>Report</title><ul>{links}</ul>\n")
+    return folder / "index.html"
+
+
+def _code(notebook: nbformat.NotebookNode) -> list[str]:
+    """Source of the code cells but those that hold parameters."""
+    cells = (c for c in notebook.cells if c.cell_type == "code")
+    return [c.source for c in cells if not {"parameters", "injected-parameters"} & set(c.metadata.get("tags", []))]
+
+
+def _clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """An executed notebook as it is committed: no injected parameters, no timings, cells counted 1 … n."""
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    for count, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec", "language_info") if k in notebook.metadata}
+    notebook.metadata["language_info"] = {"name": "python"}
+    return notebook
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Only one run at a time in a folder; the lock goes with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"run folder {run_dir} cannot be written ({error.strerror}): give another --run-dir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another run is working in {run_dir}: wait for it, or give another --run-dir") from error
+        yield
+
+
+def _seconds(path: Path) -> float:
+    try:
+        return read_record(path)["seconds"]
+    except InputError:
+        return 0.0
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
