@@ -111,7 +111,7 @@ def _phases(model: nn.Module, batch_size: int, prompt_tokens: int, new_tokens: i
     def decode() -> None:
         for _ in range(new_tokens):
             model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache.crop(prompt_tokens)
+        cache.crop(-new_tokens)
 
     return {"prefill": lambda: model(input_ids=prompt, use_cache=True), "decode": decode}
 

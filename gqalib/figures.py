@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.colors import SymLogNorm
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gqalib.perplexity import batches, token_losses
 
@@ -50,17 +51,24 @@ def draw_pairing(ax: plt.Axes, pairs: Sequence[tuple[int, int, int]], num_attent
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def heatmap(ax: plt.Axes, values: np.ndarray, label: str, diverging: bool = False) -> None:
-    """Layers from left to right, units (or counts) upwards, with a labelled colour bar."""
-    limit = np.nanmax(np.abs(values)) if diverging else None
-    image = ax.imshow(
-        values.T, origin="lower", cmap="RdBu_r" if diverging else "viridis", vmin=-limit if diverging else None, vmax=limit, interpolation="nearest"
-    )
+def heatmap(ax: plt.Axes, values: np.ndarray, label: str, change: bool = False) -> None:
+    """Values [layers, units], layers from left to right; a `change` has two colours around zero.
+
+    Changes of layers differ by orders of magnitude, so beyond ±1 their scale is logarithmic.
+    """
+    limit = max(2.0, np.nanmax(np.abs(values)))
+    norm = SymLogNorm(linthresh=1, vmin=-limit, vmax=limit) if change else None
+    image = ax.imshow(values.T, origin="lower", cmap="RdBu_r" if change else "viridis", norm=norm, interpolation="nearest")
     ax.grid(False)
     ax.set_xlabel("layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.figure.colorbar(image, ax=ax, label=label)
+    bar = ax.figure.colorbar(image, ax=ax, label=label)
+    if change:
+        steps = [step for step in (1, 10, 100, 1000) if step <= limit]
+        bar.set_ticks([*(-step for step in reversed(steps)), 0, *steps])
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+,.0f}" if value else "0"))
+        bar.ax.minorticks_off()
 
 
 def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float], dense: float) -> None:
@@ -80,18 +88,16 @@ def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float],
 
 def readable_log_axis(axis) -> None:
     """Plain numbers at 1, 2 and 5 times the powers of ten instead of exponents."""
-    from matplotlib.ticker import LogLocator
-
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def _colour_of(name: str) -> str:
-    for key in ("dense", "v2", "LoRA", "v3"):
-        if key in name:
-            return COLORS["recovered" if key == "LoRA" else key]
-    return COLORS["v3"] if "Taylor" in name or "taylor" in name else COLORS["other"]
+    if "LoRA" in name:
+        return COLORS["recovered"]
+    role = next((role for role in ("dense", "v2", "v3") if name.startswith(role)), None)
+    return COLORS[role or ("v3" if name.lower().endswith("taylor") else "other")]
 
 
 @torch.no_grad()

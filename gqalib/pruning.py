@@ -1,5 +1,6 @@
 """From scores and rates to a pruned model: one shot, or layer by layer on the model pruned so far."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from gqalib.allocation import layer_rates, layer_weights, whole_units
 from gqalib.errors import InputError
 from gqalib.models import decoder_layers, layer_shapes
 from gqalib.perplexity import advance
+from gqalib.presets import Pruning
 from gqalib.surgery import keep_channels, keep_groups
 
 
@@ -25,23 +27,36 @@ class Plan:
     channels: list[int]  # channels to remove
 
     @classmethod
-    def from_rates(cls, model: nn.Module, rates: torch.Tensor, mlp: bool = True, channel_multiple: int = 1) -> "Plan":
-        """Whole groups and channels for these rates; `mlp=False` leaves the channels alone."""
+    def from_rates(cls, model: nn.Module, rates: torch.Tensor, channel_multiple: int = 1) -> "Plan":
+        """Whole groups and channels for these rates (fractions of each layer's parameters).
+
+        Groups are coarse, so what their rounding leaves of the total is spread over the channels of all layers: the
+        parameters removed meet Σ rate × size within one channel (or `channel_multiple`), as far as one unit per layer stays.
+        """
         shapes = layer_shapes(model)
-        groups = whole_units(rates, torch.tensor(shapes["num_key_value_heads"].to_numpy()))
-        channels = whole_units(rates, torch.tensor(shapes["intermediate_size"].to_numpy()), channel_multiple)
-        return cls(rates.tolist(), groups, channels if mlp else [0] * len(shapes))
+        kv_heads, widths = (torch.tensor(shapes[name].to_numpy()) for name in ("num_key_value_heads", "intermediate_size"))
+        layers = decoder_layers(model)
+        attention = torch.tensor([sum(p.numel() for p in layer.self_attn.parameters()) for layer in layers])
+        mlp = torch.tensor([sum(p.numel() for p in layer.mlp.parameters()) for layer in layers])
+        groups = torch.tensor(whole_units(rates, kv_heads))
+        spare = (rates * attention - groups / kv_heads * attention).sum() / mlp.sum()
+        return cls(rates.tolist(), groups.tolist(), whole_units((rates + spare).clamp(0, 1), widths, channel_multiple))
 
 
-def make_plan(model: nn.Module, layer_importance: torch.Tensor, settings, **changes) -> Plan:
+def make_plan(model: nn.Module, layer_importance: torch.Tensor, settings: Pruning, **changes) -> Plan:
     """The plan for a preset's `pruning` section: importance → rates → whole groups and channels.
 
-    `changes` replace single settings, e.g. `strategy="uniform"` or `mean_rate=0.5`.
+    `changes` replace single settings, e.g. `strategy="uniform"`. A change of `mean_rate` alone scales the clip bounds
+    with it (0.6 × and 2 × the mean, as 0.15 and 0.5 are to 0.25), short of removing a layer whole.
     """
-    s = {name: getattr(settings, name) for name in settings.__dataclass_fields__} | changes
-    weights = layer_weights(layer_importance, s["strategy"], s["alpha"])
-    rates = layer_rates(weights, layer_sizes(model), s["mean_rate"], s["min_rate"], s["max_rate"])
-    return Plan.from_rates(model, rates, channel_multiple=s["channel_multiple"])
+    if "mean_rate" in changes and not {"min_rate", "max_rate"} & changes.keys():
+        scale = changes["mean_rate"] / settings.mean_rate
+        highest = min(settings.max_rate * scale, (1 + changes["mean_rate"]) / 2)
+        changes |= {"min_rate": settings.min_rate * scale, "max_rate": max(highest, changes["mean_rate"])}
+    s = dataclasses.replace(settings, **changes)
+    weights = layer_weights(layer_importance, s.strategy, s.alpha)
+    rates = layer_rates(weights, layer_sizes(model), s.mean_rate, s.min_rate, s.max_rate)
+    return Plan.from_rates(model, rates, s.channel_multiple)
 
 
 def layer_sizes(model: nn.Module) -> torch.Tensor:

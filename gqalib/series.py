@@ -109,7 +109,7 @@ class Series:
         try:
             papermill.execute_notebook(
                 str(path), str(temporary), values, kernel_name="python3", language="python", cwd=str(path.parent),
-                progress_bar=False, execution_timeout=TIMEOUT_S,
+                progress_bar=False, execution_timeout=TIMEOUT_S, extra_arguments=["--log-level=ERROR"],
             )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             where = f"{path.stem}, cell {error.cell_index}: {error.source.strip().splitlines()[0]}"
