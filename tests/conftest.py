@@ -1,0 +1,60 @@
+"""Small random models, so that every test takes seconds and needs no file."""
+
+import copy
+import os
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from gqalib import models
+from gqalib.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
+
+
+def small_config(**changes) -> GqaLlamaConfig:
+    shape = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 6, "max_position_embeddings": 64, "tie_word_embeddings": True,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    return GqaLlamaConfig(**{**shape, **changes})
+
+
+def small_model(seed: int = 0, **changes) -> GqaLlamaForCausalLM:
+    torch.manual_seed(seed)
+    model = GqaLlamaForCausalLM._from_config(small_config(**changes), attn_implementation="sdpa").eval()
+    for parameter in model.parameters():  # the default 0.02 makes everything nearly linear, and tests blind
+        parameter.data.mul_(5) if parameter.ndim == 2 else None
+    return model
+
+
+@pytest.fixture(params=[(8, 4, True), (8, 2, False), (4, 4, True), (9, 3, False)], ids=["2:1-tied", "4:1", "mha-tied", "3:1"])
+def model(request):
+    """Different group sizes, tied and untied embeddings, MHA as groups of one."""
+    heads, kv_heads, tied = request.param
+    return small_model(num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(1, 61, (6, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def logits_of(windows):
+    def compute(model):
+        with torch.no_grad():
+            return model(windows, use_cache=False).logits
+
+    return compute
+
+
+@pytest.fixture
+def clone():
+    return copy.deepcopy
+
+
+def kv_heads(model, layer=0) -> int:
+    return models.layer_shape(models.decoder_layers(model)[layer])["num_key_value_heads"]

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gqalib import InputError
+from gqalib.allocation import layer_rates, layer_weights, whole_units
+
+LAYERS = st.integers(1, 40)
+POSITIVE = st.floats(1e-6, 1e6)
+
+
+@st.composite
+def problems(draw):
+    n = draw(LAYERS)
+    weights = torch.tensor(draw(st.lists(POSITIVE, min_size=n, max_size=n)), dtype=torch.float64)
+    sizes = torch.tensor(draw(st.lists(st.floats(1, 1e6), min_size=n, max_size=n)), dtype=torch.float64)
+    low, mean, high = sorted(draw(st.lists(st.floats(0.01, 0.99), min_size=3, max_size=3)))
+    return weights, sizes, mean, low, high
+
+
+@given(problems())
+def test_water_filling(problem):
+    weights, sizes, mean, low, high = problem
+    rates = layer_rates(weights, sizes, mean, low, high)
+    assert ((rates >= low - 1e-12) & (rates <= high + 1e-12)).all()
+    assert ((rates * sizes).sum() / sizes.sum()).item() == pytest.approx(mean, rel=1e-9)
+    free = (rates > low + 1e-9) & (rates < high - 1e-9)
+    if free.any():  # between the bounds the rates are proportional to the weights
+        level = (rates / weights)[free]
+        assert torch.allclose(level, level[0].expand_as(level), rtol=1e-6)
+    order = torch.argsort(weights)
+    assert (rates[order].diff() >= -1e-9).all()
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 60)), min_size=1, max_size=40))
+def test_whole_units_meet_the_target_within_one(layers):
+    rates = torch.tensor([rate for rate, _ in layers], dtype=torch.float64)
+    counts = torch.tensor([count for _, count in layers])
+    removed = torch.tensor(whole_units(rates, counts))
+    assert ((removed >= 0) & (removed < counts)).all()
+    reachable = torch.minimum(rates * counts, (counts - 1).double())
+    assert abs(removed.sum().item() - reachable.sum().item()) <= 0.5 + 1e-9
+    assert ((removed - reachable).abs() < 1 + 1e-9).all()
+
+
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_whole_units_keep_multiples(multiple):
+    counts = torch.tensor([64, 64, 32])
+    removed = whole_units(torch.tensor([0.3, 0.9, 0.99]), counts, multiple)
+    assert all((c - r) % multiple == 0 and c > r for c, r in zip(counts.tolist(), removed, strict=True))
+
+
+def test_inverse_weights_by_hand():
+    importance = torch.tensor([1.0, 4.0, 1.0])
+    weights = layer_weights(importance, "inverse", 1.0)
+    assert weights[0] / weights[1] == pytest.approx((4 + 0.002) / (1 + 0.002))
+    assert torch.equal(layer_weights(importance, "uniform"), torch.ones(3, dtype=torch.float64))
+    assert layer_weights(importance, "proportional", 2.0)[1].item() == pytest.approx(16, rel=1e-2)
+
+
+def test_negative_importance_counts_as_zero():
+    weights = layer_weights(torch.tensor([-5.0, 0.0, 2.0]))
+    assert weights[0] == weights[1] > weights[2]
+    assert torch.equal(layer_weights(torch.tensor([-1.0, -2.0])), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "says"),
+    [(0.0, 0.0, 0.5, "outside"), (1.0, 0.1, 1.0, "outside"), (0.6, 0.1, 0.5, "out of reach"), (0.05, 0.1, 0.5, "out of reach")],
+)
+def test_impossible_rates(mean, low, high, says):
+    with pytest.raises(InputError, match=says):
+        layer_rates(torch.ones(3), torch.ones(3), mean, low, high)
+
+
+def test_importance_must_be_finite():
+    with pytest.raises(InputError, match="not all finite"):
+        layer_weights(torch.tensor([1.0, float("nan")]))

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from conftest import kv_heads, small_model
+
+from gqalib import InputError, importance, surgery
+from gqalib.perplexity import hidden_states_before, perplexity
+
+
+def test_group_scores_by_hand(model, windows):
+    """The definition, written out element by element."""
+    importance.backward(model, windows)
+    attention, count = model.model.layers[1].self_attn, kv_heads(model)
+    size = attention.q_proj.out_features // attention.head_dim // count
+    d = attention.head_dim
+    for group in range(count):
+        expected = 0.0
+        for linear, first, rows in ((attention.q_proj, group * size * d, size * d), (attention.k_proj, group * d, d), (attention.v_proj, group * d, d)):
+            part = slice(first, first + rows)
+            expected += (linear.weight[part] * linear.weight.grad[part]).abs().double().sum().item()
+        assert importance.group_scores(model.model.layers[1])[group].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_o_proj_adds_its_columns(model, windows):
+    importance.backward(model, windows)
+    layer = model.model.layers[0]
+    difference = importance.group_scores(layer, include_o_proj=True) - importance.group_scores(layer)
+    assert torch.allclose(difference, importance.group_scores_by_part(layer)["o_proj"])
+    total = importance.element_scores(layer.self_attn.o_proj.weight, "taylor").sum()
+    assert difference.sum().item() == pytest.approx(total.item())
+
+
+def test_channel_scores_by_hand(model, windows):
+    importance.backward(model, windows)
+    mlp = model.model.layers[2].mlp
+    scores = importance.channel_scores(model.model.layers[2])
+    expected = sum((w * g).abs().double().sum().item() for w, g in (
+        (mlp.gate_proj.weight[7], mlp.gate_proj.weight.grad[7]), (mlp.up_proj.weight[7], mlp.up_proj.weight.grad[7]),
+        (mlp.down_proj.weight[:, 7], mlp.down_proj.weight.grad[:, 7])))  # fmt: skip
+    assert scores.shape == (24,) and scores[7].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_misaligned_fold_is_caught(windows):
+    """On a layer where one group is worthless the aligned fold finds it; LLM-Pruner's gives most of its worthlessness to others."""
+    model = small_model(num_attention_heads=8, num_key_value_heads=2)
+    attention = model.model.layers[1].self_attn
+    with torch.no_grad():
+        attention.q_proj.weight[: 4 * attention.head_dim] *= 1e-3  # query heads 0–3: all of group 0
+    importance.backward(model, windows)
+    layer = model.model.layers[1]
+    parts = importance.group_scores_by_part(layer, "magnitude")["q_proj"]
+    heads = importance.head_scores(layer, "magnitude")
+    misaligned = importance.misaligned_group_scores(layer, "magnitude") - heads["k_proj"] - heads["v_proj"]
+    assert parts[0] < 1e-4 * parts[1]
+    assert misaligned[0] > 0.3 * misaligned[1]
+
+
+def test_frozen_and_unfrozen_scores_agree(model, windows):
+    surgery.keep_groups(model, 0, range(max(1, kv_heads(model) - 1)))
+    importance.backward(model, windows)
+    unfrozen = importance.group_scores(model.model.layers[2]), importance.channel_scores(model.model.layers[2])
+    importance.backward(model, windows, [2])
+    assert model.model.layers[1].mlp.up_proj.weight.grad is None
+    stream = hidden_states_before(model, windows, 2)
+    frozen = importance.group_scores(model.model.layers[2]), importance.channel_scores(model.model.layers[2])
+    importance.backward(model, windows, [2], stream, 2)
+    from_stream = importance.group_scores(model.model.layers[2]), importance.channel_scores(model.model.layers[2])
+    for a, b, c in zip(unfrozen, frozen, from_stream, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5) and torch.allclose(a, c, rtol=1e-4)
+
+
+def test_gradients_do_not_depend_on_the_batch(model, windows, monkeypatch):
+    importance.backward(model, windows)
+    whole = importance.group_scores(model.model.layers[0])
+    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 40)
+    importance.backward(model, windows)
+    assert torch.allclose(importance.group_scores(model.model.layers[0]), whole, rtol=1e-4)
+
+
+def test_removal_importance_with_and_without_cached_prefix(model, windows):
+    cached = importance.removal_importance(model, windows)
+    assert torch.allclose(cached, importance.removal_importance(model, windows, cached_prefix=False), rtol=1e-5, atol=1e-5)
+    assert len(model.model.layers) == 3
+
+
+def test_a_layer_that_does_nothing_has_no_importance(model, windows):
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    assert importance.removal_importance(model, windows)[1].item() == pytest.approx(0, abs=1e-9)
+    assert importance.activation_importance(model, windows)[1].item() == pytest.approx(0, abs=1e-6)
+    assert importance.activation_importance(model, windows)[0].item() > 1e-3
+
+
+def test_largest_prefers_the_lower_index():
+    assert importance.largest(torch.tensor([1.0, 3.0, 3.0, 0.0]), 2) == [1, 2]
+    assert importance.largest(torch.tensor([1.0, 1.0, 1.0]), 2) == [0, 1]
+
+
+def test_errors(model, windows):
+    with pytest.raises(InputError, match="no gradient"):
+        importance.group_scores(model.model.layers[0])
+    with pytest.raises(InputError, match="unknown statistic 'best'"):
+        importance.channel_scores(model.model.layers[0], "best")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="calibration loss is nan"):
+        importance.backward(model, windows)
+
+
+def test_infinite_gradient_is_an_error(model, windows):
+    model.model.layers[2].mlp.up_proj.weight.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(InputError, match="gradient of layer"):
+        importance.backward(model, windows)
+
+
+def test_perplexity_is_that_of_the_loss(model, windows):
+    with torch.no_grad():
+        loss = model(windows, labels=windows, use_cache=False).loss
+    assert perplexity(model, windows) == pytest.approx(loss.exp().item(), rel=1e-5)
+    assert perplexity(model, windows, hidden_states_before(model, windows, 2), 2) == pytest.approx(loss.exp().item(), rel=1e-5)

@@ -1,0 +1,127 @@
+"""The uneven class: it is Llama, it saves, it loads, with and without gqalib."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import kv_heads, small_model
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gqalib import InputError, models, surgery
+
+
+@pytest.fixture
+def tokenizer():
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<e>": 0, "a": 1}, "<e>")), eos_token="<e>")
+
+
+@pytest.fixture
+def uneven(model):
+    groups = kv_heads(model)
+    surgery.keep_groups(model, 0, range(1, groups))
+    surgery.keep_groups(model, 2, [0])
+    surgery.keep_channels(model, 1, range(0, 24, 2))
+    return model
+
+
+def test_is_llama(windows, tmp_path):
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
+                                         num_attention_heads=8, num_key_value_heads=2, head_dim=6)).eval()  # fmt: skip
+    llama.save_pretrained(tmp_path)
+    loaded = models.load_model(str(tmp_path))
+    assert type(loaded).__name__ == "GqaLlamaForCausalLM"
+    assert torch.equal(loaded(windows).logits, llama(windows).logits)
+
+
+def test_save_load_same_logits(uneven, logits_of, tokenizer, tmp_path):
+    models.save_model(uneven, tokenizer, tmp_path)
+    for loaded in (models.load_model(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        assert torch.equal(logits_of(loaded), logits_of(uneven))
+        assert models.layer_shapes(loaded).equals(models.layer_shapes(uneven))
+        assert loaded.config.tie_word_embeddings == uneven.config.tie_word_embeddings
+
+
+def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path):
+    models.save_model(uneven, tokenizer, tmp_path / "m")
+    save_file({"x": windows, "y": logits_of(uneven)}, tmp_path / "expected.safetensors")
+    script = (
+        "import sys, torch; sys.modules['gqalib'] = None\n"
+        "from transformers import AutoModelForCausalLM; from safetensors.torch import load_file\n"
+        f"e = load_file({str(tmp_path / 'expected.safetensors')!r})\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'm')!r}, trust_remote_code=True).eval()\n"
+        "assert torch.equal(m(e['x'], use_cache=False).logits, e['y'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_cached_and_uncached_generation_agree(uneven, windows):
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    cached = uneven.generate(windows[:2], use_cache=True, **options)
+    assert torch.equal(cached, uneven.generate(windows[:2], use_cache=False, **options))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "blocked"])
+def test_attention_implementations_agree(uneven, windows, logits_of, implementation):
+    expected = logits_of(uneven)
+    uneven.set_attn_implementation(implementation)
+    assert uneven.model.layers[1].self_attn.config._attn_implementation == implementation
+    assert torch.allclose(logits_of(uneven), expected, atol=1e-4)
+
+
+def test_blocked_attention_over_several_blocks(logits_of, monkeypatch):
+    monkeypatch.setattr("gqalib.attention.BLOCK", 7)
+    model = small_model()
+    expected = logits_of(model)
+    model.set_attn_implementation("blocked")
+    assert torch.allclose(logits_of(model), expected, atol=1e-4)
+
+
+def test_golden_count():
+    counts = models.count_parameters(models.empty_llama_3_8b())
+    assert counts["total"] == 8_030_261_248
+    assert counts["backbone"] == 6_979_321_856
+    assert counts["embeddings"] == 1_050_673_152
+    assert counts["norms"] == 266_240
+
+
+def test_count_matches_tensors(model):
+    assert models.count_parameters(model)["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_size_of(model, clone):
+    dense = models.count_parameters(model)
+    assert models.size_of(model, dense) == {"parameters_kept_percent": 100.0, "backbone_removed_percent": 0.0}
+    surgery.keep_channels(model, 0, range(12))
+    removed = 12 * 3 * 32
+    assert models.size_of(model, dense)["backbone_removed_percent"] == pytest.approx(100 * removed / dense["backbone"])
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "says"),
+    [
+        (None, [], "no readable config.json"),
+        ({"model_type": "gpt2"}, ["model.safetensors"], "no Llama"),
+        ({"model_type": "llama"}, ["pytorch_model.bin"], "pickled"),
+    ],
+)
+def test_folders_that_are_no_model(tmp_path, config, files, says):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=says):
+        models.load_model(str(tmp_path))
+
+
+def test_missing_folder():
+    with pytest.raises(InputError, match="does not exist"):
+        models.check_model("/nowhere/at/all")

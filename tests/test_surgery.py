@@ -1,0 +1,85 @@
+"""Surgery is exact, or the workbook is worth nothing."""
+
+import pytest
+import torch
+from conftest import kv_heads
+
+from gqalib import InputError, importance, models, surgery
+
+
+def test_removed_groups_equal_masked_groups(model, clone, logits_of):
+    gone, count = [0], kv_heads(model)
+    oracle = clone(model)
+    surgery.mask_groups(oracle, 1, gone)
+    surgery.keep_groups(model, 1, [g for g in range(count) if g not in gone])
+    assert torch.allclose(logits_of(model), logits_of(oracle), atol=1e-5)
+
+
+def test_removed_channels_equal_masked_channels(model, clone, logits_of):
+    oracle = clone(model)
+    surgery.mask_channels(oracle, 2, [0, 5, 23])
+    surgery.keep_channels(model, 2, [c for c in range(24) if c not in (0, 5, 23)])
+    assert torch.allclose(logits_of(model), logits_of(oracle), atol=1e-5)
+
+
+def test_keep_all_is_the_identity(model, clone, logits_of):
+    before = clone(model)
+    surgery.keep_groups(model, 0, range(kv_heads(model)))
+    surgery.keep_channels(model, 0, range(24))
+    assert torch.equal(logits_of(model), logits_of(before))
+    assert models.layer_shapes(model).equals(models.layer_shapes(before))
+
+
+def test_permuting_whole_groups_changes_nothing(model, clone, logits_of):
+    expected, count = logits_of(model), kv_heads(model)
+    attention = model.model.layers[1].self_attn
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(3)).tolist()
+    size = attention.q_proj.out_features // attention.head_dim // count
+    queries = surgery.rows_of_heads(surgery.query_heads(order, size), attention.head_dim)
+    keys = surgery.rows_of_heads(order, attention.head_dim)
+    with torch.no_grad():
+        for linear, rows in ((attention.q_proj, queries), (attention.k_proj, keys), (attention.v_proj, keys)):
+            linear.weight.copy_(linear.weight[rows].clone())
+        attention.o_proj.weight.copy_(attention.o_proj.weight[:, queries].clone())
+    assert torch.allclose(logits_of(model), expected, atol=1e-4)
+
+
+def test_permuting_heads_across_groups_does_change(clone, logits_of):
+    from conftest import small_model
+
+    model = small_model(num_attention_heads=8, num_key_value_heads=2)
+    expected = logits_of(model)
+    attention = model.model.layers[1].self_attn
+    rows = surgery.rows_of_heads([0, 2, 4, 6, 1, 3, 5, 7], attention.head_dim)  # the misaligned reading of the layout
+    with torch.no_grad():
+        attention.q_proj.weight.copy_(attention.q_proj.weight[rows].clone())
+        attention.o_proj.weight.copy_(attention.o_proj.weight[:, rows].clone())
+    assert not torch.allclose(logits_of(model), expected, atol=1e-3)
+
+
+def test_new_parameters_carry_no_gradient(model, windows):
+    importance.backward(model, windows)
+    surgery.keep_groups(model, 0, range(1, kv_heads(model)))
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.weight.grad is None and attention.q_proj.weight.requires_grad
+    assert attention.q_proj.out_features == attention.q_proj.weight.shape[0] == attention.o_proj.in_features
+    importance.backward(model, windows)  # the shape mismatch of the founding document
+
+
+@pytest.mark.parametrize(
+    ("layer", "groups", "says"),
+    [(9, [0], "layer 9 is out of range"), (-1, [0], "layer -1 is out of range"), (0, [], "no group of layer 0"),
+     (0, [0, 99], "group 99 is out of range"), (0, [-1, 0], "group -1 is out of range"), (0, [1, 1], "name one twice")],
+)  # fmt: skip
+def test_bad_groups_leave_the_model_alone(model, logits_of, layer, groups, says):
+    before = logits_of(model)
+    with pytest.raises(InputError, match=says):
+        surgery.keep_groups(model, layer, groups)
+    assert torch.equal(logits_of(model), before)
+
+
+def test_bad_channels(model):
+    with pytest.raises(InputError, match="channel 24 is out of range"):
+        surgery.keep_channels(model, 0, [0, 24])
+    with pytest.raises(InputError, match="no channel of layer 1"):
+        surgery.keep_channels(model, 1, [])
