@@ -95,8 +95,8 @@ def _signature(node: ast.AST, prefix: str) -> str:
 def python_docs(split: str) -> Iterator[str]:
     """One document per module: its dotted name, then signature and docstring of everything it documents.
 
-    A paragraph that occurred before is left out, and `train` also leaves out every paragraph of the
-    held-out files, so no sentence of the test text was ever trained on.
+    A paragraph of a docstring that occurred before is left out, and `train` also leaves out every paragraph of the
+    held-out files, so no paragraph of the test text was ever trained on. `train` ends with the language reference.
     """
     seen = set() if split != "train" else {p for s in SPLITS[1:] for p in _paragraph_digests(s)}
     for name, path in source_files():

@@ -7,7 +7,7 @@ import pandas as pd
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from gqalib.errors import InputError
@@ -47,6 +47,7 @@ def finetune_lora(
             task_type="CAUSAL_LM",
         ),
     )
+    trainer.remove_callback(PrinterCallback)  # the log is returned, not printed
     trainer.train()
     log = _log(trainer)
     if not log["loss"].map(math.isfinite).all():
@@ -68,7 +69,7 @@ def _arguments(settings: Recovery, folder: Path, seed: int) -> SFTConfig:
         report_to=settings.report_to,
         completion_only_loss=True,
         packing=False,  # right only with FlashAttention
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         bf16=False,  # the weights' own dtype decides
         save_strategy="no",
         logging_steps=1,

@@ -148,9 +148,9 @@ def results_table(record: dict[str, Any]) -> pd.DataFrame:
     return table
 
 
-def publish(run_dir: Path, preset: str = "tiny", notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> list[Path]:
+def publish(run_dir: Path, preset: str = "tiny", notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
     """Copy a finished run into the repository: executed notebooks, figures, records, README's table."""
-    published, results = [], root / "data" / "results" / preset
+    results = root / "data" / "results" / preset
     results.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(root / "figures" / preset, ignore_errors=True)
     for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
@@ -159,31 +159,50 @@ def publish(run_dir: Path, preset: str = "tiny", notebooks: Path = NOTEBOOKS, ro
         record = read_record(run_dir / f"{path.stem}.json")
         write_atomically(path, nbformat.writes(_clean(nbformat.read(run_dir / path.name, as_version=4))) + "\n")
         write_atomically(results / f"{path.stem}.json", (run_dir / f"{path.stem}.json").read_text(encoding="utf-8"))
-        published.append(path)
         for artefact in record["artefacts"]:
             if artefact.startswith("figures/"):
                 target = root / "figures" / preset / Path(artefact).name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(run_dir / artefact, target)
-    update_readme(root / "README.md", read_record(results / "07_cost_analysis.json"))
-    return published
+    update_readme(root / "README.md", results, notebooks)
 
 
-def update_readme(readme: Path, record: dict[str, Any]) -> None:
-    """Rewrite the block between `<!-- results -->` and `<!-- /results -->` from a record."""
+def update_readme(readme: Path, results: Path, notebooks: Path = NOTEBOOKS) -> None:
+    """Rewrite README's blocks `<!-- results -->` and `<!-- series -->` from the records in a folder."""
     text = readme.read_text(encoding="utf-8")
-    block = f"<!-- results -->\n{readme_block(record)}\n<!-- /results -->"
-    new = re.sub(r"<!-- results -->.*?<!-- /results -->", lambda _: block, text, flags=re.DOTALL)
-    write_atomically(readme, new)
+    for name, block in readme_blocks(results, notebooks).items():
+        marked = f"<!-- {name} -->\n{block}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, m=marked: m, text, flags=re.DOTALL)
+    write_atomically(readme, text)
 
 
-def readme_block(record: dict[str, Any]) -> str:
-    """README's results: a Markdown table and the line that says what it was measured on."""
-    table = results_table(record)
-    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
+    """README's results table and map of the series, as Markdown, from records and the notebooks' titles."""
+    record = read_record(results / "07_cost_analysis.json")
     p = record["parameters"]
-    under = f"{p['corpus']} test text, {p['evaluation']['short_window']}-token windows, preset `{record['preset']}`, {record['machine']}"
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + f"\n\nMeasured on {under}."
+    under = (
+        f"Measured on the {p['corpus']} test text, {p['evaluation']['num_tokens']:,} tokens in windows of "
+        f"{p['evaluation']['short_window']}, preset `{record['preset']}`, seed {record['seed']}, {record['machine']}."
+    )
+    rows = []
+    for path in sorted(notebooks.glob("0[1-9]_*.ipynb")):
+        number, _, title = _title(path).partition(" · ")
+        seconds = read_record(results / f"{path.stem}.json")["seconds"]
+        rows.append([f"[{number}](notebooks/{path.name})", title, f"{seconds:.0f} s"])
+    return {
+        "results": f"{_markdown(results_table(record))}\n\n{under}",
+        "series": _markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
+    }
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def _title(path: Path) -> str:
+    """The heading of a notebook's first cell."""
+    return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
 
 
 def report(run_dir: Path) -> Path:

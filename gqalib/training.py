@@ -7,6 +7,7 @@ checkpoint stood. The same code runs on a GPU (bf16, large batches) and on a CPU
 import json
 import math
 import os
+import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gqalib import attention  # noqa: F401  (registers attn_implementation="blocked")
+from gqalib.corpora import HELD_OUT_ONE_IN
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -262,3 +264,36 @@ def _save(folder: Path, model: LlamaForCausalLM, opts, tokens_seen: int) -> None
 def _log(folder: Path, **values: float) -> None:
     with (folder / "log.jsonl").open("a") as log:
         log.write(json.dumps({key: round(value, 4) for key, value in values.items()}) + "\n")
+
+
+def model_card(recipe: Recipe, num_text_tokens: int, quality: dict[str, float], seconds: float) -> str:
+    """README of the shipped model, written from the run itself."""
+    stages = "; ".join(f"{s.num_tokens:,} tokens at {s.num_hidden_layers} layers, windows of {s.window}" for s in recipe.stages)
+    return f"""# Reference model
+
+Llama-3-8B's topology in miniature (32 layers, 32 query and 8 KV heads, SwiGLU at 3.5 ×, rope θ 500,000): hidden 128,
+head_dim 8, MLP 448, byte-level BPE of 4,096 tokens, tied embeddings; 8.66 million parameters in bf16. Made by
+`notebooks/00_reference_model.ipynb` to be pruned; it is no assistant.
+
+| | |
+|---|---|
+| data | python-docs: docstrings of CPython and of the pinned packages, {num_text_tokens:,} tokens after removing repeated paragraphs |
+| split | by a hash of the module's name, 1 in {HELD_OUT_ONE_IN} each for validation and test |
+| tokens seen | {recipe.num_tokens:,} ({recipe.num_tokens / num_text_tokens:.2f} times the text) |
+| stages | {stages} |
+| optimisers | Muon {recipe.muon_lr} (matrices of the layers, weight decay {recipe.weight_decay}), AdamW {recipe.adamw_lr} (embedding, norms), {recipe.batch_tokens:,} tokens a step; linear decay over the last {recipe.decay_tokens:,} tokens |
+| precision | fp32 weights, matrix products in bf16; shipped in bf16 |
+| validation perplexity | {quality["validation"]:.2f} (256-token windows, 65,536 tokens) |
+| test perplexity | {quality["test"]:.2f} (256-token windows, 65,536 tokens) |
+| hardware, time | {platform.machine()} CPU, {os.cpu_count()} cores, {seconds / 60:.0f} minutes in training steps |
+| licences of the text | those of CPython (PSF) and of the packages (BSD, Apache-2.0, MIT); no text is shipped |
+"""
+
+
+def publish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str) -> None:
+    """Ship a model as a plain Llama: bf16 safetensors, tokenizer, card."""
+    plain = LlamaForCausalLM._from_config(reference_config(model.config.num_hidden_layers))
+    plain.load_state_dict(model.state_dict())
+    plain.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")

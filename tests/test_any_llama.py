@@ -1,0 +1,25 @@
+"""The whole series on a model that nobody in this project made (2:1 groups, 5 layers): one command, seven notebooks."""
+
+from pathlib import Path
+
+import pytest
+
+from gqalib.__main__ import main
+from gqalib.models import REPOSITORY
+from gqalib.records import read_record
+
+SHARED = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not (SHARED / "stories260K").exists(), reason="development data is not part of the product")
+def test_series_on_stories260k(tmp_path: Path, capsys):
+    corpus = SHARED / "text" / "tinystories-train.txt"
+    settings = ["recovery.num_examples=64", "cost.min_run_s=0.05", "evaluation.num_tokens=8192"]
+    arguments = [x for pair in [f"model={SHARED / 'stories260K'}", f"corpus=file:{corpus}", *settings] for x in ("--set", pair)]
+    status = main(["run", "--run-dir", str(tmp_path), *arguments])
+    assert status == 0, capsys.readouterr()
+    record = read_record(tmp_path / "07_cost_analysis.json")
+    perplexity = {row["model"]: row["perplexity"] for row in record["tables"]["results"]}
+    assert 3 < perplexity["dense"] < 5
+    assert perplexity["dense"] < perplexity["v3"] < perplexity["v2"]
+    assert "07_cost_analysis" in capsys.readouterr().out

@@ -1,0 +1,100 @@
+import json
+
+import pytest
+import torch
+
+from gqalib import InputError, corpora
+
+
+class Words:
+    """A tokenizer of one token per word."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": [1 + len(word) for word in text.split()]}
+
+
+def test_docstrings_with_their_signatures():
+    source = '"""Top."""\nclass A:\n    """About A."""\n    def f(self, x, *, y=1):\n        """Do f.\n\n        More.\n        """\ndef g(): pass\n'
+    assert list(corpora.docstrings(source)) == [("", "Top."), ("class A", "About A."), ("A.f(self, x, y)", "Do f.\n\nMore.")]
+
+
+def test_splits_are_fixed_disjoint_and_cover_everything():
+    names = [name for name, _ in corpora.source_files()]
+    assert len(names) > 2000 and len(set(names)) == len(names)
+    splits = {split: {n for n in names if corpora.split_of(n) == split} for split in corpora.SPLITS}
+    assert sum(map(len, splits.values())) == len(names)
+    assert 0.02 < len(splits["test"]) / len(names) < 0.06
+    assert corpora.split_of("numpy/__init__.py") == corpora.split_of("numpy/__init__.py")
+
+
+def test_no_test_paragraph_is_in_the_training_text(monkeypatch):
+    files = corpora.source_files()
+    held = [f for f in files if corpora.split_of(f[0]) != "train"][:60]
+    trained = [f for f in files if corpora.split_of(f[0]) == "train"][:400]
+    monkeypatch.setattr(corpora, "source_files", lambda: held + trained)
+    test = {p.strip() for d in corpora.python_docs("test") for p in d.split("\n\n") if len(p) > 60}
+    train = [p.strip() for d in corpora.python_docs("train") for p in d.split("\n\n")]
+    assert len(test) > 50 and len(train) > 500
+    assert not test.intersection(train)
+    docstrings = [p for d in corpora.python_docs("train") if d not in set(corpora.language_reference()) for p in d.split("\n\n")]
+    assert len([p for p in docstrings if len(p) > 200]) == len({p for p in docstrings if len(p) > 200})
+
+
+def test_windows_do_not_overlap_and_drop_the_tail():
+    assert corpora.windows(torch.arange(10), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(InputError, match="has 3 tokens, too few for one window of 4"):
+        corpora.windows(torch.arange(3), 4)
+
+
+def test_token_ids_join_documents_and_stop():
+    assert corpora.token_ids(iter(["a bb", "ccc"]), Words()).tolist() == [2, 3, 0, 4, 0]
+    assert corpora.token_ids(iter(["a bb"] * 9), Words(), 4).tolist() == [2, 3, 0, 2]
+
+
+def test_file_corpus_splits_in_order(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text("<|endoftext|>".join(f"story {i}" for i in range(10)))
+    parts = {split: list(corpora.read_corpus(f"file:{path}", split)) for split in corpora.SPLITS}
+    assert parts["train"] == [f"story {i}" for i in range(8)]
+    assert parts["validation"] == ["story 8"] and parts["test"] == ["story 9"]
+
+
+@pytest.mark.parametrize(("suffix", "dump"), [("json", json.dumps), ("jsonl", lambda rows: "\n".join(map(json.dumps, rows)))])
+def test_json_corpora(tmp_path, suffix, dump):
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(dump([{"text": f"t{i}"} for i in range(10)]))
+    assert list(corpora.read_corpus(f"file:{path}", "test")) == ["t9"]
+
+
+def test_alpaca_rows(tmp_path):
+    path = tmp_path / "alpaca.json"
+    path.write_text(json.dumps([{"instruction": "Add.", "input": "1 1", "output": "2"}] * 10))
+    row = corpora.instructions(f"file:{path}", "train", "", 1)[0]
+    assert row == {"prompt": "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n", "completion": "2"}
+
+
+def test_instructions_from_the_corpus_itself(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("<|endoftext|>".join(["One day. Tom ran away.", "No end"] * 10))
+    rows = corpora.instructions("corpus", "train", f"file:{path}")
+    assert rows[0] == {"prompt": "One day. ", "completion": "Tom ran away."} and len(rows) == 8
+
+
+@pytest.mark.parametrize(
+    ("corpus", "split", "says"),
+    [("nonsense", "test", "unknown corpus"), ("python-docs", "tset", "unknown split"), ("file:/no/where.txt", "test", "does not exist")],
+)
+def test_bad_corpora(corpus, split, says):
+    with pytest.raises(InputError, match=says):
+        corpora.read_corpus(corpus, split)
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n\n ")
+    (tmp_path / "torn.json").write_text('[{"text": ')
+    (tmp_path / "other.jsonl").write_text('{"body": "x"}')
+    for name, says in (("empty.txt", "no text"), ("torn.json", "cannot be read"), ("other.jsonl", "field text")):
+        with pytest.raises(InputError, match=says):
+            corpora.read_corpus(f"file:{tmp_path / name}", "train")

@@ -1,0 +1,85 @@
+import dataclasses
+
+import pytest
+import torch
+from conftest import small_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gqalib import InputError, recovery, surgery
+from gqalib.perplexity import perplexity
+from gqalib.presets import load_preset
+
+
+@pytest.fixture
+def tokenizer():
+    bpe = Tokenizer(models.WordLevel({"<e>": 0, "<u>": 1} | {f"w{i}": i for i in range(2, 61)}, "<u>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>", pad_token="<e>", unk_token="<u>")
+
+
+@pytest.fixture
+def settings():
+    base = load_preset("tiny").recovery
+    return dataclasses.replace(base, num_epochs=4, num_examples=16, batch_size=4, learning_rate=1e-2, max_length=24)
+
+
+ROWS = [{"prompt": "w2 w3", "completion": " w4 w5 w6 w7"}] * 16
+
+
+@pytest.fixture
+def uneven(model):
+    surgery.keep_groups(model, 0, [0])
+    surgery.keep_channels(model, 1, range(7))
+    return model
+
+
+def test_trains_and_merges(uneven, logits_of, tokenizer, settings, tmp_path):
+    base = {name: p.detach().clone() for name, p in uneven.named_parameters()}
+    adapted, log = recovery.finetune_lora(uneven, tokenizer, ROWS, settings, tmp_path)
+    for name, parameter in adapted.named_parameters():
+        if "lora" not in name:
+            original = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(parameter, base[original]), name
+    assert log["loss"].iloc[-1] < 0.7 * log["loss"].iloc[0]
+    assert len(log) == 16 and log["tokens"].is_monotonic_increasing
+    unmerged = logits_of(adapted)
+    merged = recovery.merge(adapted)
+    assert torch.allclose(logits_of(merged), unmerged, atol=1e-4)
+    assert type(merged).__name__ == "GqaLlamaForCausalLM"
+    assert all(p.dtype == torch.float32 for p in merged.parameters())
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt"))
+
+
+def test_every_linear_module_of_the_layers_is_adapted(tokenizer, settings, tmp_path):
+    adapted, _ = recovery.finetune_lora(small_model(), tokenizer, ROWS, settings, tmp_path)
+    names = {n.split(".lora_A")[0].split(".")[-1] for n, _ in adapted.named_parameters() if "lora_A" in n}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_the_loss_is_on_the_completion_only(tokenizer, settings, tmp_path):
+    """Random prompts, one completion. With the prompts in it the loss could not fall below 7 · log 59 / 12 = 2.38 nats."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"prompt": " ".join(f"w{int(i)}" for i in torch.randint(2, 61, (8,), generator=generator)), "completion": " w9 w9 w9 w9"} for _ in range(64)]
+    longer = dataclasses.replace(settings, num_examples=64, num_epochs=6, learning_rate=3e-2)
+    _, log = recovery.finetune_lora(small_model(), tokenizer, rows, longer, tmp_path)
+    assert log["loss"].iloc[-5:].mean() < 2.3
+
+
+def test_adapter_evaluates_as_it_is(tokenizer, settings, windows, tmp_path):
+    model = small_model()
+    before = perplexity(model, windows)
+    adapted, _ = recovery.finetune_lora(model, tokenizer, ROWS, settings, tmp_path)
+    assert perplexity(adapted, windows) != pytest.approx(before, rel=1e-3)
+    with adapted.disable_adapter():
+        assert perplexity(adapted, windows) == pytest.approx(before, rel=1e-6)
+
+
+def test_no_rows(tokenizer, settings, tmp_path):
+    with pytest.raises(InputError, match="no rows"):
+        recovery.finetune_lora(small_model(), tokenizer, [], settings, tmp_path)
+
+
+def test_report_to_is_passed_through(settings, tmp_path):
+    assert recovery._arguments(settings, tmp_path, 0).report_to in ([], "none", ["none"])
+    assert "tensorboard" in str(recovery._arguments(dataclasses.replace(settings, report_to="tensorboard"), tmp_path, 0).report_to)

@@ -1,0 +1,103 @@
+"""What is committed: notebooks executed once and in order, README equal to the records, nothing of anybody's machine."""
+
+import json
+import re
+import subprocess
+
+import nbformat
+import pytest
+
+from gqalib import series
+from gqalib.models import REPOSITORY
+from gqalib.records import read_record
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+RESULTS = REPOSITORY / "data" / "results" / "tiny"
+NAMES = [path.stem for path in NOTEBOOKS]
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=NAMES)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_executed_once_in_order(notebook):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1)) and len(counts) > 5
+
+
+def test_no_error_output(notebook):
+    assert not [o for cell in code_cells(notebook) for o in cell.outputs if o.output_type == "error"]
+
+
+def test_shape_of_a_page(notebook):
+    """Opens with question and time, closes with takeaways, limits, exercises and the way on; cells are short."""
+    first, last = notebook.cells[0].source, notebook.cells[-1].source
+    for word in ("**Question**", "**Time**", "**Reads**", "**Writes**"):
+        assert word in first
+    for word in ("## Takeaways", "**Limits.**", "**Exercises.**"):
+        assert word in last
+    lengths = sorted(len(cell.source.splitlines()) for cell in code_cells(notebook))
+    assert lengths[len(lengths) // 2] <= 10 and lengths[-1] <= 24
+    assert [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("00")])
+def test_record_beside_notebook(name):
+    record = read_record(RESULTS / f"{name}.json")
+    assert record["preset"] == "tiny" and record["overrides"] == {} and record["metrics"]
+    for artefact in record["artefacts"]:
+        if artefact.startswith("figures/"):
+            assert (REPOSITORY / "figures" / "tiny" / artefact.removeprefix("figures/")).stat().st_size > 1000
+
+
+def test_records_are_of_one_run():
+    records = [read_record(RESULTS / f"{name}.json") for name in NAMES if not name.startswith("00")]
+    assert len({record["library"] for record in records}) == 1
+    assert len({json.dumps(record["parameters"]) for record in records}) == 1
+
+
+def test_readme_equals_the_records():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for name, block in series.readme_blocks(RESULTS).items():
+        assert f"<!-- {name} -->\n{block}\n<!-- /{name} -->" in text, f"run `make publish`: README's {name} differ"
+
+
+def test_the_story_holds():
+    """What the series teaches must be what it measured."""
+    value = {key: m["value"] for name in NAMES if name != NAMES[0] for key, m in read_record(RESULTS / f"{name}.json")["metrics"].items()}
+    dense = value["perplexity_short"]
+    assert value["perplexity_v2"] > 5 * value["perplexity_v3"]
+    assert dense < value["perplexity_v3_lora"] < value["perplexity_v3"]
+    assert value["perplexity_v2_lora"] > 2 * value["perplexity_v3_lora"]
+    assert value["masked_oracle_difference"] < 1e-4 and value["merge_difference"] < 1e-3
+    assert value["factor_pairing"] > 2 * value["factor_choice"]
+
+
+def test_reference_model_is_good_enough():
+    card = (REPOSITORY / "data" / "reference_model" / "README.md").read_text(encoding="utf-8")
+    assert float(re.search(r"test perplexity \| ([\d.]+)", card)[1]) <= 25
+
+
+def tracked():
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split("\n")
+    return [REPOSITORY / name for name in listed if name and (REPOSITORY / name).exists()]
+
+
+def test_nothing_of_anybodys_machine():
+    pattern = re.compile(r"/(?:tmp|root|work)/\w|/home/(?!a/)\w+/")
+    for path in tracked():
+        if path.suffix in {".ipynb", ".py", ".md", ".json", ".yml", ".yaml", ".toml", ".txt", ""} and path.name != "test_repository.py":
+            assert not pattern.search(path.read_text(encoding="utf-8")), path
+
+
+def test_no_pickles_and_no_remote_code():
+    banned = ["torch" + ".load(", "trust_remote_code" + "=True", "pickle" + ".load"]
+    for path in tracked():
+        if path.suffix == ".py" and path.name != "test_models.py":
+            assert not [word for word in banned if word in path.read_text(encoding="utf-8").replace(" ", "")], path
+        assert path.suffix not in {".bin", ".pt", ".pth", ".pkl"}, path

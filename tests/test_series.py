@@ -1,0 +1,168 @@
+"""The runner on small notebooks of its own: progress, resume, kill, torn records, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from conftest import small_model
+
+from gqalib import InputError, series
+from gqalib.__main__ import main
+from gqalib.records import Notebook, read_record
+
+PARAMETERS = 'preset = "tiny"\noverrides = {}\nrun_dir = ""\nseed = 0'
+
+
+def write_notebook(folder, name, *code):
+    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    start = f"from gqalib.records import Notebook\nnb = Notebook({name!r}, preset, overrides, run_dir, seed)"
+    cells += [nbformat.v4.new_code_cell(source) for source in (start, *code, "nb.finish()")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    write_notebook(folder, "00_never", "raise SystemError")
+    write_notebook(folder, "01_first", 'nb.metric("x", 1.5, "u")')
+    write_notebook(folder, "02_second", 'y = nb.upstream("01_first")["metrics"]["x"]["value"] * 2', 'nb.metric("y", y, "u")')
+    return folder
+
+
+@pytest.fixture
+def job(tmp_path, notebooks):
+    small_model().save_pretrained(tmp_path / "model")
+
+    def make(**changes):
+        options = {"overrides": {"model": str(tmp_path / "model")}, "run_dir": tmp_path / "run", "notebooks": notebooks}
+        return series.Series(**{**options, **changes})
+
+    return make
+
+
+def states(job):
+    return [job.is_finished(path) for path in job.paths]
+
+
+def test_runs_resumes_and_reruns_what_changed(job, notebooks, capsys):
+    job().run()
+    assert read_record(job().run_dir / "02_second.json")["metrics"]["y"] == {"value": 3.0, "unit": "u"}
+    assert [p.name for p in job().paths] == ["01_first.ipynb", "02_second.ipynb"]
+    assert states(job()) == [True, True]
+    job().run()
+    assert capsys.readouterr().out.count("finished before") == 2
+    write_notebook(notebooks, "02_second", 'nb.upstream("01_first")', 'nb.metric("y", 7, "u")')
+    assert states(job()) == [True, False]
+    assert states(job(seed=1)) == [False, False]
+    model = job().parameters["model"]
+    assert states(job(overrides={"model": model, "pruning.mean_rate": 0.3})) == [False, False]
+
+
+def test_a_new_upstream_record_makes_the_rest_stale(job):
+    job().run()
+    path = job().run_dir / "01_first.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"seconds": 1e9}))
+    assert states(job()) == [True, False]
+
+
+@pytest.mark.parametrize("torn", ["", '{"schema": 1, "notebook": "01_fi', "[]", '{"schema": 0, "notebook": "01_first"}'])
+def test_torn_upstream_record(job, torn):
+    job().run()
+    (job().run_dir / "01_first.json").write_text(torn)
+    assert states(job()) == [False, False]
+    with pytest.raises(InputError, match=r"01_first(.json)? .*(02_second)"):
+        job(only="02").run()
+    assert not (job().run_dir / "02_second.json").exists()
+
+
+def test_missing_upstream_record(job):
+    with pytest.raises(InputError, match="run 01_first first: .*01_first.json is missing"):
+        job(only="02").run()
+
+
+def test_upstream_of_other_parameters(job, tmp_path):
+    job().run()
+    with pytest.raises(InputError, match="made with other parameters"):
+        job(only="02", overrides={"model": str(tmp_path / "model"), "pruning.alpha": 2.0}).run()
+
+
+def test_failure_names_notebook_cell_and_error(job, notebooks):
+    write_notebook(notebooks, "02_second", "z = 1 / 0  # here")
+    with pytest.raises(series.NotebookFailed, match=r"(?s)02_second, cell \d+: z = 1 / 0  # here.*ZeroDivisionError"):
+        job().run()
+    assert states(job()) == [True, False]
+    assert (job().run_dir / "02_second.failed.ipynb").exists() and not (job().run_dir / "02_second.ipynb").exists()
+    write_notebook(notebooks, "02_second", "z = 1")
+    job().run()
+    assert states(job()) == [True, True] and not (job().run_dir / "02_second.failed.ipynb").exists()
+
+
+def test_kill_in_the_middle_and_resume(job, notebooks, tmp_path):
+    """SIGKILL while the second notebook runs: the first stays finished, the second is run again, and nothing half-written counts."""
+    write_notebook(notebooks, "02_second", 'import pathlib, time; pathlib.Path(run_dir, "begun").touch(); time.sleep(600)')
+    code = f"from gqalib import series; series.Series(overrides={job().overrides!r}, run_dir={str(job().run_dir)!r}, notebooks=__import__('pathlib').Path({str(notebooks)!r})).run()"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (job().run_dir / "begun").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    with pytest.raises(InputError, match="another run is working"):
+        job().run()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert states(job()) == [True, False]
+    assert not (job().run_dir / "02_second.json").exists() and not (job().run_dir / "02_second.ipynb").exists()
+    begun = (job().run_dir / "01_first.json").stat().st_mtime
+    write_notebook(notebooks, "02_second", 'nb.upstream("01_first")')
+    job().run()
+    assert states(job()) == [True, True] and (job().run_dir / "01_first.json").stat().st_mtime == begun
+
+
+def test_notebook_without_a_parameter(job, notebooks):
+    notebook = nbformat.read(notebooks / "01_first.ipynb", as_version=4)
+    notebook.cells[0].source = 'preset = "tiny"'
+    nbformat.write(notebook, notebooks / "01_first.ipynb")
+    with pytest.raises(InputError, match="no parameter overrides, run_dir, seed"):
+        job().run()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset", "huge"], "unknown preset 'huge'"),
+        (["--set", "pruning.mean_rat=0.3"], "unknown parameter 'pruning.mean_rat'"),
+        (["--set", "pruning.mean_rate=1.5"], "pruning.mean_rate = 1.5"),
+        (["--set", "model=/no/such/folder"], "does not exist"),
+        (["--from", "42"], "--from 42 names no notebook"),
+        (["--only", "00"], "--only 00 names no notebook"),
+    ],
+)
+def test_bad_input_is_one_sentence_status_2_and_nothing_written(tmp_path, capsys, arguments, says):
+    assert main(["run", "--run-dir", str(tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_must_be_finite(tmp_path):
+    nb = Notebook("01_first", "tiny", {}, tmp_path)
+    for value in (float("nan"), float("inf"), True):
+        with pytest.raises(InputError, match="not finite"):
+            nb.metric("x", value, "u")
+
+
+def test_published_notebooks_are_clean(job, tmp_path, notebooks):
+    job().run()
+    notebook = series._clean(nbformat.read(job().run_dir / "02_second.ipynb", as_version=4))
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert str(tmp_path) not in nbformat.writes(notebook)
+    assert code[0].source == PARAMETERS
