@@ -14,13 +14,15 @@ from gqalib.records import default_run_dir
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     top = argparse.ArgumentParser(prog="python -m gqalib", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the numbered notebooks through papermill; finished ones are kept")
     run.add_argument("--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)")
     run.add_argument("--from", dest="first", metavar="NN", help="start with this notebook")
     run.add_argument("--only", metavar="NN", help="run this notebook alone")
-    run.add_argument("--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help="e.g. pruning.mean_rate=0.5; repeatable")
+    run.add_argument("--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE", 
+                     help="e.g. pruning.mean_rate=0.5; repeatable")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--force", action="store_true", help="run finished notebooks again")
     for command in (run, commands.add_parser("publish", help="copy a finished run into notebooks/, figures/, data/results/, README"),

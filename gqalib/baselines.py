@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gqalib import importance
+from gqalib.errors import InputError
 from gqalib.models import decoder_layers, layer_shape
 from gqalib.surgery import keep_channels, record_shapes, rows_of_heads
 
@@ -96,9 +97,14 @@ def pairing(kept_query_heads: Sequence[int], kept_kv_heads: Sequence[int], group
     """(query head, KV head that it reads, KV head that is its own) for every surviving query head, by original numbers.
 
     What attention does after a cut: the heads that are left are renumbered, and KV head j serves the next
-    len(query) // len(kv) of them. When that does not divide, the fused kernel pairs by the floor of the ratio.
+    len(query) / len(kv) of them.
+
+    Raises:
+        InputError: the counts do not divide; attention cannot run then, so nobody reads anything.
     """
-    served = len(kept_query_heads) // len(kept_kv_heads)
+    served, rest = divmod(len(kept_query_heads), len(kept_kv_heads))
+    if rest:
+        raise InputError(f"{len(kept_query_heads)} query heads do not divide by {len(kept_kv_heads)} KV heads: remove other heads")
     return [(head, kept_kv_heads[position // served], head // group_size) for position, head in enumerate(kept_query_heads)]
 
 

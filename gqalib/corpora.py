@@ -153,6 +153,14 @@ def _digest(text: str) -> str:
 # ---------------------------------------------------------------- every corpus
 
 
+def check_corpus(corpus: str) -> None:
+    """Raises InputError if there is no such corpus, or its file is missing or holds no text; downloads nothing."""
+    if corpus.startswith("file:"):
+        _split_file(Path(corpus.removeprefix("file:")), "train")
+    elif corpus != "python-docs" and corpus not in DATASETS:
+        raise InputError(f"unknown corpus {corpus!r}: use python-docs, {', '.join(DATASETS)} or file:PATH")
+
+
 def read_corpus(corpus: str, split: str) -> Iterator[str]:
     """Documents of one split of a corpus, one string each.
 
@@ -161,13 +169,12 @@ def read_corpus(corpus: str, split: str) -> Iterator[str]:
     """
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    check_corpus(corpus)
     if corpus == "python-docs":
         return python_docs(split)
     if corpus in DATASETS:
         return _hub_documents(corpus, split)
-    if corpus.startswith("file:"):
-        return iter(_split_file(Path(corpus.removeprefix("file:")), split))
-    raise InputError(f"unknown corpus {corpus!r}: use python-docs, {', '.join(DATASETS)} or file:PATH")
+    return iter(_split_file(Path(corpus.removeprefix("file:")), split))
 
 
 def token_ids(documents: Iterator[str], tokenizer, num_tokens: int | None = None) -> torch.Tensor:

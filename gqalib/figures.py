@@ -78,7 +78,8 @@ def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float],
     colours = [_colour_of(name) for name in names]
     ax.barh(positions, np.nan_to_num(values, nan=dense), color=colours, height=0.7)
     for position, value in zip(positions, values, strict=True):
-        ax.text(max(value, dense) * 1.04 if value == value else dense, position, f"{value:,.1f}" if value == value else "does not run", va="center", fontsize=9)
+        text = "does not run" if np.isnan(value) else f"{value:,.1f}"
+        ax.text(np.nanmax([value, dense]) * 1.04, position, text, va="center", fontsize=9)
     ax.axvline(dense, color=COLORS["dense"], lw=1, ls="--")
     ax.set_yticks(positions, names)
     ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(dense * 0.8, np.nanmax(values) * 2))

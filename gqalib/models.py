@@ -55,7 +55,11 @@ def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwarg
     Other arguments (`attn_implementation`, `device_map`, …) go to `from_pretrained`.
     """
     source = check_model(str(model))
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:  # a hub id that is absent, gated or out of reach, or a config that cannot be
+        reason = str(error).splitlines()[0]
+        raise InputError(f"model {model} cannot be loaded ({reason}): log in with `hf auth login`, or give a folder") from error
     if config.model_type == LlamaConfig.model_type:
         config = to_gqa_config(config)
     elif config.model_type != GqaLlamaConfig.model_type:

@@ -6,6 +6,7 @@ Unknown names, wrong types and impossible values are errors that name value and 
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass
@@ -130,6 +131,7 @@ RULES = {
 
 
 def preset_names() -> list[str]:
+    """The presets that can be asked for."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -189,7 +191,7 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         raise InputError(f"{name} = {value!r} is a {type(value).__name__}: give {expected}")
     default = POSITIVE if kind in (int, float) else (lambda v: True, "")
     allowed, text = RULES.get(name, default)
-    if not allowed(value) or value != value or value in (float("inf"), float("-inf")):
+    if not allowed(value) or (isinstance(value, float) and not math.isfinite(value)):
         raise InputError(f"{name} = {value!r} cannot be: give {text or 'a finite value'}")
     return value
 

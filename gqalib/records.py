@@ -63,6 +63,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sha256(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -153,5 +154,5 @@ class Notebook:
 
 
 def _git_commit() -> str | None:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return result.stdout.strip() or None

@@ -16,6 +16,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 
+from gqalib.corpora import check_corpus
 from gqalib.errors import InputError
 from gqalib.models import REPOSITORY, check_model
 from gqalib.presets import load_preset
@@ -52,6 +53,7 @@ class Series:
     def __post_init__(self) -> None:
         self.parameters = load_preset(self.preset, self.overrides).to_dict()
         check_model(self.parameters["model"])
+        check_corpus(self.parameters["corpus"])
         self.run_dir = Path(self.run_dir).absolute() if self.run_dir else default_run_dir(self.preset)
         self.paths = self._select()
 

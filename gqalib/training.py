@@ -281,7 +281,8 @@ head_dim 8, MLP 448, byte-level BPE of 4,096 tokens, tied embeddings; 8.66 milli
 | split | by a hash of the module's name, 1 in {HELD_OUT_ONE_IN} each for validation and test |
 | tokens seen | {recipe.num_tokens:,} ({recipe.num_tokens / num_text_tokens:.2f} times the text) |
 | stages | {stages} |
-| optimisers | Muon {recipe.muon_lr} (matrices of the layers, weight decay {recipe.weight_decay}), AdamW {recipe.adamw_lr} (embedding, norms), {recipe.batch_tokens:,} tokens a step; linear decay over the last {recipe.decay_tokens:,} tokens |
+| optimisers | Muon {recipe.muon_lr} (matrices of the layers, weight decay {recipe.weight_decay}), AdamW {recipe.adamw_lr} (the rest) |
+| schedule | {recipe.batch_tokens:,} tokens a step; constant rates, then linear decay over the last {recipe.decay_tokens:,} tokens |
 | precision | fp32 weights, matrix products in bf16; shipped in bf16 |
 | validation perplexity | {quality["validation"]:.2f} (256-token windows, 65,536 tokens) |
 | test perplexity | {quality["test"]:.2f} (256-token windows, 65,536 tokens) |

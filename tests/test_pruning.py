@@ -124,6 +124,11 @@ def test_whole_groups_are_never_misread():
     assert baselines.num_misread(baselines.pairing(baselines.heads_left(32, [6, 7])[:24], range(6), 4)) == 10
 
 
+def test_heads_that_do_not_divide():
+    with pytest.raises(InputError, match="7 query heads do not divide by 3 KV heads"):
+        baselines.pairing(range(7), range(3), 2)
+
+
 def test_shuffle_breaks_only_the_pairing(windows, logits_of, clone):
     model = llama_like()
     shuffled = baselines.shuffle_kv_heads(clone(model), 0)

@@ -141,6 +141,8 @@ def test_notebook_without_a_parameter(job, notebooks):
         (["--set", "pruning.mean_rat=0.3"], "unknown parameter 'pruning.mean_rat'"),
         (["--set", "pruning.mean_rate=1.5"], "pruning.mean_rate = 1.5"),
         (["--set", "model=/no/such/folder"], "does not exist"),
+        (["--set", "corpus=file:/no/such/file.txt"], "corpus file /no/such/file.txt does not exist"),
+        (["--set", "corpus=wikipedia"], "unknown corpus 'wikipedia'"),
         (["--from", "42"], "--from 42 names no notebook"),
         (["--only", "00"], "--only 00 names no notebook"),
     ],
