@@ -8,7 +8,8 @@ A corpus name is one of
     file:PATH      anybody's own text, JSON or JSONL (a `text` field)
 
 and every corpus has the splits `train` (calibration and training), `validation` and `test`.
-Documents are plain strings; `token_ids` joins them and `windows` cuts what the model reads.
+Documents are plain strings. Separate ones (a module, a story) are encoded one by one; the rows of a running text (WikiText-2,
+a file in paragraphs) are first joined by blank lines. `windows` cuts what the model reads.
 """
 
 import ast
@@ -27,6 +28,8 @@ import torch
 from gqalib.errors import InputError
 
 SPLITS = ("train", "validation", "test")
+JSON = (".json", ".jsonl")
+END_OF_DOCUMENT = "<|endoftext|>"  # what text files write between documents
 
 # The packages whose docstrings make up python-docs: what `requirements.txt` pins and people read.
 PACKAGES = (
@@ -35,6 +38,7 @@ PACKAGES = (
 )  # fmt: skip
 SKIPPED_FOLDERS = {"test", "tests", "_tests", "testing", "lib2to3", "site-packages", "idlelib", "turtledemo", "_vendor"}
 HELD_OUT_ONE_IN = 25  # one file in 25 is validation text, another one test text
+CHARACTERS_PER_TOKEN = 16  # more than any text has: so much of a running text is read for a number of tokens
 DATASETS = {  # name: (hub path, configuration, text column)
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
     "c4": ("allenai/c4", "en", "text"),
@@ -178,24 +182,41 @@ def read_corpus(corpus: str, split: str) -> Iterator[str]:
 
 
 def token_ids(documents: Iterator[str], tokenizer, num_tokens: int | None = None) -> torch.Tensor:
-    """Token ids of the documents, joined, int64 of shape [tokens]; stops after `num_tokens`.
+    """Token ids of separate documents, one after the other, int64 of shape [tokens]; stops after `num_tokens`.
 
-    Documents are joined with the tokenizer's end-of-text token where it has one, else with a blank line.
+    Each is encoded with the marks that the tokenizer itself puts around a text (`<s>` for Llama); where it puts none, the
+    end-of-text token follows each document.
     """
-    join = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else _encode(tokenizer, "\n\n")
+    marked = bool(_encode(tokenizer, "", add_special_tokens=True))
+    end = [] if marked else [tokenizer.eos_token_id]
     ids: list[int] = []
     for document in documents:
-        ids += _encode(tokenizer, document) + join
+        ids += _encode(tokenizer, document, add_special_tokens=marked) + end
         if num_tokens is not None and len(ids) >= num_tokens:
             break
     return torch.tensor(ids[:num_tokens], dtype=torch.long)
 
 
-def windows(ids: torch.Tensor, length: int) -> torch.Tensor:
-    """Non-overlapping windows [count, length] of a token stream; the tail that fills no window is dropped."""
+def running_text_ids(documents: Iterator[str], tokenizer, num_tokens: int) -> torch.Tensor:
+    """Token ids of one text, its parts joined by a blank line and encoded in one piece, as LLM-Pruner and GPTQ read WikiText-2."""
+    parts, num_characters = [], 0
+    for part in documents:
+        parts.append(part)
+        num_characters += len(part)
+        if num_characters > CHARACTERS_PER_TOKEN * num_tokens:
+            break
+    return torch.tensor(_encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)[:num_tokens], dtype=torch.long)
+
+
+def windows(ids: torch.Tensor, length: int, source: str = "the text") -> torch.Tensor:
+    """Non-overlapping windows [count, length] of a token stream; the tail that fills no window is dropped.
+
+    Raises:
+        InputError: `source` has not enough tokens for one window.
+    """
     count = len(ids) // length
     if count == 0:
-        raise InputError(f"the corpus has {len(ids)} tokens, too few for one window of {length}: give a longer text")
+        raise InputError(f"{source} has {len(ids)} tokens, too few for one window of {length}: give a longer text")
     return ids[: count * length].view(count, length)
 
 
@@ -205,7 +226,9 @@ def evaluation_windows(corpus: str, split: str, tokenizer, length: int, num_toke
     Raises:
         InputError: the split has not enough tokens for one window.
     """
-    return windows(token_ids(read_corpus(corpus, split), tokenizer, max(num_tokens, length)), length)
+    encode = running_text_ids if is_running_text(corpus) else token_ids
+    ids = encode(read_corpus(corpus, split), tokenizer, max(num_tokens, length))
+    return windows(ids, length, f"the {split} split of {corpus}")
 
 
 def instructions(name: str, split: str, corpus: str, num_rows: int | None = None) -> list[dict[str, str]]:
@@ -270,18 +293,26 @@ def _hub_documents(corpus: str, split: str) -> Iterator[str]:
             rows = load_dataset(path, configuration, split=split)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise InputError(f"corpus {corpus} cannot be loaded ({error}): connect, or give file:PATH") from error
-    return (row[column] for row in rows if row[column].strip())
+    return (row[column] for row in rows)
+
+
+def is_running_text(corpus: str) -> bool:
+    """Whether the corpus is one text in rows or paragraphs; otherwise its documents stand for themselves."""
+    if not corpus.startswith("file:"):
+        return corpus in DATASETS
+    path = Path(corpus.removeprefix("file:"))
+    return path.suffix not in JSON and END_OF_DOCUMENT not in path.read_text(encoding="utf-8")
 
 
 def _split_file(path: Path, split: str) -> list[str]:
     """80 % / 10 % / 10 % of a file's documents, in order, so that neighbours stay in one split."""
     if not path.is_file():
         raise InputError(f"corpus file {path} does not exist: give file:PATH of a text, JSON or JSONL file")
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix in JSON:
         documents = [row["text"] if "text" in row else f"{row['instruction']}\n{row['output']}" for row in _json_rows(path)]
     else:
         text = path.read_text(encoding="utf-8")
-        documents = text.split("<|endoftext|>") if "<|endoftext|>" in text else re.split(r"\n\s*\n", text)
+        documents = text.split(END_OF_DOCUMENT) if END_OF_DOCUMENT in text else re.split(r"\n\s*\n", text)
     documents = [document.strip() for document in documents if document.strip()]
     if not documents:
         raise InputError(f"corpus file {path} holds no text: give a longer one")
@@ -305,5 +336,5 @@ def _json_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _encode(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _encode(tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]

@@ -154,3 +154,10 @@ def break_even_tokens(investment_usd: float, dense_usd_per_million: float, prune
     """Decoded tokens after which the saving has paid the investment; infinity if there is no saving."""
     saving = (dense_usd_per_million - pruned_usd_per_million) / 1e6
     return investment_usd / saving if saving > 0 else float("inf")
+
+
+def return_on_investment(
+    investment_usd: float, dense_usd_per_million: float, pruned_usd_per_million: float, tokens_per_month: float
+) -> float:
+    """A month's saving as a multiple of the investment; negative if the pruned model costs more."""
+    return (dense_usd_per_million - pruned_usd_per_million) * tokens_per_month / 1e6 / investment_usd

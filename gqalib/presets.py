@@ -79,6 +79,7 @@ class Prices:
     date: str
     gpu: str
     usd_per_gpu_hour: float
+    tokens_per_month: float  # decoded; what the saving is counted on
     source: str
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import nbformat
 import pandas as pd
 
-from gqalib.corpora import check_corpus
+from gqalib.corpora import check_corpus, evaluation_windows
 from gqalib.errors import InputError
-from gqalib.models import REPOSITORY, check_model
+from gqalib.models import REPOSITORY, check_model, load_tokenizer
 from gqalib.presets import load_preset
 from gqalib.records import default_run_dir, library_hash, read_record, sha256, write_atomically
 
@@ -54,8 +54,17 @@ class Series:
         self.parameters = load_preset(self.preset, self.overrides).to_dict()
         check_model(self.parameters["model"])
         check_corpus(self.parameters["corpus"])
+        self._check_length()
         self.run_dir = Path(self.run_dir).absolute() if self.run_dir else default_run_dir(self.preset)
         self.paths = self._select()
+
+    def _check_length(self) -> None:
+        """Anybody's own file may be too short; the corpora that the workbook names are not."""
+        p = self.parameters
+        if p["corpus"].startswith("file:"):
+            tokenizer = load_tokenizer(p["model"])
+            for split, length in (("test", p["evaluation"]["short_window"]), ("train", p["calibration"]["length"])):
+                evaluation_windows(p["corpus"], split, tokenizer, length, length)
 
     def _select(self) -> list[Path]:
         paths = sorted(p for p in self.notebooks.glob("[0-9][0-9]_*.ipynb") if not p.name.startswith("00_"))
@@ -256,7 +265,11 @@ def _locked(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"another run is working in {run_dir}: wait for it, or give another --run-dir") from error
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(run_dir) == [".lock"]:  # nothing came of it
+                shutil.rmtree(run_dir)
 
 
 def _seconds(path: Path) -> float:

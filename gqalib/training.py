@@ -160,14 +160,16 @@ def train(
     device: str = "cpu",
     micro_tokens: int = 2048,
     checkpoint_s: float = 300,
+    start_from: Path | None = None,
 ) -> LlamaForCausalLM:
     """Train the reference model; state and log live in `folder`, so that a killed run goes on where it was saved.
 
     Args:
+        start_from: folder of a shipped model, to train it through the last stage of `recipe` (see `one_more_stage`).
         ids, validation: token ids [tokens] to learn from, and windows [count, window] that are watched at each checkpoint.
         micro_tokens: how many tokens go through the model at once: what the caches like, not part of the result.
     """
-    model, opts, tokens_seen = _resume(recipe, folder, device)
+    model, opts, tokens_seen = _resume(recipe, folder, device, start_from)
     saved_at = time.monotonic()
     while tokens_seen < recipe.num_tokens:
         stage = recipe.stage(tokens_seen)
@@ -228,13 +230,11 @@ def validation_loss(model: nn.Module, windows: torch.Tensor) -> float:
     return torch.stack(losses).mean().item()
 
 
-def _resume(recipe: Recipe, folder: Path, device: str):
+def _resume(recipe: Recipe, folder: Path, device: str, start_from: Path | None):
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state.json"
     if not state.exists():
-        (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
-        model = initial_model(reference_config(recipe.stages[0].num_hidden_layers), recipe.seed).to(device)
-        return model, optimizers(model, recipe), 0
+        return _begin(recipe, device, start_from)
     saved = json.loads(state.read_text())
     model = LlamaForCausalLM.from_pretrained(folder / saved["checkpoint"], attn_implementation="blocked").to(device)
     opts = optimizers(model, recipe)
@@ -244,6 +244,16 @@ def _resume(recipe: Recipe, folder: Path, device: str):
             prefix = f"{i}.{j}."
             optimizer.state[parameter] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     return model, opts, saved["tokens_seen"]
+
+
+def _begin(recipe: Recipe, device: str, start_from: Path | None):
+    if start_from is None:
+        model, tokens_seen = initial_model(reference_config(recipe.stages[0].num_hidden_layers), recipe.seed), 0
+    else:
+        model = LlamaForCausalLM.from_pretrained(start_from, dtype=torch.float32, attn_implementation="blocked")
+        tokens_seen = recipe.num_tokens - recipe.stages[-1].num_tokens
+    model = model.to(device)
+    return model, optimizers(model, recipe), tokens_seen
 
 
 def _save(folder: Path, model: LlamaForCausalLM, opts, tokens_seen: int) -> None:
@@ -291,10 +301,18 @@ head_dim 8, MLP 448, byte-level BPE of 4,096 tokens, tied embeddings; 8.66 milli
 """
 
 
-def publish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str) -> None:
-    """Ship a model as a plain Llama: bf16 safetensors, tokenizer, card."""
+def publish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str, recipe: Recipe) -> None:
+    """Ship a model as a plain Llama: bf16 safetensors, tokenizer, card, and the recipe that `one_more_stage` continues."""
     plain = LlamaForCausalLM._from_config(reference_config(model.config.num_hidden_layers))
     plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n", encoding="utf-8")
+
+
+def one_more_stage(folder: Path, stage: Stage) -> Recipe:
+    """The recipe of a shipped model, continued: for `train(…, start_from=folder)` in a new state folder."""
+    data = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    stages = (*(Stage(**earlier) for earlier in data.pop("stages")), stage)
+    return Recipe(stages=stages, **data)

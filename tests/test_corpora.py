@@ -7,12 +7,15 @@ from gqalib import InputError, corpora
 
 
 class Words:
-    """A tokenizer of one token per word."""
+    """A tokenizer of one token per word, the word's length; `begin` is the mark that it puts before a text."""
 
     eos_token_id = 0
 
-    def __call__(self, text, **kwargs):
-        return {"input_ids": [1 + len(word) for word in text.split()]}
+    def __init__(self, *begin):
+        self.begin = list(begin)
+
+    def __call__(self, text, add_special_tokens, **kwargs):
+        return {"input_ids": self.begin * add_special_tokens + [1 + len(word) for word in text.split()]}
 
 
 def test_docstrings_with_their_signatures():
@@ -44,13 +47,27 @@ def test_no_test_paragraph_is_in_the_training_text(monkeypatch):
 
 def test_windows_do_not_overlap_and_drop_the_tail():
     assert corpora.windows(torch.arange(10), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    with pytest.raises(InputError, match="has 3 tokens, too few for one window of 4"):
+    with pytest.raises(InputError, match="the text has 3 tokens, too few for one window of 4"):
         corpora.windows(torch.arange(3), 4)
 
 
 def test_token_ids_join_documents_and_stop():
     assert corpora.token_ids(iter(["a bb", "ccc"]), Words()).tolist() == [2, 3, 0, 4, 0]
     assert corpora.token_ids(iter(["a bb"] * 9), Words(), 4).tolist() == [2, 3, 0, 2]
+
+
+def test_documents_carry_the_tokenizers_own_marks():
+    assert corpora.token_ids(iter(["a bb", "ccc"]), Words(99)).tolist() == [99, 2, 3, 99, 4]
+
+
+def test_running_text_is_encoded_in_one_piece(tmp_path):
+    assert corpora.running_text_ids(iter(["a bb", "ccc"]), Words(99), 10).tolist() == [99, 2, 3, 4]
+    assert corpora.running_text_ids(iter(["a bb"] * 99), Words(99), 4).tolist() == [99, 2, 3, 2]
+    paragraphs, stories = tmp_path / "a.txt", tmp_path / "b.txt"
+    paragraphs.write_text("one\n\ntwo")
+    stories.write_text("one<|endoftext|>two")
+    kinds = [corpora.is_running_text(name) for name in ("wikitext2", f"file:{paragraphs}", f"file:{stories}", "python-docs")]
+    assert kinds == [True, True, False, False]
 
 
 def test_file_corpus_splits_in_order(tmp_path):

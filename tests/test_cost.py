@@ -73,3 +73,5 @@ def test_money():
     assert cost.usd_per_million_tokens(1000, 3.6) == pytest.approx(1.0)
     assert cost.break_even_tokens(10, 2.0, 1.0) == pytest.approx(10e6)
     assert cost.break_even_tokens(10, 1.0, 1.0) == float("inf")
+    assert cost.return_on_investment(10, 2.0, 1.0, 1e9) == pytest.approx(100)
+    assert cost.return_on_investment(10, 1.0, 2.0, 1e9) == pytest.approx(-100)

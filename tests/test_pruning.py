@@ -1,3 +1,6 @@
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import kv_heads, small_model
@@ -93,6 +96,25 @@ def test_dependency_graph_gives_30_and_6(windows):
     assert models.layer_shapes(model)["num_attention_heads"].tolist() == [24] * 3
     model.set_attn_implementation("eager")
     assert torch.isfinite(model(windows).logits).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(120)  # a trace with rotate_half never ends at 2:1
+@pytest.mark.parametrize("kv_heads", [4, 2, 1, 8])
+def test_dependency_graph_ends_for_every_group_size(windows, kv_heads):
+    model = small_model(num_attention_heads=8, num_key_value_heads=kv_heads)
+    baselines.prune_with_dependency_graph(model, {1: [0]} if kv_heads > 1 else {}, windows[:1])
+    shape = models.layer_shapes(model).iloc[1]
+    assert (shape["num_attention_heads"], shape["num_key_value_heads"]) == ((7, kv_heads - 1) if kv_heads > 1 else (8, 1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tracing_without_rotate_half_changes_no_group(windows, monkeypatch):
+    model, untouched = llama_like(), llama_like()
+    baselines.prune_with_dependency_graph(model, {0: [1, 5], 2: [0]}, windows[:1])
+    monkeypatch.setattr(baselines, "patch", SimpleNamespace(object=lambda *_: contextlib.nullcontext()))
+    baselines.prune_with_dependency_graph(untouched, {0: [1, 5], 2: [0]}, windows[:1])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +27,7 @@ def write_notebook(folder, name, *code):
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
 
 
-@pytest.fixture
-def notebooks(tmp_path):
-    folder = tmp_path / "notebooks"
+def write_series(folder):
     folder.mkdir()
     write_notebook(folder, "00_never", "raise SystemError")
     write_notebook(folder, "01_first", 'nb.metric("x", 1.5, "u")')
@@ -36,15 +35,38 @@ def notebooks(tmp_path):
     return folder
 
 
-@pytest.fixture
-def job(tmp_path, notebooks):
-    small_model().save_pretrained(tmp_path / "model")
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    small_model().save_pretrained(folder)
+    return str(folder)
 
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("finished")
+    series.Series(overrides={"model": model_folder}, run_dir=folder / "run", notebooks=write_series(folder / "notebooks")).run()
+    return folder / "run"
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    return write_series(tmp_path / "notebooks")
+
+
+@pytest.fixture
+def job(tmp_path, notebooks, model_folder):
     def make(**changes):
-        options = {"overrides": {"model": str(tmp_path / "model")}, "run_dir": tmp_path / "run", "notebooks": notebooks}
-        return series.Series(**{**options, **changes})
+        return series.Series(**{"overrides": {"model": model_folder}, "run_dir": tmp_path / "run", "notebooks": notebooks, **changes})
 
     return make
+
+
+@pytest.fixture
+def finished(job, finished_run):
+    """A job whose notebooks have all been run."""
+    shutil.copytree(finished_run, job().run_dir)
+    return job
 
 
 def states(job):
@@ -65,22 +87,20 @@ def test_runs_resumes_and_reruns_what_changed(job, notebooks, capsys):
     assert states(job(overrides={"model": model, "pruning.mean_rate": 0.3})) == [False, False]
 
 
-def test_a_new_upstream_record_makes_the_rest_stale(job):
-    job().run()
-    path = job().run_dir / "01_first.json"
+def test_a_new_upstream_record_makes_the_rest_stale(finished):
+    path = finished().run_dir / "01_first.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"seconds": 1e9}))
-    assert states(job()) == [True, False]
+    assert states(finished()) == [True, False]
 
 
 @pytest.mark.parametrize("torn", ["", '{"schema": 1, "notebook": "01_fi', "[]", '{"schema": 0, "notebook": "01_first"}'])
-def test_torn_upstream_record(job, torn):
-    job().run()
-    (job().run_dir / "01_first.json").write_text(torn)
-    assert states(job()) == [False, False]
+def test_torn_upstream_record(finished, torn):
+    (finished().run_dir / "01_first.json").write_text(torn)
+    assert states(finished()) == [False, False]
     with pytest.raises(InputError, match=r"01_first(.json)? .*(02_second)"):
-        job(only="02").run()
-    assert not (job().run_dir / "02_second.json").exists()
+        finished(only="02").run()
+    assert not (finished().run_dir / "02_second.json").exists()
 
 
 def test_missing_upstream_record(job):
@@ -88,10 +108,9 @@ def test_missing_upstream_record(job):
         job(only="02").run()
 
 
-def test_upstream_of_other_parameters(job, tmp_path):
-    job().run()
+def test_upstream_of_other_parameters(finished, model_folder):
     with pytest.raises(InputError, match="made with other parameters"):
-        job(only="02", overrides={"model": str(tmp_path / "model"), "pruning.alpha": 2.0}).run()
+        finished(only="02", overrides={"model": model_folder, "pruning.alpha": 2.0}).run()
 
 
 def test_failure_names_notebook_cell_and_error(job, notebooks):
@@ -161,9 +180,8 @@ def test_metrics_must_be_finite(tmp_path):
             nb.metric("x", value, "u")
 
 
-def test_published_notebooks_are_clean(job, tmp_path, notebooks):
-    job().run()
-    notebook = series._clean(nbformat.read(job().run_dir / "02_second.ipynb", as_version=4))
+def test_published_notebooks_are_clean(finished, tmp_path):
+    notebook = series._clean(nbformat.read(finished().run_dir / "02_second.ipynb", as_version=4))
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
     assert str(tmp_path) not in nbformat.writes(notebook)
