@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gqalib import series
+from gqalib import publishing, series
 from gqalib.errors import InputError
 from gqalib.presets import preset_names
 from gqalib.records import default_run_dir
@@ -21,8 +21,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)")
     run.add_argument("--from", dest="first", metavar="NN", help="start with this notebook")
     run.add_argument("--only", metavar="NN", help="run this notebook alone")
-    run.add_argument("--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE", 
-                     help="e.g. pruning.mean_rate=0.5; repeatable")
+    run.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help="e.g. pruning.mean_rate=0.5; repeatable"
+    )
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--force", action="store_true", help="run finished notebooks again")
     for command in (run, commands.add_parser("publish", help="copy a finished run into notebooks/, figures/, data/results/, README"),
@@ -57,15 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         if options.command == "run":
-            job = series.Series(
-                options.preset, overrides(options.overrides), options.run_dir, options.seed, options.first, options.only
-            )
+            job = series.Series(options.preset, overrides(options.overrides), options.run_dir, options.seed, options.first, options.only)
             job.run(options.force)
             print(job.summary())
         elif options.command == "publish":
-            series.publish(options.run_dir or default_run_dir(options.preset), options.preset)
+            publishing.publish(options.run_dir or default_run_dir(options.preset), options.preset)
         else:
-            print(series.report(options.run_dir or default_run_dir(options.preset)))
+            print(publishing.report(options.run_dir or default_run_dir(options.preset)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

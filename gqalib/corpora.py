@@ -234,7 +234,7 @@ def evaluation_windows(corpus: str, split: str, tokenizer, length: int, num_toke
 def instructions(name: str, split: str, corpus: str, num_rows: int | None = None) -> list[dict[str, str]]:
     """Rows of `prompt` and `completion` to learn from.
 
-    `python-docs`: "Describe `package.module.name`." and the first paragraph of its docstring; `alpaca-cleaned`;
+    `python-docs`: "Describe `package.module.name`." and its docstring; `alpaca-cleaned`;
     `file:PATH`: JSON or JSONL rows of instruction, input, output; `corpus`: documents of the preset's own corpus,
     each to be continued from its first sentence.
     """
@@ -255,7 +255,7 @@ def _described(split: str) -> Iterator[dict[str, str]]:
             for signature, doc in _entries(path):
                 label = re.sub(r"^class |\(.*", "", signature)
                 subject = ".".join(filter(None, (_dotted(name), label)))
-                yield {"prompt": f"Describe `{subject}`.\n", "completion": doc.split("\n\n")[0].strip()}
+                yield {"prompt": f"Describe `{subject}`.\n", "completion": doc.strip()}
 
 
 def _continued(documents: Iterator[str]) -> Iterator[dict[str, str]]:

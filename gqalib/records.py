@@ -22,16 +22,22 @@ import transformers
 
 from gqalib import figures
 from gqalib.errors import InputError
-from gqalib.models import REPOSITORY, resolve_device
+from gqalib.models import REPOSITORY, check_model, resolve_device
 from gqalib.presets import load_preset
 
 SCHEMA = 1
+NOTEBOOKS = REPOSITORY / "notebooks"
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
 
 
 def default_run_dir(preset: str) -> Path:
     """`runs/<preset>` in the repository, or under `$GQALIB_RUNS`."""
     return Path(os.environ.get("GQALIB_RUNS", REPOSITORY / "runs")).expanduser().absolute() / preset
+
+
+def numbered_notebooks(folder: Path = NOTEBOOKS) -> list[Path]:
+    """The notebooks of the series in order; 00, which made the reference model, is not part of it."""
+    return sorted(path for path in folder.glob("[0-9][0-9]_*.ipynb") if not path.name.startswith("00_"))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -72,6 +78,18 @@ def library_hash() -> str:
     """One hash of gqalib's own source and presets."""
     files = sorted((REPOSITORY / "gqalib").rglob("*.py")) + sorted((REPOSITORY / "gqalib").rglob("*.yaml"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def fingerprints(parameters: dict[str, Any]) -> dict[str, str]:
+    """What tells that a local model folder or corpus file has been replaced: names, sizes and times of its files, hashed."""
+    places = {"model": Path(check_model(parameters["model"])), "corpus": Path(parameters["corpus"].removeprefix("file:"))}
+    return {name: _fingerprint(place) for name, place in places.items() if place.exists()}
+
+
+def _fingerprint(place: Path) -> str:
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 class Notebook:
@@ -137,6 +155,7 @@ class Notebook:
             "parameters": self.preset.to_dict(),
             "overrides": self.overrides,
             "seed": self.seed,
+            "inputs": fingerprints(self.preset.to_dict()),
             "library": library_hash(),
             "git_commit": _git_commit(),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
@@ -154,5 +173,7 @@ class Notebook:
 
 
 def _git_commit() -> str | None:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    """The commit that is checked out, with `-dirty` if files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return result.stdout.strip() or None

@@ -1,10 +1,9 @@
-"""The runner: executes the numbered notebooks through papermill, resumes, and publishes what they made."""
+"""The runner: executes the numbered notebooks through papermill, one line of progress each, and goes on after an interruption."""
 
 import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -14,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import pandas as pd
 
 from gqalib.corpora import check_corpus, evaluation_windows
 from gqalib.errors import InputError
 from gqalib.models import REPOSITORY, check_model, load_tokenizer
 from gqalib.presets import load_preset
-from gqalib.records import default_run_dir, library_hash, read_record, sha256, write_atomically
+from gqalib.publishing import results_table
+from gqalib.records import NOTEBOOKS, default_run_dir, fingerprints, library_hash, numbered_notebooks, read_record, sha256
 
-NOTEBOOKS = REPOSITORY / "notebooks"
 PARAMETERS = ("preset", "overrides", "run_dir", "seed")
 KERNEL_ENVIRONMENT = {  # never MPLBACKEND: figures would vanish from the executed notebooks
     "PYTHONHASHSEED": "0",
@@ -67,7 +65,7 @@ class Series:
                 evaluation_windows(p["corpus"], split, tokenizer, length, length)
 
     def _select(self) -> list[Path]:
-        paths = sorted(p for p in self.notebooks.glob("[0-9][0-9]_*.ipynb") if not p.name.startswith("00_"))
+        paths = numbered_notebooks(self.notebooks)
         numbers = [path.name[:2] for path in paths]
         for option, number in (("--from", self.first), ("--only", self.only)):
             if number is not None and number[:2] not in numbers:
@@ -93,15 +91,22 @@ class Series:
                 print(f"{time.monotonic() - begun:4.0f} s   (elapsed {_clock(time.monotonic() - started)}, {left})", flush=True)
 
     def is_finished(self, path: Path) -> bool:
-        """Whether the record and the executed notebook stand for these parameters, this code and these upstream records."""
+        """Whether record and executed notebook stand for these parameters, inputs, code and upstream records, and nothing is gone."""
         try:
             record = read_record(self.run_dir / f"{path.stem}.json")
             executed = nbformat.read(self.run_dir / path.name, as_version=4)
-            upstream = {name: sha256(self.run_dir / f"{name}.json") for name in record["upstream"]}
+            whole = all((self.run_dir / name).exists() for name in record["artefacts"])
+            asked = {
+                "parameters": json.loads(json.dumps(self.parameters)),
+                "seed": self.seed,
+                "inputs": fingerprints(self.parameters),
+                "library": library_hash(),
+                "upstream": {name: sha256(self.run_dir / f"{name}.json") for name in record["upstream"]},
+            }
+            same = all(record[key] == value for key, value in asked.items())
         except (InputError, OSError, KeyError, ValueError):
             return False
-        asked = {"parameters": json.loads(json.dumps(self.parameters)), "seed": self.seed, "library": library_hash(), "upstream": upstream}
-        return all(record[key] == value for key, value in asked.items()) and _code(executed) == _code(nbformat.read(path, as_version=4))
+        return whole and same and _code(executed) == _code(nbformat.read(path, as_version=4))
 
     def execute(self, path: Path) -> None:
         """Run one notebook headlessly; the executed copy appears in the run folder when it is whole.
@@ -151,105 +156,10 @@ class Series:
         return "\n".join([*lines, f"figures    {self.run_dir / 'figures'}"])
 
 
-def results_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Dense / v2 / v3 / v3 + LoRA, as 07_cost_analysis recorded it, in readable numbers."""
-    table = pd.DataFrame(record["tables"]["results"])
-    for column, digits in (("parameters kept %", 1), ("backbone removed %", 1), ("perplexity", 2), ("speed-up", 2), ("ceiling", 2)):
-        table[column] = table[column].map(lambda value, d=digits: "–" if value is None or pd.isna(value) else f"{value:,.{d}f}")
-    return table
-
-
-def publish(run_dir: Path, preset: str = "tiny", notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
-    """Copy a finished run into the repository: executed notebooks, figures, records, README's table."""
-    results = root / "data" / "results" / preset
-    results.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(root / "figures" / preset, ignore_errors=True)
-    for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
-        if path.name.startswith("00_"):
-            continue
-        record = read_record(run_dir / f"{path.stem}.json")
-        write_atomically(path, nbformat.writes(_clean(nbformat.read(run_dir / path.name, as_version=4))) + "\n")
-        write_atomically(results / f"{path.stem}.json", (run_dir / f"{path.stem}.json").read_text(encoding="utf-8"))
-        for artefact in record["artefacts"]:
-            if artefact.startswith("figures/"):
-                target = root / "figures" / preset / Path(artefact).name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(run_dir / artefact, target)
-    update_readme(root / "README.md", results, notebooks)
-
-
-def update_readme(readme: Path, results: Path, notebooks: Path = NOTEBOOKS) -> None:
-    """Rewrite README's blocks `<!-- results -->` and `<!-- series -->` from the records in a folder."""
-    text = readme.read_text(encoding="utf-8")
-    for name, block in readme_blocks(results, notebooks).items():
-        marked = f"<!-- {name} -->\n{block}\n<!-- /{name} -->"
-        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, m=marked: m, text, flags=re.DOTALL)
-    write_atomically(readme, text)
-
-
-def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
-    """README's results table and map of the series, as Markdown, from records and the notebooks' titles."""
-    record = read_record(results / "07_cost_analysis.json")
-    p = record["parameters"]
-    under = (
-        f"Measured on the {p['corpus']} test text, {p['evaluation']['num_tokens']:,} tokens in windows of "
-        f"{p['evaluation']['short_window']}, preset `{record['preset']}`, seed {record['seed']}, {record['machine']}."
-    )
-    rows = []
-    for path in sorted(notebooks.glob("0[1-9]_*.ipynb")):
-        number, _, title = _title(path).partition(" · ")
-        seconds = read_record(results / f"{path.stem}.json")["seconds"]
-        rows.append([f"[{number}](notebooks/{path.name})", title, f"{seconds:.0f} s"])
-    return {
-        "results": f"{_markdown(results_table(record))}\n\n{under}",
-        "series": _markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
-    }
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-
-
-def _title(path: Path) -> str:
-    """The heading of a notebook's first cell."""
-    return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
-
-
-def report(run_dir: Path) -> Path:
-    """One HTML page per executed notebook and an index, in `run_dir/report`."""
-    from nbconvert import HTMLExporter
-
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
-    pages = sorted(run_dir.glob("[0-9][0-9]_*[a-z].ipynb"))
-    for path in pages:
-        html, _ = HTMLExporter().from_filename(str(path))
-        write_atomically(folder / f"{path.stem}.html", html)
-    links = "\n".join(f'<li><a href="{path.stem}.html">{path.stem.replace("_", " ")}</a></li>' for path in pages)
-    write_atomically(folder / "index.html", f"<!doctype html><meta charset=utf-8><title>Report</title><ul>{links}</ul>\n")
-    return folder / "index.html"
-
-
 def _code(notebook: nbformat.NotebookNode) -> list[str]:
-    """Source of the code cells but those that hold parameters."""
+    """Source of the code cells but the one that papermill injected."""
     cells = (c for c in notebook.cells if c.cell_type == "code")
-    return [c.source for c in cells if not {"parameters", "injected-parameters"} & set(c.metadata.get("tags", []))]
-
-
-def _clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """An executed notebook as it is committed: no injected parameters, no timings, cells counted 1 … n."""
-    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    for count, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
-        cell.execution_count = count
-        for output in cell.outputs:
-            if output.output_type == "execute_result":
-                output.execution_count = count
-    for cell in notebook.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
-    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec", "language_info") if k in notebook.metadata}
-    notebook.metadata["language_info"] = {"name": "python"}
-    return notebook
+    return [c.source for c in cells if "injected-parameters" not in c.metadata.get("tags", [])]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,11 @@ def test_group_scores_by_hand(model, windows):
     d = attention.head_dim
     for group in range(count):
         expected = 0.0
-        for linear, first, rows in ((attention.q_proj, group * size * d, size * d), (attention.k_proj, group * d, d), (attention.v_proj, group * d, d)):
+        for linear, first, rows in (
+            (attention.q_proj, group * size * d, size * d),
+            (attention.k_proj, group * d, d),
+            (attention.v_proj, group * d, d),
+        ):
             part = slice(first, first + rows)
             expected += (linear.weight[part] * linear.weight.grad[part]).abs().double().sum().item()
         assert importance.group_scores(model.model.layers[1])[group].item() == pytest.approx(expected, rel=1e-6)

@@ -58,7 +58,11 @@ def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path):
         "assert torch.equal(m(e['x'], use_cache=False).logits, e['y'])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}, cwd=tmp_path
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -65,6 +65,12 @@ def test_names():
 
 
 def test_command_line_values():
-    assert overrides(["a=0.5", "b=1e-4", "c=[1, 8]", "d=file:x.txt", "e=null"]) == {"a": 0.5, "b": 1e-4, "c": [1, 8], "d": "file:x.txt", "e": None}
+    assert overrides(["a=0.5", "b=1e-4", "c=[1, 8]", "d=file:x.txt", "e=null"]) == {
+        "a": 0.5,
+        "b": 1e-4,
+        "c": [1, 8],
+        "d": "file:x.txt",
+        "e": None,
+    }
     with pytest.raises(InputError, match="is no NAME=VALUE"):
         overrides(["pruning.mean_rate"])

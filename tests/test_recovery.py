@@ -60,7 +60,10 @@ def test_every_linear_module_of_the_layers_is_adapted(tokenizer, settings, tmp_p
 def test_the_loss_is_on_the_completion_only(tokenizer, settings, tmp_path):
     """Random prompts, one completion. With the prompts in it the loss could not fall below 7 · log 59 / 12 = 2.38 nats."""
     generator = torch.Generator().manual_seed(0)
-    rows = [{"prompt": " ".join(f"w{int(i)}" for i in torch.randint(2, 61, (8,), generator=generator)), "completion": " w9 w9 w9 w9"} for _ in range(64)]
+    rows = [
+        {"prompt": " ".join(f"w{int(i)}" for i in torch.randint(2, 61, (8,), generator=generator)), "completion": " w9 w9 w9 w9"}
+        for _ in range(64)
+    ]
     longer = dataclasses.replace(settings, num_examples=64, num_epochs=6, learning_rate=3e-2)
     _, log = recovery.finetune_lora(small_model(), tokenizer, rows, longer, tmp_path)
     assert log["loss"].iloc[-5:].mean() < 2.3

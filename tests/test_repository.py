@@ -7,7 +7,7 @@ import subprocess
 import nbformat
 import pytest
 
-from gqalib import series
+from gqalib import publishing
 from gqalib.models import REPOSITORY
 from gqalib.records import read_record
 
@@ -63,7 +63,7 @@ def test_records_are_of_one_run():
 
 def test_readme_equals_the_records():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    for name, block in series.readme_blocks(RESULTS).items():
+    for name, block in publishing.readme_blocks(RESULTS).items():
         assert f"<!-- {name} -->\n{block}\n<!-- /{name} -->" in text, f"run `make publish`: README's {name} differ"
 
 

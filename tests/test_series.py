@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from conftest import small_model
 
-from gqalib import InputError, series
+from gqalib import InputError, publishing, series
 from gqalib.__main__ import main
 from gqalib.records import Notebook, read_record
 
@@ -181,7 +181,7 @@ def test_metrics_must_be_finite(tmp_path):
 
 
 def test_published_notebooks_are_clean(finished, tmp_path):
-    notebook = series._clean(nbformat.read(finished().run_dir / "02_second.ipynb", as_version=4))
+    notebook = publishing._clean(nbformat.read(finished().run_dir / "02_second.ipynb", as_version=4))
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
     assert str(tmp_path) not in nbformat.writes(notebook)

@@ -1,0 +1,119 @@
+"""What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables, the report."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from gqalib.errors import InputError
+from gqalib.models import REPOSITORY
+from gqalib.records import NOTEBOOKS, numbered_notebooks, read_record, write_atomically
+
+
+def results_table(record: dict[str, Any]) -> pd.DataFrame:
+    """Dense / v2 / v3 / v3 + LoRA, as 07_cost_analysis recorded it, in readable numbers."""
+    table = pd.DataFrame(record["tables"]["results"])
+    for column, digits in (("parameters kept %", 1), ("backbone removed %", 1), ("perplexity", 2), ("speed-up", 2), ("ceiling", 2)):
+        table[column] = table[column].map(lambda value, d=digits: "–" if value is None or pd.isna(value) else f"{value:,.{d}f}")
+    return table
+
+
+def publish(run_dir: Path, preset: str = "tiny", notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
+    """Copy a finished run of a plain preset into the repository: executed notebooks, figures, records, README's tables.
+
+    Raises:
+        InputError: a record is missing, or was made with overrides or another preset.
+    """
+    paths = numbered_notebooks(notebooks)
+    _check_plain(preset, [read_record(run_dir / f"{path.stem}.json") for path in paths])
+    results = root / "data" / "results" / preset
+    results.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(root / "figures" / preset, ignore_errors=True)
+    for path in paths:
+        record = read_record(run_dir / f"{path.stem}.json")
+        write_atomically(path, nbformat.writes(_clean(nbformat.read(run_dir / path.name, as_version=4))) + "\n")
+        write_atomically(results / f"{path.stem}.json", (run_dir / f"{path.stem}.json").read_text(encoding="utf-8"))
+        for artefact in record["artefacts"]:
+            if artefact.startswith("figures/"):
+                target = root / "figures" / preset / Path(artefact).name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(run_dir / artefact, target)
+    update_readme(root / "README.md", results, notebooks)
+
+
+def _check_plain(preset: str, records: list[dict[str, Any]]) -> None:
+    for record in records:
+        if record["overrides"] or record["preset"] != preset:
+            made_with = f"preset {record['preset']} and overrides {record['overrides']}"
+            raise InputError(f"{record['notebook']} was made with {made_with}: publish a run of plain {preset}")
+
+
+def update_readme(readme: Path, results: Path, notebooks: Path = NOTEBOOKS) -> None:
+    """Rewrite README's blocks `<!-- results -->` and `<!-- series -->` from the records in a folder."""
+    text = readme.read_text(encoding="utf-8")
+    for name, block in readme_blocks(results, notebooks).items():
+        marked = f"<!-- {name} -->\n{block}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, m=marked: m, text, flags=re.DOTALL)
+    write_atomically(readme, text)
+
+
+def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
+    """README's results table and map of the series, as Markdown, from records and the notebooks' titles."""
+    record = read_record(results / "07_cost_analysis.json")
+    p = record["parameters"]
+    under = (
+        f"Measured on the {p['corpus']} test text, {p['evaluation']['num_tokens']:,} tokens in windows of "
+        f"{p['evaluation']['short_window']}, preset `{record['preset']}`, seed {record['seed']}, {record['machine']}."
+    )
+    rows = []
+    for path in numbered_notebooks(notebooks):
+        number, _, title = _title(path).partition(" · ")
+        seconds = read_record(results / f"{path.stem}.json")["seconds"]
+        rows.append([f"[{number}](notebooks/{path.name})", title, f"{seconds:.0f} s"])
+    return {
+        "results": f"{_markdown(results_table(record))}\n\n{under}",
+        "series": _markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
+    }
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def _title(path: Path) -> str:
+    """The heading of a notebook's first cell."""
+    return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
+
+
+def report(run_dir: Path) -> Path:
+    """One HTML page per executed notebook and an index, in `run_dir/report`."""
+    from nbconvert import HTMLExporter
+
+    folder = run_dir / "report"
+    folder.mkdir(exist_ok=True)
+    pages = sorted(run_dir.glob("[0-9][0-9]_*[a-z].ipynb"))
+    for path in pages:
+        html, _ = HTMLExporter().from_filename(str(path))
+        write_atomically(folder / f"{path.stem}.html", html)
+    links = "\n".join(f'<li><a href="{path.stem}.html">{path.stem.replace("_", " ")}</a></li>' for path in pages)
+    write_atomically(folder / "index.html", f"<!doctype html><meta charset=utf-8><title>Report</title><ul>{links}</ul>\n")
+    return folder / "index.html"
+
+
+def _clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """An executed notebook as it is committed: no injected parameters, no timings, cells counted 1 … n."""
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    for count, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec", "language_info") if k in notebook.metadata}
+    notebook.metadata["language_info"] = {"name": "python"}
+    return notebook
