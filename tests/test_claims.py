@@ -1,0 +1,31 @@
+import pytest
+
+from gqalib.claims import CLAIMS, Claim, verdicts
+
+MEASURED = Claim("x: 2 → 4", "ratio", "ratio", 0, 2, "× dense")
+COUNTED = Claim("5× faster", "ceiling", "ceiling", 5, float("inf"), "×", "counting")
+BILL = Claim("pays", "bill", "bill", 1, 2, "×", "nothing")
+
+
+@pytest.mark.parametrize(
+    ("claim", "value", "verdict", "shown"),
+    [
+        (MEASURED, 1.5, "reproduced in form", "1.5 × dense"),
+        (MEASURED, 2.5, "not reproduced here", "2.5 × dense"),
+        (MEASURED, None, "not testable on this model", "–"),
+        (COUNTED, 1.2, "refuted", "1.2 ×"),
+        (COUNTED, 6.0, "reproduced in form", "6 ×"),
+        (BILL, 1.5, "not testable here: it takes a served model and its bill", "1.5 ×"),
+    ],
+)
+def test_verdicts(claim, value, verdict, shown):
+    row = verdicts({} if value is None else {claim.key: value}, (claim,)).iloc[0]
+    assert (row["verdict"], row["measured"]) == (verdict, shown)
+
+
+def test_ranges_in_words():
+    assert verdicts({}, (MEASURED, COUNTED, BILL))["claimed"].tolist() == ["at most 2 × dense", "at least 5 ×", "1 to 2 ×"]
+
+
+def test_every_claim_is_another_one():
+    assert len({claim.text for claim in CLAIMS}) == len({claim.key for claim in CLAIMS}) == len(CLAIMS)
