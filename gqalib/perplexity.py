@@ -22,25 +22,36 @@ def perplexity(model: nn.Module, windows: torch.Tensor, hidden_states: torch.Ten
     With `hidden_states` [count, length, hidden], the stream before layer `first_layer`, only the layers from there on
     are run. A model so broken that the exponential overflows has perplexity infinity.
     """
-    num_predicted = windows.shape[0] * (windows.shape[1] - 1)
-    nll = negative_log_likelihood(model, windows, hidden_states, first_layer) / num_predicted
-    return math.exp(nll) if nll < 700 else math.inf
+    mean = window_losses(model, windows, hidden_states, first_layer).mean().item()
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 @torch.no_grad()
-def negative_log_likelihood(
+def window_losses(
     model: nn.Module, windows: torch.Tensor, hidden_states: torch.Tensor | None = None, first_layer: int = 0
-) -> float:
-    """Sum of −log p over all predicted tokens, in nats, accumulated in float64."""
-    total = 0.0
+) -> torch.Tensor:
+    """Mean −log p of the predicted tokens of each window, in nats, float64 [count] on the CPU, summed in float64."""
+    losses = []
     with layers_between(model, first_layer):
         for rows in batches(windows):
-            inputs = {"input_ids": windows[rows].to(model.device)}
+            input_ids = windows[rows].to(model.device)
+            inputs = {"input_ids": input_ids}
             if hidden_states is not None:
                 inputs = {"inputs_embeds": hidden_states[rows].to(model.device)}
             logits = model(**inputs, use_cache=False).logits
-            total += token_losses(logits, windows[rows].to(model.device)).double().sum().item()
-    return total
+            losses.append(token_losses(logits, input_ids).view(len(input_ids), -1).double().mean(1).cpu())
+    return torch.cat(losses)
+
+
+def ratio_with_error(losses: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """Perplexity relative to another model's on the same windows, and the standard error of that ratio.
+
+    From `window_losses` of both, [count]. The error is that of the paired differences: what makes a window hard is hard for both
+    and cancels. It says how much other windows of the same text would change the ratio, not how much another text would.
+    """
+    difference = losses - reference
+    ratio = difference.mean().exp().item()
+    return ratio, ratio * (difference.std() / len(difference) ** 0.5).item()
 
 
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@ import torch
 from conftest import kv_heads, small_model
 
 from gqalib import InputError, importance, surgery
-from gqalib.perplexity import hidden_states_before, perplexity
+from gqalib.perplexity import hidden_states_before, perplexity, ratio_with_error, window_losses
 
 
 def test_group_scores_by_hand(model, windows):
@@ -122,3 +122,15 @@ def test_perplexity_is_that_of_the_loss(model, windows):
         loss = model(windows, labels=windows, use_cache=False).loss
     assert perplexity(model, windows) == pytest.approx(loss.exp().item(), rel=1e-5)
     assert perplexity(model, windows, hidden_states_before(model, windows, 2), 2) == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_window_losses_and_their_ratio(model, clone, windows):
+    losses = window_losses(model, windows)
+    assert losses.shape == (len(windows),)
+    assert losses[2].exp().item() == pytest.approx(perplexity(model, windows[2:3]), rel=1e-6)
+    assert ratio_with_error(losses, losses) == (1.0, 0.0)
+    pruned = clone(model)
+    surgery.keep_channels(pruned, 0, range(6))
+    ratio, error = ratio_with_error(window_losses(pruned, windows), losses)
+    assert ratio == pytest.approx(perplexity(pruned, windows) / perplexity(model, windows), rel=1e-6)
+    assert 0 < error < 1
