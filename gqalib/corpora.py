@@ -38,6 +38,7 @@ PACKAGES = (
 )  # fmt: skip
 SKIPPED_FOLDERS = {"test", "tests", "_tests", "testing", "lib2to3", "site-packages", "idlelib", "turtledemo", "_vendor"}
 HELD_OUT_ONE_IN = 25  # one file in 25 is validation text, another one test text
+SPREAD = 32  # a sample is drawn from so many times its own length of text
 CHARACTERS_PER_TOKEN = 16  # more than any text has: so much of a running text is read for a number of tokens
 DATASETS = {  # name: (hub path, configuration, text column)
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
@@ -220,15 +221,26 @@ def windows(ids: torch.Tensor, length: int, source: str = "the text") -> torch.T
     return ids[: count * length].view(count, length)
 
 
+def spread(windows: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Evenly spaced rows of windows [count, length], `num_tokens` tokens in all; every row if there are no more."""
+    count = max(1, num_tokens // windows.shape[1])
+    if count >= len(windows):
+        return windows
+    return windows[torch.arange(count) * len(windows) // count]
+
+
 def evaluation_windows(corpus: str, split: str, tokenizer, length: int, num_tokens: int) -> torch.Tensor:
-    """Windows [count, length] from the start of a split, `num_tokens` in all (fewer if the text ends before).
+    """Windows [count, length] of a split, `num_tokens` in all (fewer if the text is shorter).
+
+    They are spread over `SPREAD` times as much text: neighbouring windows are of one document, and a sample of few documents says
+    little about the others.
 
     Raises:
         InputError: the split has not enough tokens for one window.
     """
     encode = running_text_ids if is_running_text(corpus) else token_ids
-    ids = encode(read_corpus(corpus, split), tokenizer, max(num_tokens, length))
-    return windows(ids, length, f"the {split} split of {corpus}")
+    ids = encode(read_corpus(corpus, split), tokenizer, max(SPREAD * num_tokens, length))
+    return spread(windows(ids, length, f"the {split} split of {corpus}"), num_tokens)
 
 
 def instructions(name: str, split: str, corpus: str, num_rows: int | None = None) -> list[dict[str, str]]:

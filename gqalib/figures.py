@@ -83,15 +83,22 @@ def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float],
     ax.axvline(dense, color=COLORS["dense"], lw=1, ls="--")
     ax.set_yticks(positions, names)
     ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(dense * 0.8, np.nanmax(values) * 2))
-    readable_log_axis(ax.xaxis)
+    readable_log_axis(ax.xaxis, steps=(1, 2, 5) if np.nanmax(values) < 200 * dense else (1,))
     ax.grid(axis="y", visible=False)
 
 
-def readable_log_axis(axis) -> None:
-    """Plain numbers at 1, 2 and 5 times the powers of ten instead of exponents."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def readable_log_axis(axis, steps: Sequence[int] = (1, 2, 5)) -> None:
+    """Plain numbers at 1, 2 and 5 times the powers of ten (or at other `steps`) instead of exponents."""
+    axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def stretch_around_zero(axis, linear_up_to: float) -> None:
+    """Linear up to a value, logarithmic beyond, with plain numbers: for changes of which one dwarfs the others."""
+    set_scale = getattr(axis.axes, f"set_{axis.axis_name}scale")
+    set_scale("symlog", linthresh=linear_up_to)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
 def _colour_of(name: str) -> str:

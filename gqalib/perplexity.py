@@ -27,9 +27,7 @@ def perplexity(model: nn.Module, windows: torch.Tensor, hidden_states: torch.Ten
 
 
 @torch.no_grad()
-def window_losses(
-    model: nn.Module, windows: torch.Tensor, hidden_states: torch.Tensor | None = None, first_layer: int = 0
-) -> torch.Tensor:
+def window_losses(model: nn.Module, windows: torch.Tensor, hidden_states: torch.Tensor | None = None, first_layer: int = 0) -> torch.Tensor:
     """Mean −log p of the predicted tokens of each window, in nats, float64 [count] on the CPU, summed in float64."""
     losses = []
     with layers_between(model, first_layer):

@@ -32,7 +32,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Sample:
-    """Windows of the training split."""
+    """Windows spread over the training split."""
 
     num_examples: int
     length: int  # tokens

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import matplotlib.pyplot as plt
 import pandas as pd
 import transformers
@@ -104,6 +105,7 @@ class Notebook:
         self._started = time.monotonic()
         transformers.set_seed(seed)
         transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
         figures.use_style()
 
     def upstream(self, name: str) -> dict[str, Any]:

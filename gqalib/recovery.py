@@ -1,6 +1,7 @@
 """LoRA recovery: peft adapts, trl trains, the result merges back into a plain model."""
 
 import math
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -34,10 +35,21 @@ def finetune_lora(
     """
     if not rows:
         raise InputError("there are no rows to learn from: give instructions with at least one prompt and completion")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # trl's, about transformers
+        trainer = _trainer(model, tokenizer, rows[: settings.num_examples], settings, folder, seed)
+        trainer.train()
+    log = _log(trainer)
+    if not log["loss"].map(math.isfinite).all():
+        raise InputError(f"the loss became {log['loss'].iloc[-1]}: lower recovery.learning_rate from {settings.learning_rate}")
+    return trainer.model.eval(), log
+
+
+def _trainer(model, tokenizer, rows, settings: Recovery, folder: Path, seed: int) -> SFTTrainer:
     trainer = SFTTrainer(
         model=model,
         args=_arguments(settings, folder, seed),
-        train_dataset=Dataset.from_list(rows[: settings.num_examples]),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=settings.lora_r,
@@ -48,11 +60,7 @@ def finetune_lora(
         ),
     )
     trainer.remove_callback(PrinterCallback)  # the log is returned, not printed
-    trainer.train()
-    log = _log(trainer)
-    if not log["loss"].map(math.isfinite).all():
-        raise InputError(f"the loss became {log['loss'].iloc[-1]}: lower recovery.learning_rate from {settings.learning_rate}")
-    return trainer.model.eval(), log
+    return trainer
 
 
 def _arguments(settings: Recovery, folder: Path, seed: int) -> SFTConfig:

@@ -51,6 +51,20 @@ def test_windows_do_not_overlap_and_drop_the_tail():
         corpora.windows(torch.arange(3), 4)
 
 
+def test_samples_are_spread():
+    rows = torch.arange(20).view(10, 2)
+    assert corpora.spread(rows, 6)[:, 0].tolist() == [0, 6, 12]
+    assert torch.equal(corpora.spread(rows, 999), rows) and corpora.spread(rows, 1).tolist() == [[0, 1]]
+
+
+def test_evaluation_windows_come_from_all_over_the_text(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text("<|endoftext|>".join("x" * (i + 1) for i in range(400)))
+    windows = corpora.evaluation_windows(f"file:{path}", "train", Words(99), 4, 40)
+    lengths = windows[:, 1]  # a story is its mark and one word, as long as the story's number
+    assert windows.shape == (10, 4) and lengths[0] == 2 and (lengths.diff() > 20).all() and lengths[-1] > 250
+
+
 def test_token_ids_join_documents_and_stop():
     assert corpora.token_ids(iter(["a bb", "ccc"]), Words()).tolist() == [2, 3, 0, 4, 0]
     assert corpora.token_ids(iter(["a bb"] * 9), Words(), 4).tolist() == [2, 3, 0, 2]
