@@ -8,7 +8,7 @@ layer, and each decoder layer is built from its own entry of `config.per_layer_c
 (transformers ≥ 5.15; layers that are not named have the global shape). `head_dim` is global and explicit.
 
 This file imports nothing of gqalib: `save_pretrained` puts a copy beside the weights, so that
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works on a machine without gqalib.
+`AutoModelForCausalLM.from_pretrained(folder)` works on a machine without gqalib for whoever lets it run that copy.
 """
 
 from huggingface_hub.dataclasses import strict
