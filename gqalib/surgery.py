@@ -62,15 +62,10 @@ def drop_layers(model: nn.Module, layers: Sequence[int]) -> None:
     if len(gone) == count:
         raise InputError(f"no layer would be left: keep at least one of the {count}")
     decoder.layers = nn.ModuleList(layer for index, layer in enumerate(decoder.layers) if index not in gone)
-    renumber_layers(model)
-
-
-def renumber_layers(model: nn.Module) -> None:
-    """Number the decoder layers in order, and write their count and shapes into the config."""
-    for index, layer in enumerate(decoder_layers(model)):
+    for index, layer in enumerate(decoder.layers):
         layer.self_attn.layer_idx = index
     model.config.per_layer_config = None  # entries beyond the new count would be refused
-    model.config.num_hidden_layers = len(decoder_layers(model))
+    model.config.num_hidden_layers = count - len(gone)
     record_shapes(model)
 
 
