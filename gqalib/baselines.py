@@ -29,17 +29,13 @@ def kv_heads_to_remove(layer: nn.Module, count: int, statistic: str = "taylor") 
 def prune_with_dependency_graph(model: nn.Module, kv_heads: dict[int, Sequence[int]], example: torch.Tensor) -> None:
     """Remove KV heads {layer: heads} by torch-pruning's dependency groups rooted at `k_proj`, in place.
 
-    The graph is traced without `rotate_half`, which only moves features inside a head: with two query heads per KV head
-    torch-pruning 1.6.1 takes its concatenation for one of whole projections and then follows the graph without end. Where the
-    unaltered trace ends, the groups are the same (tested).
-
     Args:
         example: token ids [1, length] for tracing the graph.
     """
     import torch_pruning as tp
 
     model.requires_grad_(True)  # the graph is traced through autograd
-    with patch.object(modeling_llama, "rotate_half", lambda x: x):
+    with traced_without_rotation():
         graph = tp.DependencyGraph().build_dependency(model, example_inputs={"input_ids": example.to(model.device), "use_cache": False})
     for index, heads in kv_heads.items():
         attention = decoder_layers(model)[index].self_attn
@@ -47,6 +43,15 @@ def prune_with_dependency_graph(model: nn.Module, kv_heads: dict[int, Sequence[i
         graph.get_pruning_group(attention.k_proj, tp.prune_linear_out_channels, idxs=channels).prune()
     for parameter in model.parameters():
         parameter.grad = None
+
+
+def traced_without_rotation():
+    """Inside, Llama runs without `rotate_half`, which only moves features inside a head: for tracing a dependency graph.
+
+    With two query heads per KV head torch-pruning 1.6.1 takes its concatenation for one of whole projections and then follows
+    the graph without end. Where the unaltered trace ends, the groups are the same (tested).
+    """
+    return patch.object(modeling_llama, "rotate_half", lambda x: x)
 
 
 def truncate_query_heads(model: nn.Module, group_size: int) -> None:

@@ -3,9 +3,11 @@
 The forward pass is Hugging Face's, unchanged. Only two things are new: the configuration checks head counts layer by
 layer, and each decoder layer is built from its own entry of `config.per_layer_config`
 
-    {"3": {"num_attention_heads": 24, "num_key_value_heads": 6, "intermediate_size": 336}, …}
+    {"3": {"num_attention_heads": 24, "num_key_value_heads": 6, "intermediate_size": 336, "o_proj_bias": true}, …}
 
-(transformers ≥ 5.15; layers that are not named have the global shape). `head_dim` is global and explicit.
+(transformers ≥ 5.15; layers that are not named have the global shape). `head_dim` is global and explicit. `o_proj_bias` and
+`down_proj_bias` give these two projections a bias of their own: Llama's `attention_bias` and `mlp_bias` would give one to
+q, k, v, gate and up as well.
 
 This file imports nothing of gqalib: `save_pretrained` puts a copy beside the weights, so that
 `AutoModelForCausalLM.from_pretrained(folder)` works on a machine without gqalib for whoever lets it run that copy.
@@ -24,9 +26,11 @@ from transformers.models.llama.modeling_llama import (
 
 @strict
 class GqaLlamaConfig(LlamaConfig):
-    """`LlamaConfig` with per-layer `num_attention_heads`, `num_key_value_heads` and `intermediate_size`."""
+    """`LlamaConfig` with per-layer `num_attention_heads`, `num_key_value_heads`, `intermediate_size` and output biases."""
 
     model_type = "gqa_llama"
+    o_proj_bias: bool = False  # what a mean correction adds after groups are gone
+    down_proj_bias: bool = False  # the same after channels are gone
 
     def validate_architecture(self):
         """Each layer: whole groups, and something left of everything.
@@ -43,6 +47,16 @@ class GqaLlamaConfig(LlamaConfig):
                 )
 
 
+def build_layer(config: GqaLlamaConfig, index: int) -> LlamaDecoderLayer:
+    """A decoder layer from its own entry of `config.per_layer_config`: Llama's, with output biases where they are asked for."""
+    layer = LlamaDecoderLayer(config, index)
+    for block, name, wanted in ((layer.self_attn, "o_proj", config.o_proj_bias), (layer.mlp, "down_proj", config.down_proj_bias)):
+        linear = getattr(block, name)
+        if wanted and linear.bias is None:
+            setattr(block, name, nn.Linear(linear.in_features, linear.out_features))
+    return layer
+
+
 class GqaLlamaModel(LlamaModel):
     """`LlamaModel` with uneven layers: its constructor, but for the line that builds the layers."""
 
@@ -53,7 +67,7 @@ class GqaLlamaModel(LlamaModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(layer, i) for i, layer in enumerate(config.per_layer_config))
+        self.layers = nn.ModuleList(build_layer(layer, i) for i, layer in enumerate(config.per_layer_config))
         for layer in self.layers:  # one config for all, so that set_attn_implementation reaches every layer
             layer.self_attn.config = config
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -1,4 +1,4 @@
-"""Cutting a layer to some of its groups and channels: weights, module sizes and config change together.
+"""Cutting a layer to some of its groups and channels, and dropping layers whole: weights, module sizes and config change together.
 
 Nothing here knows why a group goes. After every call the model runs, saves and loads.
 
@@ -47,6 +47,46 @@ def keep_channels(model: nn.Module, layer_index: int, channels: Sequence[int]) -
     record_shapes(model)
 
 
+def drop_layers(model: nn.Module, layers: Sequence[int]) -> None:
+    """Remove these decoder layers whole; those that are left are numbered anew, as the KV cache counts them.
+
+    Raises:
+        InputError: a layer out of range or named twice, or no layer left.
+    """
+    decoder = model.get_decoder()
+    gone, count = sorted(int(layer) for layer in layers), len(decoder.layers)
+    for layer in gone:
+        _layer(model, layer)
+    if len(set(gone)) < len(gone):
+        raise InputError(f"layers {gone} name one twice: name each once")
+    if len(gone) == count:
+        raise InputError(f"no layer would be left: keep at least one of the {count}")
+    decoder.layers = nn.ModuleList(layer for index, layer in enumerate(decoder.layers) if index not in gone)
+    for index, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = index
+    model.config.per_layer_config = None  # entries beyond the new count would be refused
+    model.config.num_hidden_layers = count - len(gone)
+    record_shapes(model)
+
+
+@torch.no_grad()
+def add_output_bias(model: nn.Module, layer_index: int, projection: str, bias: torch.Tensor) -> None:
+    """Add a vector [hidden] to the output of a layer's `o_proj` or `down_proj`, which gets a bias if it has none.
+
+    Raises:
+        InputError: layer out of range, another projection, or a bias that is not finite or not [hidden].
+    """
+    layer = _layer(model, layer_index)
+    if projection not in ("o_proj", "down_proj"):
+        raise InputError(f"{projection!r} cannot carry an output bias: use o_proj or down_proj")
+    linear = layer.self_attn.o_proj if projection == "o_proj" else layer.mlp.down_proj
+    if bias.shape != (linear.out_features,) or not torch.isfinite(bias).all():
+        raise InputError(f"a bias of {projection} must be {linear.out_features} finite numbers, not {list(bias.shape)}: check it")
+    old = 0 if linear.bias is None else linear.bias
+    linear.bias = nn.Parameter((old + bias.to(linear.weight.device)).to(linear.weight.dtype), linear.weight.requires_grad)
+    record_shapes(model)
+
+
 def query_heads(groups: Sequence[int], group_size: int) -> list[int]:
     """The query heads of these groups: `repeat_kv` gives KV head g to the *consecutive* heads g·size … g·size+size−1."""
     return [group * group_size + i for group in groups for i in range(group_size)]
@@ -58,8 +98,12 @@ def rows_of_heads(heads: Sequence[int], head_dim: int) -> torch.Tensor:
 
 
 def record_shapes(model: nn.Module) -> None:
-    """Write the layers' actual shapes into `config.per_layer_config`, so that what is saved can be loaded."""
-    model.config.per_layer_config = {i: layer_shape(layer) for i, layer in enumerate(decoder_layers(model))}
+    """Write the layers' actual shapes and output biases into `config.per_layer_config`, so that what is saved can be loaded."""
+    model.config.per_layer_config = {i: {**layer_shape(layer), **_biases(layer)} for i, layer in enumerate(decoder_layers(model))}
+
+
+def _biases(layer: nn.Module) -> dict[str, bool]:
+    return {"o_proj_bias": layer.self_attn.o_proj.bias is not None, "down_proj_bias": layer.mlp.down_proj.bias is not None}
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gqalib import InputError, models, surgery
+from gqalib import InputError, cost, models, surgery
 
 
 @pytest.fixture
@@ -129,3 +129,58 @@ def test_folders_that_are_no_model(tmp_path, config, files, says):
 def test_missing_folder():
     with pytest.raises(InputError, match="does not exist"):
         models.check_model("/nowhere/at/all")
+
+
+# ---------------------------------------------------------------- output biases, dropped layers
+
+
+@pytest.fixture
+def corrected(model):
+    """Biases on single projections, uneven widths, and a layer gone."""
+    surgery.keep_groups(model, 2, [0])
+    surgery.keep_channels(model, 0, range(9))
+    surgery.add_output_bias(model, 2, "o_proj", torch.linspace(-1, 1, 32))
+    surgery.add_output_bias(model, 0, "down_proj", torch.linspace(1, 2, 32))
+    surgery.drop_layers(model, [1])
+    return model
+
+
+def test_biases_and_dropped_layers_save_and_load(corrected, logits_of, tokenizer, tmp_path):
+    models.save_model(corrected, tokenizer, tmp_path)
+    for loaded in (models.load_model(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        assert torch.equal(logits_of(loaded), logits_of(corrected))
+        assert [x.self_attn.o_proj.bias is not None for x in loaded.model.layers] == [False, True]
+        assert [x.mlp.down_proj.bias is not None for x in loaded.model.layers] == [True, False]
+        assert loaded.config.num_hidden_layers == 2 and loaded.model.layers[0].self_attn.q_proj.bias is None
+
+
+def test_biases_and_dropped_layers_load_without_gqalib(corrected, windows, logits_of, tokenizer, tmp_path):
+    test_loads_without_gqalib(corrected, windows, logits_of, tokenizer, tmp_path)
+
+
+def test_biases_and_dropped_layers_generate(corrected, windows):
+    test_cached_and_uncached_generation_agree(corrected, windows)
+
+
+def test_biases_and_dropped_layers_count(corrected):
+    counts = models.count_parameters(corrected)
+    assert counts["total"] == sum(p.numel() for p in corrected.parameters())
+    weights = sum(p.numel() for n, p in corrected.named_parameters() if ("self_attn" in n or "mlp" in n) and n.endswith("weight"))
+    assert counts["backbone"] == weights + 2 * 32
+    assert cost.count_flops(corrected, 1, 12) == cost.closed_form_flops(corrected, 12)
+    kv_heads_left = models.layer_shapes(corrected)["num_key_value_heads"].sum()
+    assert cost.kv_cache_bytes_per_token(corrected) == 2 * 6 * 4 * kv_heads_left
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+def test_llama_biases_stay(bias, logits_of, tokenizer, tmp_path):
+    """A Llama that has biases everywhere keeps them, cut or not; an output bias is added to the one that is there."""
+    model = small_model(**{bias: True})
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_() if name.endswith("bias") else None
+    surgery.keep_groups(model, 0, [1, 3])
+    surgery.keep_channels(model, 1, range(7))
+    surgery.add_output_bias(model, 1, "o_proj", torch.ones(32))
+    surgery.add_output_bias(model, 1, "down_proj", torch.ones(32))
+    models.save_model(model, tokenizer, tmp_path)
+    assert torch.equal(logits_of(models.load_model(str(tmp_path))), logits_of(model))

@@ -5,6 +5,7 @@ import torch
 from conftest import kv_heads
 
 from gqalib import InputError, importance, models, surgery
+from gqalib.perplexity import only_layers
 
 
 def test_removed_groups_equal_masked_groups(model, clone, logits_of):
@@ -83,3 +84,51 @@ def test_bad_channels(model):
         surgery.keep_channels(model, 0, [0, 24])
     with pytest.raises(InputError, match="no channel of layer 1"):
         surgery.keep_channels(model, 1, [])
+
+
+# ---------------------------------------------------------------- whole layers, output biases
+
+
+def test_dropped_layers_equal_skipped_layers(model, clone, logits_of):
+    with only_layers(model, [0, 2]):
+        expected = logits_of(model)
+    surgery.drop_layers(model, [1])
+    assert torch.equal(logits_of(model), expected)
+    assert model.config.num_hidden_layers == len(model.config.per_layer_config) == 2
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
+
+
+def test_output_bias_is_added(model, logits_of, windows):
+    bias, seen = torch.linspace(-2, 2, 32), []
+    layer = model.model.layers[1]
+    for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        linear.register_forward_hook(lambda module, args, out: seen.append(out - args[0] @ module.weight.T))
+    for name in ("o_proj", "down_proj", "down_proj"):
+        surgery.add_output_bias(model, 1, name, bias)
+    logits_of(model)
+    assert torch.allclose(seen[0], bias.expand_as(seen[0]), atol=1e-5)
+    assert torch.allclose(seen[1], 2 * bias.expand_as(seen[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"), [([0, 1, 2], "no layer would be left"), ([3], "layer 3 is out of range"), ([-1], "out of range"), ([1, 1], "twice")]
+)
+def test_bad_layers_leave_the_model_alone(model, logits_of, layers, says):
+    before = logits_of(model)
+    with pytest.raises(InputError, match=says):
+        surgery.drop_layers(model, layers)
+    assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "says"),
+    [
+        ("q_proj", torch.zeros(32), "q_proj"),
+        ("o_proj", torch.zeros(31), "32 finite numbers"),
+        ("o_proj", torch.full((32,), torch.nan), "finite"),
+    ],
+)
+def test_bad_output_bias(model, name, bias, says):
+    with pytest.raises(InputError, match=says):
+        surgery.add_output_bias(model, 0, name, bias)
+    assert model.model.layers[0].self_attn.o_proj.bias is None

@@ -1,0 +1,297 @@
+"""The peers do what their sources say, to the budget that was asked."""
+
+import pytest
+import torch
+from conftest import small_model
+
+from gqalib import InputError, models, peers, surgery
+from gqalib.perplexity import perplexity
+
+WIDTH = sorted(set(peers.PEERS) - {"shortgpt", "layer_removal"})
+DEPTH = ["shortgpt", "layer_removal"]
+
+
+def removed(model, dense) -> int:
+    return models.count_parameters(dense)["backbone"] - models.count_parameters(model)["backbone"]
+
+
+def features(model, index, windows) -> dict[str, torch.Tensor]:
+    """What flows into o_proj and down_proj of a layer, float64 [tokens, width]."""
+    seen, projections = {}, peers.output_projections(model.model.layers[index])
+    hooks = [
+        x.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].flatten(0, 1).double()}))
+        for name, x in projections.items()
+    ]
+    with torch.no_grad():
+        model(windows, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+# ---------------------------------------------------------------- every peer
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", WIDTH)
+def test_width_budget_runs_saves_and_loads(model, name, windows, clone, logits_of, tmp_path):
+    dense = clone(model)
+    peers.PEERS[name](model, windows, 0.25)
+    channel = 3 * 32
+    assert abs(removed(model, dense) - 0.25 * models.count_parameters(dense)["backbone"]) <= channel
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(models.load_model(str(tmp_path))), logits_of(model))
+    assert torch.isfinite(logits_of(model)).all() and not torch.equal(logits_of(model), logits_of(dense))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(windows[:1], **options), model.generate(windows[:1], use_cache=False, **options))
+
+
+@pytest.mark.parametrize("name", DEPTH)
+@pytest.mark.parametrize(("fraction", "layers_left"), [(0.05, 2), (0.25, 2), (0.45, 2), (0.55, 1)])
+def test_depth_budget(model, name, fraction, layers_left, windows, clone, logits_of, tmp_path):
+    dense = clone(model)
+    peers.PEERS[name](model, windows, fraction)
+    assert len(model.model.layers) == layers_left  # the nearest to 3 × (1 − fraction), at least one gone
+    assert removed(model, dense) == models.count_parameters(dense)["backbone"] * (3 - layers_left) // 3
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(models.load_model(str(tmp_path))), logits_of(model))
+
+
+@pytest.mark.parametrize("name", sorted(peers.PEERS))
+def test_impossible_budgets_leave_the_model_alone(name, windows, logits_of):
+    model = small_model()
+    before, config = logits_of(model), model.config.to_dict()
+    for fraction, says in ((0.0, "outside"), (1.0, "outside"), (0.98, "lower the fraction")):
+        with pytest.raises(InputError, match=says):
+            peers.PEERS[name](model, windows, fraction)
+    assert torch.equal(logits_of(model), before) and model.config.to_dict() == config
+
+
+def test_a_model_half_pruned_is_put_back(windows, logits_of, monkeypatch):
+    model = small_model()
+    before, parameters, config = logits_of(model), list(model.parameters()), model.config.to_dict()
+
+    def stop_at_the_last(model, index, channels, keep=surgery.keep_channels):
+        if index == 2:
+            surgery.drop_layers(model, [1])
+            raise InputError("stop")
+        keep(model, index, channels)
+
+    monkeypatch.setattr(peers, "keep_channels", stop_at_the_last)
+    for name in ("wanda_sp", "flap", "osscar"):
+        with pytest.raises(InputError, match="stop"):
+            peers.PEERS[name](model, windows, 0.3)
+    assert torch.equal(logits_of(model), before) and model.config.to_dict() == config
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+def test_budget_on_an_uneven_model_with_biases(windows, clone):
+    model = small_model(attention_bias=True, mlp_bias=True)
+    surgery.keep_groups(model, 0, [1, 2])
+    surgery.keep_channels(model, 2, range(15))
+    dense = clone(model)
+    for name in ("random", "flap", "wanda_sp"):
+        pruned = clone(model)
+        peers.PEERS[name](pruned, windows, 0.3)
+        assert abs(removed(pruned, dense) - 0.3 * models.count_parameters(dense)["backbone"]) <= 3 * 32 + 2
+
+
+# ---------------------------------------------------------------- one by one
+
+
+def test_llm_pruner_protects_the_ends_as_long_as_it_can(windows):
+    model = small_model(num_hidden_layers=8)
+    peers.llm_pruner(model, windows, 0.25)
+    widths = models.layer_shapes(model)["intermediate_size"].tolist()
+    assert widths[0] == 24 and max(widths[1:]) < 24  # an eighth in front; a sixteenth of 8 layers rounds to none
+    model = small_model(num_hidden_layers=8)
+    peers.llm_pruner(model, windows, 0.78)
+    assert models.layer_shapes(model)["intermediate_size"][0] < 24
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_pruning_keeps_kv_heads_and_pairs_rightly(windows, clone, logits_of):
+    """Equal to masking the o_proj columns of the query heads and channels that went: nobody reads another's KV head."""
+    model = small_model(num_attention_heads=8, num_key_value_heads=2)
+    dense = clone(model)
+    peers.torch_pruning_gqa(model, windows, 0.4)
+    shapes = models.layer_shapes(model)
+    assert (shapes["num_key_value_heads"] == 2).all() and shapes["num_attention_heads"].min() < 8
+    for old, new in zip(dense.model.layers, model.model.layers, strict=True):
+        assert new.self_attn.num_key_value_groups * 2 == models.layer_shape(new)["num_attention_heads"]
+        heads = old.self_attn.q_proj.weight.view(8, 6, -1)
+        kept = [any(torch.equal(head, x) for x in new.self_attn.q_proj.weight.view(-1, 6, 32)) for head in heads]
+        channels = [any(torch.equal(row, x) for x in new.mlp.gate_proj.weight) for row in old.mlp.gate_proj.weight]
+        with torch.no_grad():
+            old.self_attn.o_proj.weight.mul_(torch.tensor(kept).repeat_interleave(6))
+            old.mlp.down_proj.weight.mul_(torch.tensor(channels))
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        assert torch.allclose(logits_of(model), logits_of(dense), atol=1e-4)
+
+
+def test_wanda_scores_by_hand():
+    weight = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
+    inputs = torch.tensor([[3.0, 1.0], [4.0, 0.0], [0.0, 1.0]])
+    scores = peers.wanda_scores(weight, inputs.double().square().sum(0))
+    assert scores.tolist() == pytest.approx([4 * 5.0, 2.5 * 2**0.5])
+
+
+def test_wanda_reads_the_pruned_stream(model, clone, windows):
+    """The last layer's choice is the one that its inputs in the model pruned before it ask for."""
+    dense = clone(model)
+    peers.wanda_sp(model, windows, 0.4)
+    reference = clone(model)
+    reference.model.layers[2] = clone(dense.model.layers[2])
+    inputs = features(reference, 2, windows)["o_proj"]
+    norms = dense.model.layers[2].self_attn.o_proj.weight.double().abs().sum(0) * inputs.square().sum(0).sqrt()
+    groups = models.layer_shape(dense.model.layers[2])["num_key_value_heads"]
+    kept = norms.view(groups, -1).sum(1).argsort(descending=True)[: models.layer_shape(model.model.layers[2])["num_key_value_heads"]]
+    expected = dense.model.layers[2].self_attn.v_proj.weight.view(groups, 6, 32)[kept.sort().values].flatten(0, 1)
+    assert torch.equal(model.model.layers[2].self_attn.v_proj.weight, expected)
+
+
+def test_flap_bias_is_the_mean_of_what_went(model, clone, windows):
+    dense = clone(model)
+    peers.flap(model, windows, 0.4)
+    for index, (old, new) in enumerate(zip(dense.model.layers, model.model.layers, strict=True)):
+        inputs = features(dense, index, windows)
+        channels = torch.tensor([any(torch.equal(row, x) for x in new.mlp.up_proj.weight) for row in old.mlp.up_proj.weight])
+        heads = old.self_attn.q_proj.weight.view(-1, 6, 32)
+        kept = [any(torch.equal(head, x) for x in new.self_attn.q_proj.weight.view(-1, 6, 32)) for head in heads]
+        for name, gone in (("o_proj", ~torch.tensor(kept).repeat_interleave(6)), ("down_proj", ~channels)):
+            before, after = peers.output_projections(old)[name], peers.output_projections(new)[name]
+            lost = (inputs[name][:, gone] @ before.weight[:, gone].double().T).mean(0)
+            assert torch.allclose(after.bias.double(), lost, atol=1e-5)
+            assert after.bias.abs().max() > 1e-3 or not gone.any()
+
+
+def test_flap_of_constant_features_is_exact(clone, windows, logits_of):
+    """Groups and channels that give the same for every token fluctuate least, go first, and their bias replaces them whole."""
+    model = small_model(attention_bias=True, mlp_bias=True)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_() if name.endswith("bias") else None
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight[:12] = 0  # groups 0 and 1: their values are their bias
+            layer.mlp.gate_proj.weight[:10] = 0
+            layer.mlp.up_proj.weight[:10] = 0
+    for index, layer in enumerate(model.model.layers):  # all others fluctuate alike, so that none is thought as cheap
+        for name, linear in peers.output_projections(layer).items():
+            scores = features(model, index, windows)[name].var(0) * linear.weight.detach().double().square().sum(0)
+            linear.weight.data[:, scores > 1e-9] /= scores[scores > 1e-9].sqrt().float()
+    dense = clone(model)
+    group, channel = peers.unit_costs(model.model.layers[0])
+    fraction = 3 * (2 * group + 10 * channel) / models.count_parameters(model)["backbone"]
+    peers.flap(model, windows, fraction)
+    shapes = models.layer_shapes(model)
+    assert (shapes["num_key_value_heads"] == 2).all() and (shapes["intermediate_size"] == 14).all()
+    assert torch.allclose(logits_of(model), logits_of(dense), atol=1e-4)
+
+
+def test_flap_scores_by_hand():
+    weight, variance = torch.tensor([[1.0, 2.0, 0.0, 1.0], [0.0, 0.0, 3.0, 1.0]]), torch.tensor([4.0, 1.0, 1.0, 0.5]).double()
+    columns = torch.tensor([4.0, 4.0, 9.0, 1.0], dtype=torch.float64)
+    assert torch.allclose(peers.flap_scores(weight, variance, 4), (columns - 4.5) / columns.std(correction=0))
+    assert peers.flap_scores(weight, variance, 2).tolist() == pytest.approx([-1.0, 1.0])  # means 4 and 5
+    squares = columns.square()
+    expected = ((squares - squares.mean()) / squares.std(correction=0)).view(2, 2).mean(1)
+    assert torch.allclose(peers.flap_scores(weight, variance, 2, by_column=True), expected)
+    assert peers.flap_scores(torch.zeros(2, 4), variance, 4).tolist() == [0.0] * 4
+
+
+def test_cheapest_units_pass_over_what_does_not_fit():
+    scores, costs = torch.tensor([5.0, 1.0, 2.0, 3.0, 0.0]), torch.tensor([10, 10, 10, 3, 3])
+    protected = torch.tensor([False, False, False, False, True])
+    assert peers.cheapest_units(scores, costs, protected, 13).tolist() == [False, True, False, True, False]
+    with pytest.raises(InputError, match="not finite"):
+        peers.cheapest_units(scores * torch.nan, costs, protected, 13)
+
+
+@pytest.mark.parametrize("identity", [0, 1, 2])
+def test_shortgpt_drops_a_layer_that_is_an_identity_first(model, windows, logits_of, identity):
+    with torch.no_grad():
+        for linear in peers.output_projections(model.model.layers[identity]).values():
+            linear.weight.zero_()
+    before, kept = logits_of(model), [layer for i, layer in enumerate(model.model.layers) if i != identity]
+    peers.shortgpt(model, windows, 0.33)
+    assert all(a is b for a, b in zip(model.model.layers, kept, strict=True))
+    assert torch.equal(logits_of(model), before)
+
+
+def test_layer_removal_drops_the_layer_that_is_missed_least(model, windows, clone):
+    without = []
+    for index in range(3):
+        smaller = clone(model)
+        surgery.drop_layers(smaller, [index])
+        without.append(perplexity(smaller, windows))
+    peers.layer_removal(model, windows, 0.33)
+    assert perplexity(model, windows) == pytest.approx(min(without))
+
+
+# ---------------------------------------------------------------- least squares
+
+
+def problem(num_units=6, size=2, seed=0):
+    """A Gram matrix with strong correlations, and a target that the features explain only in part."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(50, num_units * size, dtype=torch.float64, generator=generator)
+    x = x @ torch.randn(num_units * size, num_units * size, dtype=torch.float64, generator=generator)
+    y = torch.randn(50, 3, dtype=torch.float64, generator=generator) + x[:, :3]
+    return x, y
+
+
+def error(x, y, units, size=2) -> float:
+    columns = (torch.as_tensor(units)[:, None] * size + torch.arange(size)).flatten()
+    solution = torch.linalg.lstsq(x[:, columns], y).solution
+    return (x[:, columns] @ solution - y).square().sum().item()
+
+
+def test_rise_and_fall_are_the_exact_changes_of_the_error():
+    x, y = problem()
+    gram, cross, kept, out = x.T @ x, x.T @ y, torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4])
+    rise = peers._rise_without(gram, cross, kept, 6)
+    fall = peers._fall_with(gram, cross, kept, out, 6)
+    base = error(x, y, kept)
+    assert rise.tolist() == pytest.approx([error(x, y, kept[kept != u]) - base for u in kept])
+    assert fall.tolist() == pytest.approx([base - error(x, y, [*kept.tolist(), u]) for u in out])
+
+
+def test_selection_is_no_worse_with_swaps_and_often_the_best():
+    from itertools import combinations
+
+    best = 0
+    for seed in range(12):
+        x, y = problem(seed=seed)
+        greedy, swapped = (error(x, y, peers.select_units(x.T @ x, x.T @ y, 6, 3, rounds)) for rounds in (0, 20))
+        optimum = min(error(x, y, units) for units in combinations(range(6), 3))
+        assert optimum - 1e-9 <= swapped <= greedy + 1e-9
+        best += swapped < optimum + 1e-6
+    assert best >= 8
+
+
+def test_osscar_with_nothing_removed_is_the_identity(model, clone, logits_of, windows, monkeypatch):
+    before = logits_of(model)
+    nothing = peers.Plan([0.0] * 3, [0] * 3, [0] * 3)
+    monkeypatch.setattr(peers, "uniform_plan", lambda *_: nothing)
+    peers.osscar(model, windows, 0.1)
+    assert torch.allclose(logits_of(model), before, atol=1e-3)
+
+
+def test_osscar_refit_beats_cutting(model, clone, windows):
+    """Of the first o_proj, whose inputs no cut has touched: the refit's error against the dense output, and the plain cut's."""
+    dense = clone(model)
+    peers.osscar(model, windows, 0.4)
+    old, new = dense.model.layers[0].self_attn, model.model.layers[0].self_attn
+    inputs = features(dense, 0, windows)["o_proj"]
+    kept = [any(torch.equal(h, x) for x in new.q_proj.weight.view(-1, 6, 32)) for h in old.q_proj.weight.view(-1, 6, 32)]
+    columns = torch.tensor(kept).repeat_interleave(6)
+    target = inputs @ old.o_proj.weight.double().T
+    refitted = (inputs[:, columns] @ new.o_proj.weight.double().T - target).square().sum()
+    cut = (inputs[:, columns] @ old.o_proj.weight[:, columns].double().T - target).square().sum()
+    assert not columns.all() and refitted < cut
+
+
+def test_osscar_needs_tokens(model, windows):
+    with pytest.raises(InputError, match="20 calibration tokens are too few"):
+        peers.osscar(model, windows[:1], 0.25)
