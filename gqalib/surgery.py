@@ -76,7 +76,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for linear, device, weight in originals:
-            replace_weight(linear, weight.to(device))
+            _replace(linear, "weight", weight.to(device))
+            linear.out_features, linear.in_features = weight.shape
         model.config.per_layer_config = shapes
         raise
 

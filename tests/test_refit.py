@@ -1,5 +1,7 @@
 """Cut and mend: the algebra against brute force, the sweep against its promises."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import kv_heads, small_model
@@ -8,7 +10,7 @@ from gqalib import InputError, importance, models, pruning, refit, surgery
 from gqalib.modeling_gqa_llama import GqaLlamaForCausalLM
 from gqalib.perplexity import hidden_states_before
 
-EVERY_SWITCH = ("refit", "residual_target", "input_refit", "weighted")
+EVERY_SWITCH = ("refit", "residual_target", "input_refit", "weighted", "newton_rounds")
 PLAIN = refit.Ingredients(**dict.fromkeys(EVERY_SWITCH, False))
 
 
@@ -187,15 +189,18 @@ def test_prune_by_fisher(model, windows, clone, sequential):
 # ---------------------------------------------------------------- the sweep
 
 
-def reconstruction_errors(model, dense, windows):
-    """Squared error of the stream after every sublayer, against the dense model's, each from the dense stream before it."""
-    errors, stream = [], refit.advance(dense, None, windows, 0, 0)
-    for index in range(3):
-        for half in (0, 1):
-            goal = refit.through(dense, index, half, stream, windows)
-            errors.append((refit.through(model, index, half, stream, windows) - goal).double().square().sum().item())
-            stream = goal
-    return errors
+def reconstruction_error(model, dense, index, half, windows):
+    """Squared error of the stream after one sublayer, against the dense model's, both from the dense stream before it."""
+    streams = []
+    for m in (model, dense):
+        stream = hidden_states_before(dense, windows, index)
+        for part in range(half + 1):
+            owner = m if part == half else dense
+            stream = refit.through(
+                stream, refit.sublayers(owner.model.layers[index])[part], refit.calls(owner, index, part, stream, windows)
+            )
+        streams.append(stream)
+    return (streams[0] - streams[1]).double().square().sum().item()
 
 
 @torch.no_grad()
@@ -209,9 +214,68 @@ def test_refit_never_reconstructs_worse_than_slicing(model, windows, clone):
             only = pruning.Plan([0.4] * 3, *units)
             sliced, mended = clone(model), clone(model)
             refit.sweep(sliced, only, windows, PLAIN, scores=scores)
-            refit.sweep(mended, only, windows, refit.Ingredients(refit=True, damping=1e-9, input_damping=1e-9), scores=scores)
-            before, after = (reconstruction_errors(m, model, windows)[2 * index + half] for m in (sliced, mended))
+            refit.sweep(mended, only, windows, refit.Ingredients(damping=1e-9, input_damping=1e-9), scores=scores)
+            before, after = (reconstruction_error(m, model, index, half, windows) for m in (sliced, mended))
             assert 0 < after <= before * (1 + 1e-6)
+
+
+def test_conjugate_gradients_solve():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(30, 30, generator=generator, dtype=torch.float64)
+    matrix, wanted = root @ root.T + torch.eye(30, dtype=torch.float64), torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    factor = refit.cholesky(matrix[:6, :6])
+    solved = refit.conjugate_gradients(lambda d: (matrix @ d.flatten()).view(5, 6), wanted, factor, 100)
+    assert torch.allclose(solved.flatten(), torch.linalg.solve(matrix, wanted.flatten()), atol=1e-6)
+    nothing = refit.conjugate_gradients(lambda d: (matrix @ d.flatten()).view(5, 6), torch.zeros_like(wanted), factor, 5)
+    assert torch.equal(nothing, torch.zeros_like(wanted))
+
+
+@pytest.mark.parametrize("half", [0, 1], ids=["attention", "mlp"])
+@pytest.mark.parametrize("biases", [False, True])
+@torch.no_grad()
+def test_refit_together_is_gauss_newton(windows, half, biases):
+    """Against lstsq on the whole Jacobian of a small sublayer, in float64."""
+    model = small_model(attention_bias=biases, mlp_bias=biases, hidden_size=8, intermediate_size=5, head_dim=2).double()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            parameter.normal_(generator=generator)
+    model.set_attn_implementation("eager")
+    sublayer = refit.sublayers(model.model.layers[1])[half]
+    stream = torch.randn(6, 20, 8, generator=generator, dtype=torch.float64)
+    now = refit.calls(model, 1, half, stream, windows)
+    target = torch.cat([sublayer.run(call) for call in now]) + 0.1 * torch.randn(6, 20, 8, generator=generator, dtype=torch.float64)
+    start = torch.cat([linear.weight for linear in sublayer.inputs])
+    jacobian = torch.cat([torch.func.jacrev(lambda w, c=call: sublayer.run(c, w))(start).flatten(0, 2) for call in now]).flatten(1)
+    residual = torch.cat([(target[call.rows] - sublayer.run(call)).flatten() for call in now])
+    expected = torch.linalg.lstsq(jacobian, residual, driver="gelsd", rcond=1e-10).solution.view(start.shape)
+    refit.refit_together(sublayer, now, target, 500, 1e-3)
+    change = torch.cat([linear.weight for linear in sublayer.inputs]) - start
+    reached = [(jacobian @ d.flatten() - residual).norm() for d in (change, expected)]
+    assert reached[0] == pytest.approx(reached[1], rel=1e-4) and reached[1] < 0.99 * residual.norm()
+
+
+@pytest.mark.parametrize("half", [0, 1], ids=["attention", "mlp"])
+@torch.no_grad()
+def test_every_round_comes_nearer(model, windows, half):
+    model.set_attn_implementation("blocked")
+    now = refit.calls(model, 1, half, hidden_states_before(model, windows, 1), windows)
+    sublayer = refit.sublayers(model.model.layers[1])[half]
+    target = torch.cat([sublayer.run(call) for call in now])
+    if half == 0:
+        surgery.keep_groups(model, 1, [1])
+    else:
+        surgery.keep_channels(model, 1, range(14))
+    errors = []
+    for _ in range(3):
+        for refitted in (True, False):
+            errors.append(sum((sublayer.run(call) - target[call.rows]).double().square().sum().item() for call in now))
+            if refitted:
+                refit.refit_together(sublayer, now, target, 5, 1e-3)
+            else:
+                refit.refit_output(sublayer, now, target, 1e-9)
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
+    assert errors[-1] < 0.8 * errors[0]
 
 
 @pytest.mark.parametrize("off", EVERY_SWITCH)
@@ -253,7 +317,7 @@ def test_input_refit_restores_a_drifted_stream(windows):
     with torch.no_grad():
         wanted = [linear(attention.norm(stream)) for linear in attention.inputs]
         before = [(linear(attention.norm(drifted)) - y).square().sum() for linear, y in zip(attention.inputs, wanted, strict=True)]
-        refit.refit_inputs(attention, stream, drifted, windows, 1e-6)
+        refit.refit_inputs(attention, *(refit.calls(model, 1, 0, x, windows) for x in (stream, drifted)), 1e-6)
         after = [(linear(attention.norm(drifted)) - y).square().sum() for linear, y in zip(attention.inputs, wanted, strict=True)]
     assert all(a < 0.2 * b for a, b in zip(after, before, strict=True))
 
@@ -270,7 +334,7 @@ def test_weighted_choice_uses_the_covariance(windows):
     for weighted in (True, False):
         copy = small_model()
         copy.load_state_dict(model.state_dict())
-        settings = refit.Ingredients(weighted=weighted, refit=False, residual_target=False, input_refit=False, output_damping=1e-9)
+        settings = refit.Ingredients(**dict.fromkeys(EVERY_SWITCH, False) | {"weighted": weighted, "output_damping": 1e-9})
         refit.sweep(copy, plan, windows, settings, covariances=covariances)
         rows = copy.model.layers[1].mlp.up_proj.weight
         kept[weighted] = {int((model.model.layers[1].mlp.up_proj.weight == row).all(1).nonzero()) for row in rows}
