@@ -7,7 +7,11 @@ Measured ratios stand in LOG.md. Registered with transformers, so `attn_implemen
 It knows no padding and no KV cache: it is for training and scoring whole windows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -38,6 +42,17 @@ def _attend(query, key, value, start: int, scaling: float) -> torch.Tensor:
         mask.repeat(heads, 1), rows.reshape(groups, heads * length, head_dim), key[:, :end].transpose(1, 2), alpha=scaling
     )
     return torch.bmm(scores.softmax(-1), value[:, :end]).view(groups, heads, length, head_dim)
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, the model's attention is computed by this implementation; afterwards by the one that it had."""
+    used = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(used)
 
 
 ALL_ATTENTION_FUNCTIONS.register("blocked", blocked)

@@ -6,11 +6,14 @@ loss, summed over the calibration text:
 
     taylor      Σ |W ⊙ G|   first-order estimate of the change of the loss (Molchanov et al. 2019; LLM-Pruner's element-wise form)
     magnitude   Σ W²        no data at all
+    fisher      mean over windows of (Σ_t a ⊙ ∂L/∂a)²   a: the unit's activations; needs no gradient of any weight
 
 Nothing here reads or writes files, and nothing here removes anything.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -60,15 +63,118 @@ def _accumulate(model: nn.Module, windows: torch.Tensor, hidden_states: torch.Te
     num_predicted, total = windows.shape[0] * (windows.shape[1] - 1), 0.0
     with layers_between(model, first_layer):
         for rows in batches(windows):
-            inputs = {"input_ids": windows[rows].to(model.device)}
-            if hidden_states is not None:
-                inputs = {"inputs_embeds": hidden_states[rows]}
-            loss = token_losses(model(**inputs, use_cache=False).logits, windows[rows].to(model.device)).sum() / num_predicted
-            if not torch.isfinite(loss):
-                raise InputError(f"the calibration loss is {loss.item()}: use dtype float32 or another calibration text")
+            stream = None if hidden_states is None else hidden_states[rows]
+            loss = _summed_loss(model, windows[rows], stream) / num_predicted
             loss.backward()
             total += loss.item()
     return total
+
+
+def _summed_loss(model: nn.Module, input_ids: torch.Tensor, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+    """−log p summed over the predicted tokens of some windows, in nats, with its graph."""
+    input_ids = input_ids.to(model.device)
+    inputs = {"input_ids": input_ids} if hidden_states is None else {"inputs_embeds": hidden_states}
+    loss = token_losses(model(**inputs, use_cache=False).logits, input_ids).sum()
+    if not torch.isfinite(loss):
+        raise InputError(f"the calibration loss is {loss.item()}: use dtype float32 or another calibration text")
+    return loss
+
+
+# ---------------------------------------------------------------- gradients of activations; no weight gets one
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient; afterwards those that did ask again."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def fisher_scores(
+    model: nn.Module,
+    windows: torch.Tensor,
+    layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None,
+    first_layer: int = 0,
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Mask-gradient scores of `layers` (default: all): {layer: (groups [num_key_value_heads], channels [intermediate_size])}.
+
+    A mask of ones multiplies each group at `o_proj`'s input and each channel at `down_proj`'s; the score is the mean over
+    windows of (∂ window's mean loss / ∂ mask)²: the diagonal Fisher information of the mask (Kwon et al. 2022). Other
+    arguments as in `backward`. Activations and their gradients only: the weights' `.grad` is neither made nor touched.
+
+    Raises:
+        InputError: the loss or a score is not finite.
+    """
+    layers, decoder = list(range(len(decoder_layers(model))) if layers is None else layers), decoder_layers(model)
+    scores = [[0.0, 0.0] for _ in layers]
+    with _frozen(model), layers_between(model, first_layer):
+        for rows in batches(windows):
+            with _masks([decoder[index] for index in layers], len(windows[rows])) as masks:
+                stream = None if hidden_states is None else hidden_states[rows]
+                _summed_loss(model, windows[rows], stream).backward()
+            for place, mask in enumerate(masks):
+                gradient = mask.grad.double().flatten(1) / (windows.shape[1] - 1)  # [windows, units]
+                scores[place // 2][place % 2] += gradient.square().sum(0) / len(windows)
+    if not all(torch.isfinite(score).all() for pair in scores for score in pair):
+        raise InputError("a mask gradient is not finite: use dtype float32 or another calibration text")
+    return {index: tuple(pair) for index, pair in zip(layers, scores, strict=True)}
+
+
+@contextmanager
+def _masks(layers: list[nn.Module], num_windows: int) -> Iterator[list[torch.Tensor]]:
+    """Masks of ones [windows, 1, units, 1] at work inside the layers: groups, channels of the first, groups of the second, …"""
+    masks = []
+    with ExitStack() as hooks:
+        for layer in layers:
+            shape = layer_shape(layer)
+            for linear, num_units in (
+                (layer.self_attn.o_proj, shape["num_key_value_heads"]),
+                (layer.mlp.down_proj, shape["intermediate_size"]),
+            ):
+                masks.append(torch.ones(num_windows, 1, num_units, 1, device=linear.weight.device, requires_grad=True))
+                hooks.callback(linear.register_forward_pre_hook(partial(_apply_mask, masks[-1])).remove)
+        yield masks
+
+
+def _apply_mask(mask: torch.Tensor, module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    units = inputs[0].unflatten(-1, (mask.shape[2], -1))  # [windows, length, features] → [windows, length, units, features of one]
+    return (units * mask).flatten(-2).to(inputs[0].dtype)
+
+
+def gradient_covariances(model: nn.Module, windows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per layer, the covariances of the gradient at the outputs of `o_proj` and of `down_proj`, each float64 [hidden, hidden].
+
+    G = mean over tokens of g gᵀ, g = ∂(summed loss) / ∂(output at that token): K-FAC's output factor (Martens & Grosse
+    2015), in nats² per squared unit of the residual stream. One backward pass in which no weight has a gradient.
+
+    Raises:
+        InputError: the loss or a covariance is not finite.
+    """
+    sums: dict[nn.Module, torch.Tensor] = {}
+
+    def add(module: nn.Module, gradient: torch.Tensor) -> None:
+        gradient = gradient.flatten(0, -2).double()
+        sums[module] = sums.get(module, 0.0) + gradient.T @ gradient
+
+    def watch(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        output.register_hook(partial(add, module))
+
+    modules = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in decoder_layers(model)]
+    with _frozen(model), ExitStack() as hooks:
+        for module in (module for pair in modules for module in pair):
+            hooks.callback(module.register_forward_hook(watch).remove)
+        for rows in batches(windows):
+            embeddings = model.get_input_embeddings()(windows[rows].to(model.device)).requires_grad_()
+            _summed_loss(model, windows[rows], embeddings).backward()
+    if not all(torch.isfinite(total).all() for total in sums.values()):
+        raise InputError("a gradient covariance is not finite: use dtype float32 or another calibration text")
+    return [tuple(sums[module] / windows.numel() for module in pair) for pair in modules]
 
 
 # ---------------------------------------------------------------- units of one layer
@@ -77,7 +183,7 @@ def _accumulate(model: nn.Module, windows: torch.Tensor, hidden_states: torch.Te
 def element_scores(weight: nn.Parameter, statistic: str, generator: torch.Generator | None = None) -> torch.Tensor:
     """The statistic of every element of a weight, in float64 on the weight's device, same shape."""
     if statistic not in STATISTICS:
-        raise InputError(f"unknown statistic {statistic!r}: use one of {', '.join(STATISTICS)}")
+        raise InputError(f"unknown statistic {statistic!r}: use one of {', '.join(STATISTICS)} (or fisher, by unit_scores)")
     if statistic == "random":
         return torch.rand(weight.shape, generator=generator, dtype=torch.float64)
     if statistic == "magnitude":
@@ -131,6 +237,36 @@ def channel_scores(layer: nn.Module, statistic: str = "taylor", generator: torch
     mlp = layer.mlp
     scores = [element_scores(linear.weight, statistic) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
     return scores[0].sum(1) + scores[1].sum(1) + scores[2].sum(0)
+
+
+def unit_scores(
+    model: nn.Module,
+    windows: torch.Tensor,
+    statistics: tuple[str, str] = ("taylor", "taylor"),
+    layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None,
+    first_layer: int = 0,
+    include_o_proj: bool = False,
+    generator: torch.Generator | None = None,
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Scores of groups and of channels of `layers` (default: all) by two statistics, with whatever pass these need.
+
+    Arguments as in `backward` and `group_scores`; no gradient is left behind.
+    """
+    layers = list(range(len(decoder_layers(model))) if layers is None else layers)
+    text = (model, windows, layers, hidden_states, first_layer)
+    fisher = fisher_scores(*text) if "fisher" in statistics else None
+    if "taylor" in statistics:
+        backward(*text)
+    scores = {}
+    for index in layers:
+        layer, (groups, channels) = decoder_layers(model)[index], statistics
+        scores[index] = (
+            fisher[index][0] if groups == "fisher" else group_scores(layer, groups, include_o_proj, generator),
+            fisher[index][1] if channels == "fisher" else channel_scores(layer, channels, generator),
+        )
+    model.zero_grad(set_to_none=True)
+    return scores
 
 
 def largest(scores: torch.Tensor, count: int) -> list[int]:

@@ -85,29 +85,29 @@ def prune(
 
     Args:
         windows: calibration text, token ids [count, length].
+        group_statistic, channel_statistic: `taylor`, `fisher`, `magnitude` or `random`.
         after_layer: called with the index of each layer when it is done, pruned or not.
 
     Returns:
         One row per layer: rate asked, units removed, rate reached (by parameters), shape, seconds.
     """
-    _check(plan, model)
+    check_plan(plan, model)
     dense, before = layer_shapes(model), layer_sizes(model)
-    needs_gradient = "taylor" in (group_statistic, channel_statistic)
-    generator = torch.Generator().manual_seed(seed)
-    if needs_gradient and not sequential:
-        importance.backward(model, windows)
+    statistics = (group_statistic, channel_statistic)
+    needs_text = not {"taylor", "fisher"}.isdisjoint(statistics)
+    options = {"include_o_proj": include_o_proj, "generator": torch.Generator().manual_seed(seed)}
+    cut = [index for index in range(len(dense)) if plan.groups[index] or plan.channels[index]]
+    scores = {} if sequential or not cut else importance.unit_scores(model, windows, statistics, cut, **options)
     hidden_states, seconds = None, []
-    for index, layer in enumerate(decoder_layers(model)):
+    for index in range(len(dense)):
         start = time.perf_counter()
-        if plan.groups[index] or plan.channels[index]:
-            if needs_gradient and sequential:
-                importance.backward(model, windows, [index], hidden_states, index)
-            scores = importance.group_scores(layer, group_statistic, include_o_proj, generator)
-            channels = importance.channel_scores(layer, channel_statistic, generator)
-            keep_groups(model, index, importance.largest(scores, len(scores) - plan.groups[index]))
+        if index in cut:
+            if sequential:
+                scores = importance.unit_scores(model, windows, statistics, [index], hidden_states, index, **options)
+            groups, channels = scores[index]
+            keep_groups(model, index, importance.largest(groups, len(groups) - plan.groups[index]))
             keep_channels(model, index, importance.largest(channels, len(channels) - plan.channels[index]))
-            layer.zero_grad(set_to_none=True)
-        if needs_gradient and sequential:
+        if needs_text and sequential:
             hidden_states = advance(model, hidden_states, windows, index, index + 1)
         seconds.append(time.perf_counter() - start)
         if after_layer is not None:
@@ -116,7 +116,8 @@ def prune(
     return _table(model, plan, dense, before, seconds)
 
 
-def _check(plan: Plan, model: nn.Module) -> None:
+def check_plan(plan: Plan, model: nn.Module) -> None:
+    """Raises InputError if the plan does not fit the model's layers, or leaves nothing of one."""
     shapes = layer_shapes(model)
     if len(plan.groups) != len(shapes) or len(plan.channels) != len(shapes):
         raise InputError(f"the plan names {len(plan.groups)} layers, the model has {len(shapes)}: make the plan for this model")

@@ -6,7 +6,8 @@ Nothing here knows why a group goes. After every call the model runs, saves and 
     one KV head, 4 query heads      heads 4g … 4g+3           head g                           heads 4g … 4g+3
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -104,6 +105,32 @@ def record_shapes(model: nn.Module) -> None:
 
 def _biases(layer: nn.Module) -> dict[str, bool]:
     return {"o_proj_bias": layer.self_attn.o_proj.bias is not None, "down_proj_bias": layer.mlp.down_proj.bias is not None}
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Inside, layers may be cut and weights replaced; if an exception leaves, every projection and the config are as before.
+
+    The originals wait in host memory. For a model on a CPU they are no copies, so weights must be replaced, not written into.
+    """
+    linears = [m for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear)]
+    originals = [(linear, linear.weight.device, linear.weight.detach().cpu()) for linear in linears]
+    shapes = model.config.to_dict().get("per_layer_config")
+    try:
+        yield
+    except BaseException:
+        for linear, device, weight in originals:
+            _replace(linear, "weight", weight.to(device))
+            linear.out_features, linear.in_features = weight.shape
+        model.config.per_layer_config = shapes
+        raise
+
+
+@torch.no_grad()
+def replace_weight(linear: nn.Linear, weight: torch.Tensor) -> None:
+    """Give a projection a new weight [out_features, in_features], of any size and precision; it keeps its dtype."""
+    _replace(linear, "weight", weight.to(linear.weight.dtype))
+    linear.out_features, linear.in_features = weight.shape
 
 
 @torch.no_grad()

@@ -1,0 +1,472 @@
+"""Cut and mend: second-order choice of what goes, least-squares repair of what stays, one sweep from front to back.
+
+With X the inputs of `o_proj` or `down_proj` on calibration text, [tokens, features], Y the output that is wanted, W the dense
+weight [hidden, features], all sums in float64:
+
+    H = XᵀX + λI,  B = YᵀX + λW         λ = damping × mean diagonal of XᵀX
+    refit       W'_S = B_S H_SS⁻¹       the best weight on the kept features S, drawn towards W
+    choice      start from W = B H⁻¹; remove the unit u with the least tr(G W_u (H⁻¹_uu)⁻¹ W_uᵀ), correct W and H⁻¹, repeat
+                (optimal brain surgery, Hassibi & Stork 1993; in whole units: SlimGPT 2024); G is the covariance of the loss'
+                gradient at the output (K-FAC's other factor), or I
+
+Y is what the dense model's residual stream is after this sublayer, less what the pruned model's stream is before it: each
+sublayer also repairs what those in front of it broke. The *input refit* does the same for q, k, v, gate and up before the cut: on
+the pruned stream they are to give what they gave on the dense one. After the cut they are refitted together, by Gauss–Newton,
+for the one thing that counts, the sublayer's output against Y; that and the refit of the output projection take turns.
+
+On paper, Llama-3-8B in bf16 with n calibration tokens, one sublayer at a time (f = 14,336, the width of `down_proj`, decides):
+
+    bytes    weights 16.1e9; the layer at work in float32 0.9e9; four streams of 8,192·n and the normalised ones, 32,768·n, or
+             2.1e9 at n = 32,768; H of `down_proj` and two matrices of its size in a solve, 3 · 8f² = 4.9e9, with YᵀX, W and
+             their solutions in float64 1.9e9. Gauss–Newton comes when H is gone: six vectors like gate and up in float64, 5.6e9.
+             Together 25.9e9, which a 24 GiB GPU (25.8e9) holds with n = 24,000 or with the embedding table in host memory. The
+             weights of the layers done wait in host memory (at most 14.0e9), so that an error leaves the model as it was.
+    FLOPs    per layer 2n(f² + hidden² + 2·hidden·f) for the moments and 5f³ at most for choice and solves, in float64: 3.6e13 at
+             n = 32,768; three forward passes, 1.3e9·n; Gauss–Newton, 2 rounds of 5 steps, each a product with J and one with
+             Jᵀ: as much as 70 forward passes, 3.1e10·n = 1.0e15 in float32, 3.2e16 for all layers.
+
+The weighted choice (and `importance.fisher_scores`) needs one backward pass over the whole model, without weight gradients: 16.1e9
+of weights, about 14e9 of activations and 3e9 of logits per batch of 2,048 tokens, and 64 covariances of 8 · 4096² = 8.6e9.
+The seed's Taylor scores need 14.0e9 of weight gradients more when taken at once, and 0.4e9 layer by layer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call, jvp, vjp
+
+from gqalib import importance
+from gqalib.attention import attention_implementation
+from gqalib.errors import InputError
+from gqalib.models import decoder_layers, layer_shape
+from gqalib.perplexity import advance, batches
+from gqalib.pruning import Plan, check_plan
+from gqalib.surgery import keep_channels, keep_groups, replace_weight, restored_on_error, rows_of_heads
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What the sweep does; each can be switched off."""
+
+    refit: bool = True  # least squares on what stays
+    residual_target: bool = True  # towards the dense stream, not the layer's own output
+    input_refit: bool = True  # q, k, v, gate, up as well
+    weighted: bool = True  # the choice weighs outputs by the gradient's covariance
+    newton_rounds: int = 2  # afterwards: Gauss–Newton for q, k, v or gate, up together, then the output projection again
+    newton_steps: int = 5  # of conjugate gradients in each
+    damping: float = 1e-3  # of H, times its mean diagonal
+    input_damping: float = 1e-3  # the same in the input refit
+    output_damping: float = 0.05  # of G, times its mean diagonal
+    cuts: int = 64  # a layer's channels go in steps of 1/cuts of them; groups go one by one
+
+
+# ---------------------------------------------------------------- linear algebra
+
+
+class Moments:
+    """Running sums XᵀX [features, features] and YᵀX [out, features] over batches of tokens, in float64."""
+
+    gram: torch.Tensor | float = 0.0
+    cross: torch.Tensor | float = 0.0
+
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        inputs, outputs = inputs.flatten(0, -2).double(), outputs.flatten(0, -2).double()
+        self.gram += inputs.T @ inputs
+        self.cross += outputs.T @ inputs
+
+
+def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """`gram` + damping × its mean diagonal × I."""
+    return _ridged(gram.clone(), damping * gram.diagonal().mean())
+
+
+def _ridged(matrix: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    matrix.diagonal().add_(ridge)
+    return matrix
+
+
+def solve(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, damping: float, kept: Sequence[int] | None = None) -> torch.Tensor:
+    """W'_S = (YᵀX + λW)_S (XᵀX + λI)_SS⁻¹, float64 [out, |S|]: least squares on the kept features, drawn towards `weight`.
+
+    Args:
+        weight: [out, features]. gram: XᵀX [features, features]. cross: YᵀX [out, features]. kept: S (default: all features).
+
+    Raises:
+        InputError: the Gram matrix is not finite, or singular in spite of the damping.
+    """
+    columns = torch.arange(len(gram), device=gram.device) if kept is None else torch.as_tensor(kept, device=gram.device)
+    ridge = damping * gram.diagonal().mean()
+    target = cross[:, columns] + ridge * weight[:, columns].double()
+    return torch.cholesky_solve(target.T, cholesky(_ridged(gram[columns][:, columns], ridge))).T
+
+
+def cholesky(matrix: torch.Tensor) -> torch.Tensor:
+    """Lower Cholesky factor(s) of [..., n, n].
+
+    Raises:
+        InputError: the matrix is not finite, or singular to working precision.
+    """
+    if not torch.isfinite(matrix.sum()):
+        raise InputError("a Gram matrix is not finite: use dtype float32 or another calibration text")
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    pivots, scale = factor.diagonal(dim1=-2, dim2=-1).square(), matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    if failed.any() or (pivots <= len(matrix) * torch.finfo(matrix.dtype).eps * scale).any():
+        raise InputError("a Gram matrix is singular: raise the damping, or give other calibration text")
+    return factor
+
+
+def choose(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    num_removed: int,
+    unit: int = 1,
+    output: torch.Tensor | None = None,
+    damping: float = 1e-2,
+    per_step: int = 1,
+) -> list[int]:
+    """The units that stay when `num_removed` go one step after the other, ascending. Arguments as in `removal_order`."""
+    gone = set(removal_order(weight, gram, num_removed, unit, output, damping, per_step))
+    return [u for u in range(len(gram) // unit) if u not in gone]
+
+
+def removal_order(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    num_removed: int,
+    unit: int = 1,
+    output: torch.Tensor | None = None,
+    damping: float = 1e-2,
+    per_step: int = 1,
+) -> list[int]:
+    """The first `num_removed` units to go, in their order, by optimal brain surgery.
+
+    Args:
+        weight: [out, features], the best one with all features (`solve`); a unit is `unit` neighbouring columns.
+        gram: XᵀX. output: G [out, out], damped already; None is the identity.
+        per_step: units that go before the rest is corrected for their loss.
+
+    Raises:
+        InputError: a matrix is not finite, or singular in spite of the damping.
+    """
+    inverse = torch.cholesky_inverse(cholesky(damped(gram, damping)))
+    weight = weight.double().clone() if output is None else cholesky(output).T @ weight.double()  # tr(G A Aᵀ) = ‖LᵀA‖², G = LLᵀ
+    alive, order = torch.ones(len(gram) // unit, dtype=torch.bool, device=gram.device), []
+    while len(order) < num_removed:
+        losses = unit_losses(weight, inverse, unit).masked_fill(~alive, torch.inf)
+        gone = losses.argsort(stable=True)[: min(per_step, num_removed - len(order))]
+        _eliminate(weight, inverse, (gone[:, None] * unit + torch.arange(unit, device=gone.device)).flatten())
+        alive[gone] = False
+        order += gone.tolist()
+    return order
+
+
+def unit_losses(weight: torch.Tensor, inverse: torch.Tensor, unit: int = 1) -> torch.Tensor:
+    """Rise of the squared error when one unit goes and the rest is corrected: tr(W_u (H⁻¹_uu)⁻¹ W_uᵀ), [units]."""
+    if unit == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    blocks = torch.stack([inverse[i : i + unit, i : i + unit] for i in range(0, len(inverse), unit)])
+    columns = weight.unflatten(1, (-1, unit)).permute(1, 2, 0)  # [units, unit, out]
+    return (columns * torch.cholesky_solve(columns, cholesky(blocks))).sum((1, 2))
+
+
+def _eliminate(weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> None:
+    """Correct weight and H⁻¹, in place, for the loss of these columns; what they leave is 0 columns and an identity block."""
+    across = inverse[gone]
+    correction = torch.cholesky_solve(across, cholesky(across[:, gone]))
+    weight.addmm_(weight[:, gone], correction, alpha=-1)
+    inverse.addmm_(across.T, correction, alpha=-1)
+    inverse[gone] = inverse[:, gone] = 0
+    inverse[gone, gone] = 1
+
+
+# ---------------------------------------------------------------- one sublayer
+
+
+@dataclass(frozen=True)
+class Call:
+    """One batch on its way into a sublayer."""
+
+    rows: slice  # of the windows
+    inputs: torch.Tensor  # the normalised stream, [windows, length, hidden]
+    others: dict[str, Any]  # position embeddings, mask, …
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Attention or MLP of a layer, in the words that both share."""
+
+    module: nn.Module
+    norm: nn.Module
+    input_names: tuple[str, ...]  # of the projections that read the normalised stream
+    output: nn.Linear  # o_proj or down_proj; its input features are the units' activations
+    num_units: int  # groups or channels
+    keep: Callable[[nn.Module, int, Sequence[int]], None]  # surgery
+
+    @property
+    def unit(self) -> int:
+        """Features per unit."""
+        return self.output.in_features // self.num_units
+
+    @property
+    def inputs(self) -> list[nn.Linear]:
+        return [getattr(self.module, name) for name in self.input_names]
+
+    def run(self, call: Call, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """What the sublayer, as it is now, adds to the stream; `weights`: of its inputs, stacked, instead of their own."""
+        parts = () if weights is None else weights.split([linear.out_features for linear in self.inputs])
+        named = {f"{name}.weight": part for name, part in zip(self.input_names, parts, strict=False)}
+        outputs = functional_call(self.module, named, (call.inputs,), call.others)
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def sublayers(layer: nn.Module) -> tuple[Sublayer, Sublayer]:
+    """Attention and MLP, in the order in which they run."""
+    attention, mlp, shape = layer.self_attn, layer.mlp, layer_shape(layer)
+    heads, width = shape["num_key_value_heads"], shape["intermediate_size"]
+    return (
+        Sublayer(attention, layer.input_layernorm, ("q_proj", "k_proj", "v_proj"), attention.o_proj, heads, keep_groups),
+        Sublayer(mlp, layer.post_attention_layernorm, ("gate_proj", "up_proj"), mlp.down_proj, width, keep_channels),
+    )
+
+
+def calls(model: nn.Module, index: int, half: int, stream: torch.Tensor, windows: torch.Tensor) -> list[Call]:
+    """The batches of a residual stream that stands before the attention (half 0) or the MLP (half 1) of a layer."""
+    norm, noted = sublayers(decoder_layers(model)[index])[half].norm, []
+    for rows in batches(windows):
+        inputs = stream[rows].to(norm.weight.dtype)
+        others = _attention_arguments(model, index, inputs, windows[rows]) if half == 0 else {}
+        noted.append(Call(rows, norm(inputs), others))
+    return noted
+
+
+class _Noted(Exception):
+    pass
+
+
+def _attention_arguments(model: nn.Module, index: int, stream: torch.Tensor, windows: torch.Tensor) -> dict[str, Any]:
+    """What the decoder gives a layer's attention besides the hidden states: its own forward pass, stopped at that call."""
+    noted: dict[str, Any] = {}
+
+    def stop(module: nn.Module, inputs: tuple, arguments: dict[str, Any]) -> None:
+        noted.update(arguments)
+        raise _Noted
+
+    hook = decoder_layers(model)[index].self_attn.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        advance(model, stream, windows, index, index + 1)
+    except _Noted:
+        return {name: value for name, value in noted.items() if name != "hidden_states"}
+    finally:
+        hook.remove()
+
+
+def through(stream: torch.Tensor, sublayer: Sublayer, current: Sequence[Call]) -> torch.Tensor:
+    """The residual stream after the sublayer."""
+    return torch.cat([(stream[call.rows] + sublayer.run(call)).to(stream.dtype) for call in current])
+
+
+def refit_inputs(sublayer: Sublayer, wanted: Sequence[Call], current: Sequence[Call], damping: float) -> None:
+    """Make q, k, v (or gate, up) give on the current stream what they give on the wanted one."""
+    moments = Moments()
+    for call, goal in zip(current, wanted, strict=True):
+        moments.add(call.inputs, goal.inputs)
+    for linear in sublayer.inputs:
+        replace_weight(linear, solve(linear.weight, moments.gram, linear.weight.double() @ moments.cross, damping))
+
+
+def output_moments(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor) -> Moments:
+    """XᵀX and YᵀX at `o_proj` or `down_proj`; Y: the target [count, length, hidden], less the bias if there is one."""
+    moments, seen, bias = Moments(), [], 0.0 if sublayer.output.bias is None else sublayer.output.bias
+    hook = sublayer.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        for call in current:
+            sublayer.run(call)
+            moments.add(seen.pop(), target[call.rows] - bias)
+    finally:
+        hook.remove()
+    return moments
+
+
+def cut(
+    sublayer: Sublayer,
+    moments: Moments,
+    num_removed: int,
+    ingredients: Ingredients,
+    scores: torch.Tensor | None = None,
+    covariance: torch.Tensor | None = None,
+) -> tuple[list[int], torch.Tensor]:
+    """The units to keep, and the weight of the output projection on them, float64; nothing changes yet.
+
+    Args:
+        scores: of the units, the largest stay (default: OBS). covariance: G, not damped (default: the identity).
+    """
+    weight, damping = sublayer.output.weight, ingredients.damping
+    if scores is not None:
+        kept = importance.largest(scores, sublayer.num_units - num_removed)
+    else:
+        best = solve(weight, moments.gram, moments.cross, damping)
+        output = None if covariance is None else damped(covariance, ingredients.output_damping)
+        per_step = max(1, sublayer.num_units // ingredients.cuts)
+        kept = choose(best, moments.gram, num_removed, sublayer.unit, output, damping, per_step)
+    columns = rows_of_heads(kept, sublayer.unit).to(weight.device)
+    return kept, solve(weight, moments.gram, moments.cross, damping, columns) if ingredients.refit else weight[:, columns]
+
+
+def refit_output(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor, damping: float) -> None:
+    """Least squares for `o_proj` or `down_proj` on the units that are there, drawn towards what it is."""
+    moments = output_moments(sublayer, current, target)
+    replace_weight(sublayer.output, solve(sublayer.output.weight, moments.gram, moments.cross, damping))
+
+
+def refit_together(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor, num_steps: int, damping: float) -> None:
+    """One Gauss–Newton step for q, k, v (or gate, up) together: Σ‖output − target‖² falls, or nothing changes.
+
+    The output is linearised in the stacked weights V [rows, hidden], output ≈ output(V) + J·D, and JᵀJ D = Jᵀ(target − output(V))
+    is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + λI of the normalised stream X: products with J
+    and Jᵀ only, nothing larger than V and a batch. A step that does not help is halved, three times at most.
+    """
+    start = torch.cat([linear.weight for linear in sublayer.inputs]).detach()
+
+    def pull(vector: Callable[[Call, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Jᵀ·vector, summed over the batches in float64; `vector` is given the batch and its output."""
+        total = torch.zeros_like(start, dtype=torch.float64)
+        for call in current:
+            outputs, transpose = vjp(partial(sublayer.run, call), start)
+            total += transpose(vector(call, outputs))[0].double()
+        return total
+
+    def product(direction: torch.Tensor) -> torch.Tensor:
+        """JᵀJ·direction."""
+        direction = direction.to(start.dtype)
+        return pull(lambda call, _: jvp(partial(sublayer.run, call), (start,), (direction,))[1])
+
+    residual = pull(lambda call, outputs: target[call.rows] - outputs)
+    change = conjugate_gradients(product, residual, cholesky(damped(_gram(current), damping)), num_steps)
+    before = _error(sublayer, current, target, start)
+    for scale in (1.0, 0.5, 0.25, 0.125):
+        weights = (start + scale * change).to(start.dtype)
+        if _error(sublayer, current, target, weights) < before:
+            for linear, weight in zip(sublayer.inputs, weights.split([x.out_features for x in sublayer.inputs]), strict=True):
+                replace_weight(linear, weight)
+            return
+
+
+def _gram(current: Sequence[Call]) -> torch.Tensor:
+    return sum(x.T @ x for x in (call.inputs.flatten(0, -2).double() for call in current))
+
+
+def _error(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor, weights: torch.Tensor | None = None) -> float:
+    """Σ‖output − target‖²."""
+    return sum((sublayer.run(call, weights) - target[call.rows]).double().square().sum().item() for call in current)
+
+
+def conjugate_gradients(
+    product: Callable[[torch.Tensor], torch.Tensor], wanted: torch.Tensor, factor: torch.Tensor, num_steps: int
+) -> torch.Tensor:
+    """D after some steps towards product(D) = wanted, [rows, features]; preconditioned on the features by LLᵀ, `factor` = L."""
+    solved = torch.cholesky_solve(wanted.T, factor).T
+    result, residual, direction, size = torch.zeros_like(wanted), wanted, solved, (wanted * solved).sum()
+    for _ in range(num_steps):
+        along = product(direction)
+        curvature = (direction * along).sum()
+        if not curvature > 0:  # there is nothing left to gain
+            break
+        result, residual = result + size / curvature * direction, residual - size / curvature * along
+        solved = torch.cholesky_solve(residual.T, factor).T
+        last, size = size, (residual * solved).sum()
+        direction = solved + size / last * direction
+    return result
+
+
+def mend(
+    model: nn.Module,
+    index: int,
+    half: int,
+    num_removed: int,
+    windows: torch.Tensor,
+    wanted: torch.Tensor,
+    current: torch.Tensor,
+    ingredients: Ingredients,
+    scores: torch.Tensor | None = None,
+    covariance: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut one sublayer and refit it; returns the dense and the pruned model's streams after it, given those before it."""
+    sublayer = sublayers(decoder_layers(model)[index])[half]
+    dense, now = calls(model, index, half, wanted, windows), calls(model, index, half, current, windows)
+    goal = through(wanted, sublayer, dense)
+    if ingredients.input_refit:
+        refit_inputs(sublayer, dense, now, ingredients.input_damping)
+    del dense
+    target = goal - current if ingredients.residual_target else torch.cat([sublayer.run(call) for call in now])
+    kept, weight = cut(sublayer, output_moments(sublayer, now, target), num_removed, ingredients, scores, covariance)
+    sublayer.keep(model, index, kept)
+    replace_weight(sublayer.output, weight)
+    for _ in range(ingredients.newton_rounds):
+        refit_together(sublayer, now, target, ingredients.newton_steps, ingredients.input_damping)
+        refit_output(sublayer, now, target, ingredients.damping)
+    return goal, through(current, sublayer, now)
+
+
+# ---------------------------------------------------------------- the sweep
+
+
+@torch.no_grad()
+def sweep(
+    model: nn.Module,
+    plan: Plan,
+    windows: torch.Tensor,
+    ingredients: Ingredients = Ingredients(),
+    *,
+    scores: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    covariances: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    after_layer: Callable[[int], None] | None = None,
+) -> None:
+    """Prune and refit a model in place, front to back; what it was before is what it is fitted to.
+
+    Args:
+        windows: calibration text, token ids [count, length].
+        scores: from `importance.unit_scores`; the units with the largest stay (default: chosen by OBS).
+        covariances: from `importance.gradient_covariances`, of the model as it is (default: computed here if they are needed).
+        after_layer: called with the index of each layer when it is done.
+
+    Raises:
+        InputError: a plan that does not fit, too little text, a singular or non-finite Gram matrix; the model is as before.
+    """
+    check_plan(plan, model)
+    check_tokens(model, windows)
+    if not ingredients.weighted or scores is not None:
+        covariances = None
+    elif covariances is None:
+        with torch.enable_grad():
+            covariances = importance.gradient_covariances(model, windows)
+    wanted = current = advance(model, None, windows, 0, 0)
+    with restored_on_error(model), attention_implementation(model, "blocked"):
+        for index, layer in enumerate(decoder_layers(model)):
+            with _at_least_float32(layer):
+                for half, removed in enumerate((plan.groups, plan.channels)):
+                    score, covariance = (None if table is None else table[index][half] for table in (scores, covariances))
+                    wanted, current = mend(model, index, half, removed[index], windows, wanted, current, ingredients, score, covariance)
+            if after_layer is not None:
+                after_layer(index)
+
+
+@contextmanager
+def _at_least_float32(layer: nn.Module) -> Iterator[None]:
+    dtype = next(layer.parameters()).dtype
+    layer.to(torch.promote_types(dtype, torch.float32))
+    try:
+        yield
+    finally:
+        layer.to(dtype)
+
+
+def check_tokens(model: nn.Module, windows: torch.Tensor) -> None:
+    """Raises InputError if there are fewer calibration tokens than unknowns in a row of the widest projection."""
+    widest = max(m.in_features for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear))
+    if windows.numel() < widest:
+        raise InputError(f"{windows.numel()} calibration tokens are too few for a least-squares fit: give at least {widest}")
