@@ -7,7 +7,11 @@ Measured ratios stand in LOG.md. Registered with transformers, so `attn_implemen
 It knows no padding and no KV cache: it is for training and scoring whole windows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -38,6 +42,19 @@ def _attend(query, key, value, start: int, scaling: float) -> torch.Tensor:
         mask.repeat(heads, 1), rows.reshape(groups, heads * length, head_dim), key[:, :end].transpose(1, 2), alpha=scaling
     )
     return torch.bmm(scores.softmax(-1), value[:, :end]).view(groups, heads, length, head_dim)
+
+
+@contextmanager
+def blocked_on_cpu(*models: nn.Module) -> Iterator[None]:
+    """Inside, models on a CPU use "blocked" attention; elsewhere, and afterwards, their own."""
+    own = [(model, model.config._attn_implementation) for model in models if model.device.type == "cpu"]
+    try:
+        for model, _ in own:
+            model.set_attn_implementation("blocked")
+        yield
+    finally:
+        for model, implementation in own:
+            model.set_attn_implementation(implementation)
 
 
 ALL_ATTENTION_FUNCTIONS.register("blocked", blocked)
