@@ -45,14 +45,16 @@ def _attend(query, key, value, start: int, scaling: float) -> torch.Tensor:
 
 
 @contextmanager
-def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Inside, the model's attention is computed by this implementation; afterwards by the one that it had."""
-    used = model.config._attn_implementation
-    model.set_attn_implementation(name)
+def attention_implementation(name: str, *models: nn.Module) -> Iterator[None]:
+    """Inside, the models' attention is computed by this implementation; afterwards by the one that each had."""
+    used = [model.config._attn_implementation for model in models]
     try:
+        for model in models:
+            model.set_attn_implementation(name)
         yield
     finally:
-        model.set_attn_implementation(used)
+        for model, implementation in zip(models, used, strict=True):
+            model.set_attn_implementation(implementation)
 
 
 ALL_ATTENTION_FUNCTIONS.register("blocked", blocked)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from gqalib.attention import attention_implementation
 from gqalib.models import layer_shapes
 
 
@@ -22,14 +23,9 @@ def count_flops(model: nn.Module, batch_size: int, num_tokens: int) -> int:
 
     Attention runs as `eager` for the count: torch's counter silently leaves out the fused CPU kernel.
     """
-    used = model.config._attn_implementation
     input_ids = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=model.device)
-    try:
-        model.set_attn_implementation("eager")
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(input_ids=input_ids, use_cache=False)
-    finally:
-        model.set_attn_implementation(used)
+    with attention_implementation("eager", model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=input_ids, use_cache=False)
     return counter.get_total_flops()
 
 

@@ -16,14 +16,14 @@ v2, the pipeline whose failure the workbook starts from, is in `baselines`.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from gqalib import importance
 from gqalib.allocation import whole_units
+from gqalib.attention import attention_implementation
 from gqalib.baselines import traced_without_rotation
 from gqalib.errors import InputError
 from gqalib.models import count_parameters, decoder_layers, layer_shape, layer_shapes
@@ -35,6 +35,7 @@ from gqalib.surgery import (
     keep_channels,
     keep_groups,
     record_shapes,
+    restored_on_error,
 )
 
 RIDGE = 1e-2  # of the mean diagonal of a Gram matrix: what makes every solve well-posed
@@ -51,31 +52,11 @@ def peer(function: Callable[..., None]) -> Callable[..., None]:
             raise InputError(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
         with restored_on_error(model):
             function(model, windows, fraction, **options)
+        model.requires_grad_(True)
+        model.zero_grad(set_to_none=True)
 
     PEERS[function.__name__] = checked
     return checked
-
-
-@contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Put the dense layers back if the block raises: surgery makes new Parameters, so the old ones are still whole."""
-    decoder, config = model.get_decoder(), dict(vars(model.config))
-    layers = decoder.layers
-    sizes = ("in_features", "out_features", "num_key_value_groups", "layer_idx")
-    before = [(m, dict(m._parameters), {n: v for n, v in vars(m).items() if n in sizes}) for m in layers.modules()]
-    try:
-        yield
-    except BaseException:
-        decoder.layers = layers
-        for module, parameters, attributes in before:
-            module._parameters.update(parameters)
-            vars(module).update(attributes)
-        vars(model.config).clear()
-        vars(model.config).update(config)
-        raise
-    finally:
-        model.requires_grad_(True)
-        model.zero_grad(set_to_none=True)
 
 
 # ---------------------------------------------------------------- budgets
@@ -262,7 +243,8 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float) 
             if gone:
                 head_ratios[projection] = (gone - 0.5) / shape["num_attention_heads"]
                 ratios[projection] = 0.5  # any: head_dim is not pruned, but a ratio of 0 would skip the heads as well
-    with traced_without_rotation(), eager_attention(model):
+    # eager: keys and values are repeated by an `expand`, which torch-pruning knows as GQA; it cannot see into fused kernels
+    with traced_without_rotation(), attention_implementation("eager", model):
         pruner = tp.pruner.MetaPruner(
             model,
             {"input_ids": windows[:1].to(model.device), "use_cache": False},
@@ -284,17 +266,6 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float) 
         shape = layer_shape(layer)
         layer.self_attn.num_key_value_groups = shape["num_attention_heads"] // shape["num_key_value_heads"]
     record_shapes(model)
-
-
-@contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, keys and values are repeated by an `expand`, which torch-pruning knows as GQA; it cannot see into fused kernels."""
-    used = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(used)
 
 
 def _query_heads_and_channels(model: nn.Module, fraction: float) -> tuple[list[int], list[int]]:

@@ -73,6 +73,29 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """Recovery by the dense model's logits: what is learned, on how much text, with which optimisers."""
+
+    num_tokens: int = 1_000_000  # of text to learn from; 0 leaves the student as it is
+    batch_tokens: int = 2048  # per optimiser step
+    alpha: float = 1.0  # weight of the teacher's logits; 1 - alpha is the weight of the text's (or answer's) own tokens
+    temperature: float = 1.0  # divides the logits of both before they are compared
+    muon_lr: float = 0.01  # matrices of the layers; 0: AdamW takes them too
+    adamw_lr: float = 1e-3  # embedding, norms, lm_head
+    weight_decay: float = 0.0  # Muon's, towards zero
+    warmup_steps: int = 10  # optimiser steps
+    decay: float = 1.0  # the last fraction of the tokens, over which the rates fall linearly to `final_rate`
+    final_rate: float = 0.02  # of the full rates
+    lora_r: int = 0  # rank of a LoRA adapter; 0: all weights are trained
+    lora_alpha: int = 16
+    seed: int = 0  # order of the text, and the adapter's start
+
+    @property
+    def decay_tokens(self) -> float:
+        return self.decay * self.num_tokens
+
+
+@dataclass(frozen=True)
 class Prices:
     """What a GPU costs; a price without a date and a source is a rumour."""
 
@@ -125,6 +148,14 @@ RULES = {
     "recovery.lora_dropout": (lambda v: 0 <= v < 1, "a fraction from 0 up to 1"),
     "recovery.warmup_ratio": (lambda v: 0 <= v < 1, "a fraction from 0 up to 1"),
     "recovery.num_examples": (lambda v: v is None or v > 0, "a positive number, or null for all"),
+    "distillation.num_tokens": (lambda v: v >= 0, "zero or a positive number of tokens"),
+    "distillation.alpha": (lambda v: 0 <= v <= 1, "a fraction from 0 to 1"),
+    "distillation.muon_lr": (lambda v: v >= 0, "zero (AdamW for everything) or a positive number"),
+    "distillation.weight_decay": (lambda v: v >= 0, "zero or a positive number"),
+    "distillation.decay": (lambda v: 0 < v <= 1, "a fraction above 0, up to 1"),
+    "distillation.final_rate": (lambda v: 0 <= v <= 1, "a fraction from 0 to 1"),
+    "distillation.lora_r": (lambda v: v >= 0, "zero (all weights) or a rank"),
+    "distillation.seed": (lambda v: v >= 0, "zero or a positive number"),
     "cost.batch_sizes": (lambda v: v and min(v) > 0, "a list of positive batch sizes"),
     "evaluation.short_window": (lambda v: v > 1, "at least 2 tokens"),
     "evaluation.long_window": (lambda v: v > 1, "at least 2 tokens"),

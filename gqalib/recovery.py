@@ -51,16 +51,15 @@ def _trainer(model, tokenizer, rows, settings: Recovery, folder: Path, seed: int
         args=_arguments(settings, folder, seed),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=lora_config(settings.lora_r, settings.lora_alpha, settings.lora_dropout),
     )
     trainer.remove_callback(PrinterCallback)  # the log is returned, not printed
     return trainer
+
+
+def lora_config(r: int, alpha: int, dropout: float = 0.0) -> LoraConfig:
+    """An adapter of rank `r`, scaled by `alpha` / `r`, on every linear module of the layers."""
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _arguments(settings: Recovery, folder: Path, seed: int) -> SFTConfig:

@@ -445,7 +445,7 @@ def sweep(
         with torch.enable_grad():
             covariances = importance.gradient_covariances(model, windows)
     wanted = current = advance(model, None, windows, 0, 0)
-    with restored_on_error(model), attention_implementation(model, "blocked"):
+    with restored_on_error(model), attention_implementation("blocked", model):
         for index, layer in enumerate(decoder_layers(model)):
             with _at_least_float32(layer):
                 for half, removed in enumerate((plan.groups, plan.channels)):

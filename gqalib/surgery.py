@@ -109,20 +109,29 @@ def _biases(layer: nn.Module) -> dict[str, bool]:
 
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Inside, layers may be cut and weights replaced; if an exception leaves, every projection and the config are as before.
+    """Inside, layers may be cut, dropped and given new weights and biases; if an exception leaves, all is as before.
 
     The originals wait in host memory. For a model on a CPU they are no copies, so weights must be replaced, not written into.
     """
-    linears = [m for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear)]
-    originals = [(linear, linear.weight.device, linear.weight.detach().cpu()) for linear in linears]
-    shapes = model.config.to_dict().get("per_layer_config")
+    decoder, config = model.get_decoder(), dict(vars(model.config))
+    layers = decoder.layers
+    sizes = ("in_features", "out_features", "num_key_value_groups", "layer_idx")
+    modules = [(module, {name: value for name, value in vars(module).items() if name in sizes}) for module in layers.modules()]
+    weights = [
+        (module, name, None if p is None else (p.detach().cpu(), p.device, p.requires_grad))
+        for module, _ in modules
+        for name, p in module._parameters.items()
+    ]
     try:
         yield
     except BaseException:
-        for linear, device, weight in originals:
-            _replace(linear, "weight", weight.to(device))
-            linear.out_features, linear.in_features = weight.shape
-        model.config.per_layer_config = shapes
+        decoder.layers = layers
+        for module, attributes in modules:
+            vars(module).update(attributes)
+        for module, name, kept in weights:
+            module._parameters[name] = None if kept is None else nn.Parameter(kept[0].to(kept[1]), kept[2])
+        vars(model.config).clear()
+        vars(model.config).update(config)
         raise
 
 

@@ -1,7 +1,8 @@
 """How the reference model was made: tokenizer, shape, Muon + AdamW, growth in depth, checkpoints.
 
 The recipe is data (`Recipe`), the state is a folder: `train` started again in the same folder goes on where the last
-checkpoint stood. The same code runs on a GPU (bf16, large batches) and on a CPU.
+checkpoint stood. The same code runs on a GPU (bf16, large batches) and on a CPU. The loop itself (`descend`) asks for a
+loss and for the next batches only; `distillation` runs it with a teacher.
 """
 
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from gqalib import attention  # noqa: F401  (registers attn_implementation="bloc
 from gqalib.corpora import HELD_OUT_ONE_IN
 
 END_OF_TEXT = "<|endoftext|>"
+NO_LABEL = -100  # what transformers and torch leave out of a loss
+Batch = torch.Tensor | dict[str, torch.Tensor]  # token ids [rows, length], or with `labels` (and `attention_mask`) beside `input_ids`
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,7 @@ class Recipe:
         return sum(stage.num_tokens for stage in self.stages)
 
     def rate(self, tokens_seen: int) -> float:
-        """The factor on both learning rates: warm-up, constant, linear decay."""
-        warmup = (tokens_seen / self.batch_tokens + 1) / self.warmup_steps
-        decay = (self.num_tokens - tokens_seen) / self.decay_tokens
-        return min(1.0, warmup, max(self.final_rate, decay))
+        return rate_at(self, tokens_seen)
 
     def stage(self, tokens_seen: int) -> Stage:
         for stage in self.stages:
@@ -64,6 +65,13 @@ class Recipe:
                 return stage
             tokens_seen -= stage.num_tokens
         return self.stages[-1]
+
+
+def rate_at(recipe, tokens_seen: int) -> float:
+    """The factor on all learning rates: warm-up, constant, linear decay."""
+    warmup = (tokens_seen / recipe.batch_tokens + 1) / recipe.warmup_steps
+    decay = (recipe.num_tokens - tokens_seen) / recipe.decay_tokens
+    return min(1.0, warmup, max(recipe.final_rate, decay))
 
 
 def train_tokenizer(documents, vocab_size: int = 4096) -> PreTrainedTokenizerFast:
@@ -123,14 +131,19 @@ def _scale_outputs(model: LlamaForCausalLM, factor: float) -> None:
         layer.mlp.down_proj.weight.mul_(factor)
 
 
-def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embedding and norms; each remembers its full rate as `base_lr`."""
-    matrices = [p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
-    others = [p for n, p in model.named_parameters() if ".layers." not in n or p.ndim != 2]
-    result = [
-        torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+def optimizers(model: nn.Module, recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for what else is trained (with `muon_lr` 0: for everything).
+
+    Each remembers its full rate as `base_lr`.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    by_muon = {name for name, p in trained if recipe.muon_lr and ".layers." in name and p.ndim == 2}
+    matrices, others = ([p for name, p in trained if (name in by_muon) == wanted] for wanted in (True, False))
+    result = []
+    if matrices:
+        result.append(torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay))
+    if others:
+        result.append(torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0))
     for optimizer in result:
         optimizer.param_groups[0]["base_lr"] = optimizer.param_groups[0]["lr"]
     return result
@@ -168,56 +181,117 @@ def train(
         micro_tokens: how many tokens go through the model at once: what the caches like, not part of the result.
     """
     model, opts, tokens_seen = _resume(recipe, folder, device, start_from)
-    saved_at = time.monotonic()
-    while tokens_seen < recipe.num_tokens:
+
+    def prepare(model, opts, tokens_seen):
         stage = recipe.stage(tokens_seen)
         if model.config.num_hidden_layers != stage.num_hidden_layers:
             model = deepen(model, stage.num_hidden_layers)
             opts = optimizers(model, recipe)
         batch = batch_at(ids, tokens_seen, stage.window, recipe.batch_tokens, recipe.seed).to(device)
+        return model, opts, batch.split(max(1, micro_tokens // stage.window))
+
+    def watch(model, tokens_seen):
+        _log(folder, tokens=tokens_seen, validation_loss=validation_loss(model, validation))
+
+    return descend(model, opts, tokens_seen, recipe, folder, prepare, checkpoint_s=checkpoint_s, watch=watch)
+
+
+def language_model_loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """`loss`: nats per token that is predicted."""
+    inputs = as_inputs(batch)
+    return {"loss": model(input_ids=inputs["input_ids"], labels=inputs["labels"], use_cache=False).loss}
+
+
+def as_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """A batch with `labels`; token ids alone are their own labels."""
+    return {"input_ids": batch, "labels": batch} if isinstance(batch, torch.Tensor) else batch
+
+
+def num_tokens_of(batch: Batch) -> int:
+    """Tokens in a batch, without the padding that its `attention_mask` marks."""
+    inputs = as_inputs(batch)
+    return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+
+
+def num_predicted(batch: Batch) -> int:
+    """Tokens that the loss is taken on: those with a label, but the first of each row."""
+    return int((as_inputs(batch)["labels"][:, 1:] != NO_LABEL).sum())
+
+
+def descend(
+    model: nn.Module,
+    opts: list[torch.optim.Optimizer],
+    tokens_seen: int,
+    recipe,
+    folder: Path,
+    prepare: Callable,
+    loss_of: Callable[[nn.Module, Batch], dict[str, torch.Tensor]] = language_model_loss,
+    checkpoint_s: float = 300,
+    watch: Callable[[nn.Module, int], None] = lambda model, tokens_seen: None,
+) -> nn.Module:
+    """Optimiser steps until `recipe.num_tokens` are seen; one line of `folder / "log.jsonl"` each, a checkpoint now and then.
+
+    Args:
+        recipe: `num_tokens` and what `rate_at` reads.
+        prepare: (model, opts, tokens_seen) → (model, opts, micro-batches of the next step).
+        watch: called with the model and the tokens seen after each checkpoint.
+    """
+    saved_at = time.monotonic()
+    while tokens_seen < recipe.num_tokens:
+        model, opts, batches = prepare(model, opts, tokens_seen)
         started = time.monotonic()
-        loss = step(model, opts, batch.split(max(1, micro_tokens // stage.window)), recipe.rate(tokens_seen))
-        tokens_seen += batch.numel()
+        terms = step(model, opts, batches, rate_at(recipe, tokens_seen), loss_of)
+        tokens_seen += sum(map(num_tokens_of, batches))
         if dist.is_initialized() and dist.get_rank() > 0:
             continue
-        _log(folder, tokens=tokens_seen, loss=loss, seconds=time.monotonic() - started)
+        _log(folder, tokens=tokens_seen, **terms, learning_rate=opts[0].param_groups[0]["lr"], seconds=time.monotonic() - started)
         if time.monotonic() - saved_at > checkpoint_s or tokens_seen >= recipe.num_tokens:
-            _save(folder, model, opts, tokens_seen)
-            _log(folder, tokens=tokens_seen, validation_loss=validation_loss(model, validation))
+            save_checkpoint(folder, model, opts, tokens_seen)
+            watch(model, tokens_seen)
             saved_at = time.monotonic()
     return model
 
 
-def step(model: nn.Module, opts: list[torch.optim.Optimizer], batches: tuple[torch.Tensor, ...], rate: float) -> float:
-    """One optimiser step on equal batches of token ids; matrix products in bf16. Returns the loss in nats per token.
+def step(
+    model: nn.Module,
+    opts: list[torch.optim.Optimizer],
+    batches: Sequence[Batch],
+    rate: float,
+    loss_of: Callable[[nn.Module, Batch], dict[str, torch.Tensor]] = language_model_loss,
+) -> dict[str, float]:
+    """One optimiser step; matrix products in bf16. Returns the terms of the loss, in nats per predicted token.
 
     Under `torchrun` each process takes its share of the batches and the gradients are summed over processes.
+
+    Args:
+        loss_of: (model, batch) → means over the batch's predicted tokens, by name; `loss` is the one that is descended.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    total = torch.zeros((), device=model.device)
-    for batch in batches[rank::world_size]:
-        with torch.autocast(batch.device.type, torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch, use_cache=False).loss / len(batches)
-        loss.backward()
-        total += loss.detach()
+    counts, totals = [num_predicted(batch) for batch in batches], {}
+    for batch, count in list(zip(batches, counts, strict=True))[rank::world_size]:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            terms = {name: term * (count / sum(counts)) for name, term in loss_of(model, batch).items()}
+        terms["loss"].backward()
+        totals = {name: totals.get(name, 0) + term.detach() for name, term in terms.items()}
     if world_size > 1:
-        _sum_over_processes(model, total)
-    if not torch.isfinite(total):
+        _sum_over_processes(model, totals)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not (torch.isfinite(totals["loss"]) and torch.isfinite(norm)):
         raise FloatingPointError("the training loss is not finite: lower the learning rates")
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in opts:
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["base_lr"] * rate
         optimizer.step()
         optimizer.zero_grad()
-    return total.item()
+    return {name: total.item() for name, total in totals.items()}
 
 
-def _sum_over_processes(model: nn.Module, total: torch.Tensor) -> None:
-    gradients = [p.grad for p in model.parameters()]
+def _sum_over_processes(model: nn.Module, totals: dict[str, torch.Tensor]) -> None:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     vector = nn.utils.parameters_to_vector(gradients)
     dist.all_reduce(vector)
     nn.utils.vector_to_parameters(vector, gradients)
-    dist.all_reduce(total)
+    for total in totals.values():
+        dist.all_reduce(total)
 
 
 @torch.no_grad()
@@ -236,12 +310,7 @@ def _resume(recipe: Recipe, folder: Path, device: str, start_from: Path | None):
     saved = json.loads(state.read_text())
     model = LlamaForCausalLM.from_pretrained(folder / saved["checkpoint"], attn_implementation="blocked").to(device)
     opts = optimizers(model, recipe)
-    tensors = load_file(folder / saved["checkpoint"] / "optimizers.safetensors", device=device)
-    for i, optimizer in enumerate(opts):
-        for j, parameter in enumerate(optimizer.param_groups[0]["params"]):
-            prefix = f"{i}.{j}."
-            optimizer.state[parameter] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    return model, opts, saved["tokens_seen"]
+    return model, opts, load_checkpoint(folder, model, opts)
 
 
 def _begin(recipe: Recipe, device: str, start_from: Path | None):
@@ -254,10 +323,12 @@ def _begin(recipe: Recipe, device: str, start_from: Path | None):
     return model, optimizers(model, recipe), tokens_seen
 
 
-def _save(folder: Path, model: LlamaForCausalLM, opts, tokens_seen: int) -> None:
-    """Two checkpoints in turn; `state.json` is replaced last, so it always names a whole one."""
+def save_checkpoint(folder: Path, model: nn.Module, opts, tokens_seen: int) -> None:
+    """What is trained and the optimisers' state. Two checkpoints in turn; `state.json` is replaced last, so it always names a whole one."""
     name = f"checkpoint-{'b' if (folder / 'state.json').exists() and 'checkpoint-a' in (folder / 'state.json').read_text() else 'a'}"
-    model.save_pretrained(folder / name)
+    model.config.save_pretrained(folder / name)
+    trained = {key: p.detach().contiguous() for key, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, folder / name / "model.safetensors", {"format": "pt"})
     state = {
         f"{i}.{j}.{key}": value
         for i, optimizer in enumerate(opts)
@@ -269,9 +340,37 @@ def _save(folder: Path, model: LlamaForCausalLM, opts, tokens_seen: int) -> None
     os.replace(folder / "state.tmp", folder / "state.json")
 
 
+@torch.no_grad()
+def load_checkpoint(folder: Path, model: nn.Module, opts) -> int:
+    """Put the last checkpoint of `folder` into a model and its optimisers; what was logged after it is forgotten. Returns the tokens seen."""
+    saved = json.loads((folder / "state.json").read_text())
+    weights, state = (
+        load_file(folder / saved["checkpoint"] / name, device=str(model.device)) for name in ("model.safetensors", "optimizers.safetensors")
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(weights[name])
+    for i, optimizer in enumerate(opts):
+        for j, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            prefix = f"{i}.{j}."
+            optimizer.state[parameter] = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    _forget_after(folder, saved["tokens_seen"])
+    return saved["tokens_seen"]
+
+
 def _log(folder: Path, **values: float) -> None:
+    """One line of `log.jsonl`; six digits of each value, so that small rates and losses keep theirs."""
+    rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items()}
     with (folder / "log.jsonl").open("a") as log:
-        log.write(json.dumps({key: round(value, 4) for key, value in values.items()}) + "\n")
+        log.write(json.dumps(rounded) + "\n")
+
+
+def _forget_after(folder: Path, tokens_seen: int) -> None:
+    """Drop the lines of the log that are later than a checkpoint, and one that a kill cut short."""
+    if (folder / "log.jsonl").exists():
+        whole = (folder / "log.jsonl").read_text().split("\n")[:-1]
+        (folder / "log.tmp").write_text("".join(f"{line}\n" for line in whole if json.loads(line)["tokens"] <= tokens_seen))
+        os.replace(folder / "log.tmp", folder / "log.jsonl")
 
 
 def model_card(recipe: Recipe, num_text_tokens: int, quality: dict[str, float], seconds: float) -> str:

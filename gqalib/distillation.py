@@ -1,0 +1,215 @@
+"""Recovery by the dense model's logits: all weights or a LoRA adapter, alone or mixed with the language-model loss.
+
+    loss = alpha · T² · KL(teacher || student) + (1 − alpha) · cross entropy          [nats per predicted token]
+
+with both distributions softened by the temperature T in the first term (Hinton, Vinyals & Dean 2015; T² keeps the size of
+the gradients). The loop, its optimisers and its checkpoints are those of `training`.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from gqalib import training
+from gqalib.attention import attention_implementation
+from gqalib.errors import InputError
+from gqalib.presets import Distillation
+from gqalib.pruning import Plan, prune
+from gqalib.recovery import lora_config, merge
+from gqalib.training import NO_LABEL, Batch, as_inputs
+
+COLUMNS = ["tokens", "loss", "kl", "cross_entropy", "learning_rate", "seconds"]
+Batches = torch.Tensor | Callable[[int], Batch]
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train_batches: Batches,
+    settings: Distillation,
+    folder: Path,
+    micro_tokens: int = 2048,
+    checkpoint_s: float = 300,
+) -> pd.DataFrame:
+    """Teach a pruned model, in place, until `settings.num_tokens` are seen (the last step is a whole one).
+
+    With `lora_r` only an adapter is trained, and merged at the end, so the student is a plain model again. The state lives
+    in `folder`: the same call on the same student goes on where a killed run was saved; another run begins there anew. To
+    train all weights, load the student in float32: bfloat16 rounds small steps away.
+
+    Args:
+        teacher: the dense model, which never changes; it may be None where `alpha` is 0.
+        train_batches: token ids [count, length], shuffled anew for each pass; or a function from the number of tokens seen
+            to the next batch, token ids [rows, length] or `input_ids`, `labels` and, with padding on the right,
+            `attention_mask`. Where `labels` is −100 (a prompt, padding) neither loss is taken.
+        micro_tokens: how many tokens go through the models at once: what memory and caches like.
+        checkpoint_s: seconds between two checkpoints.
+
+    Returns:
+        One row per optimiser step: `tokens` seen, `loss`, its terms `kl` (with T²; none at alpha 0) and `cross_entropy`,
+        `learning_rate` (Muon's if it runs), `seconds`.
+
+    Raises:
+        InputError: a teacher is missing or has another vocabulary, or the loss or its gradient became infinite or NaN;
+            then the student is as it was at the last checkpoint, at worst as it came.
+    """
+    _check(student, teacher, settings)
+    if settings.num_tokens == 0:
+        return pd.DataFrame(columns=COLUMNS, dtype=float)
+    run = {"settings": dataclasses.asdict(settings), "start": _digest(student, train_batches)}
+    loss_of = distillation_loss(teacher, settings.alpha, settings.temperature)
+    on_cpu = [model for model in (student, teacher) if model is not None and model.device.type == "cpu"]
+    with attention_implementation("blocked", *on_cpu), _trained(student, settings) as trained:
+        opts = training.optimizers(trained, settings)
+        tokens_seen = _resume(folder, trained, opts, run)
+
+        def prepare(model, opts, tokens_seen):
+            return model, opts, _micro_batches(train_batches, tokens_seen, settings, micro_tokens, student.device)
+
+        try:
+            training.descend(trained, opts, tokens_seen, settings, folder, prepare, loss_of, checkpoint_s)
+        except FloatingPointError as error:
+            rates = f"distillation.adamw_lr from {settings.adamw_lr}"
+            rates = f"distillation.muon_lr from {settings.muon_lr} or {rates}" if settings.muon_lr else rates
+            raise InputError(f"the loss or its gradient is not finite: lower {rates}") from error
+        finally:  # what stands in the folder is what the student is, whatever ended the run
+            training.load_checkpoint(folder, trained, opts)
+    student.zero_grad(set_to_none=True)
+    return pd.read_json(folder / "log.jsonl", lines=True).reindex(columns=COLUMNS)
+
+
+def distillation_loss(teacher: nn.Module | None, alpha: float, temperature: float) -> Callable:
+    """The loss above as (model, batch) → `loss` and its terms, means over the batch's predicted tokens."""
+
+    def loss_of(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        inputs = as_inputs(batch)
+        labels = inputs["labels"][:, 1:]
+        predicted = labels != NO_LABEL
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1][predicted].float()
+        terms = {"cross_entropy": (1 - alpha, cross_entropy(logits, labels[predicted]))}
+        if alpha:
+            with torch.no_grad():
+                target = teacher(input_ids=inputs["input_ids"].to(teacher.device), use_cache=False).logits
+            target = target[:, :-1].to(logits.device)[predicted].float()
+            terms["kl"] = (alpha, temperature**2 * kl_divergence(logits / temperature, target / temperature).mean())
+        loss = sum(weight * term for weight, term in terms.values() if weight)
+        return {"loss": loss, **{name: term for name, (_, term) in terms.items()}}
+
+    return loss_of
+
+
+def kl_divergence(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """KL(target || logits) of two sets of logits [tokens, vocabulary], in nats [tokens].
+
+    Σ p (log p − log q) − p + q: the last two add up to nothing, but with them no term is negative and the gradient is
+    exactly zero where the two agree. Muon and Adam would blow a rounding error up to a whole step.
+    """
+    log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    return (p * (log_p - log_q) - p + q).sum(-1)
+
+
+def rows_at(windows: torch.Tensor, tokens_seen: int, batch_tokens: int, seed: int) -> torch.Tensor:
+    """The windows [rows, length] that belong to a position in the run; each pass over [count, length] is shuffled anew."""
+    count, length = windows.shape
+    first, rows = tokens_seen // length, max(1, batch_tokens // length)
+    orders = [
+        torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000 + epoch))
+        for epoch in range(first // count, (first + rows - 1) // count + 1)
+    ]
+    return windows[torch.cat(orders)[first % count :][:rows]]
+
+
+def prune_and_recover(
+    model: nn.Module,
+    plan_of_step: Callable[[nn.Module, int], Plan],
+    windows: torch.Tensor,
+    train_batches: Batches,
+    settings: Distillation,
+    steps: int,
+    teacher: nn.Module,
+    folder: Path,
+) -> pd.DataFrame:
+    """Prune a model in place in `steps` cuts, each followed by its share of the distillation.
+
+    Args:
+        plan_of_step: (model so far, step 1 … steps) → the plan of this cut.
+        windows: calibration text for `prune` (one-shot Taylor on the model so far), token ids [count, length].
+        folder: each step's state goes to a folder of its own in it; a killed run goes on from there.
+
+    Returns:
+        The steps' logs, one after the other, with their number as `step`.
+    """
+    logs = []
+    for step in range(1, steps + 1):
+        prune(model, plan_of_step(model, step), windows, sequential=False)
+        share = dataclasses.replace(settings, num_tokens=settings.num_tokens // steps, seed=settings.seed + step - 1)
+        logs.append(distill(model, teacher, train_batches, share, folder / f"step-{step}").assign(step=step))
+    return pd.concat(logs, ignore_index=True)
+
+
+def _check(student: nn.Module, teacher: nn.Module | None, settings: Distillation) -> None:
+    if settings.alpha and teacher is None:
+        raise InputError(f"distillation.alpha = {settings.alpha} needs a teacher: give the dense model, or alpha 0")
+    if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
+        sizes = f"{teacher.config.vocab_size} tokens, the student's {student.config.vocab_size}"
+        raise InputError(f"the teacher's vocabulary has {sizes}: give the dense model that the student was cut from")
+
+
+@contextmanager
+def _trained(student: nn.Module, settings: Distillation) -> Iterator[nn.Module]:
+    """What the optimisers see: the student with all its weights, or an adapter that is merged into it at the end."""
+    student.requires_grad_(True)
+    if not settings.lora_r:
+        yield student
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        adapted = get_peft_model(student, lora_config(settings.lora_r, settings.lora_alpha))
+    try:
+        yield adapted
+    finally:
+        merge(adapted)
+        student.requires_grad_(True)
+
+
+def _resume(folder: Path, model: nn.Module, opts: list[torch.optim.Optimizer], run: dict) -> int:
+    """Tokens seen by the run that `folder` holds, its state loaded; a run that is described otherwise is dropped and begun anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    description = json.dumps(run, indent=1)
+    if not (folder / "run.json").exists() or (folder / "run.json").read_text() != description:
+        for stale in ("state.json", "log.jsonl"):
+            (folder / stale).unlink(missing_ok=True)
+        (folder / "run.json").write_text(description)
+    if not (folder / "state.json").exists():
+        training.save_checkpoint(folder, model, opts, 0)
+    return training.load_checkpoint(folder, model, opts)
+
+
+def _digest(student: nn.Module, train_batches: Batches) -> str:
+    """A hash of the weights that the run starts from and of its text, as far as it is there."""
+    tensors = [*student.parameters(), *([train_batches] if isinstance(train_batches, torch.Tensor) else [])]
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _micro_batches(train_batches: Batches, tokens_seen: int, settings: Distillation, micro_tokens: int, device) -> list[dict]:
+    if isinstance(train_batches, torch.Tensor):
+        batch = rows_at(train_batches, tokens_seen, settings.batch_tokens, settings.seed)
+    else:
+        batch = train_batches(tokens_seen)
+    inputs = {name: tensor.to(device) for name, tensor in as_inputs(batch).items()}
+    rows = max(1, micro_tokens // inputs["input_ids"].shape[1])
+    parts = [tensor.split(rows) for tensor in inputs.values()]
+    return [dict(zip(inputs, part, strict=True)) for part in zip(*parts, strict=True)]
