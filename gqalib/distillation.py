@@ -6,8 +6,10 @@ with both distributions softened by the temperature T in the first term (Hinton,
 the gradients). The loop, its optimisers and its checkpoints are those of `training`.
 """
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from gqalib import training
 from gqalib.attention import attention_implementation
@@ -44,13 +48,13 @@ def distill(
 
     With `lora_r` only an adapter is trained, and merged at the end, so the student is a plain model again. The state lives
     in `folder`: the same call on the same student goes on where a killed run was saved; another run begins there anew. To
-    train all weights, load the student in float32: bfloat16 rounds small steps away.
+    train all weights, load the student in float32: bfloat16 rounds small steps away. One process.
 
     Args:
-        teacher: the dense model, which never changes; it may be None where `alpha` is 0.
+        teacher: the dense model, which never changes; on any device; it may be None where `alpha` is 0.
         train_batches: token ids [count, length], shuffled anew for each pass; or a function from the number of tokens seen
             to the next batch, token ids [rows, length] or `input_ids`, `labels` and, with padding on the right,
-            `attention_mask`. Where `labels` is −100 (a prompt, padding) neither loss is taken.
+            `attention_mask`. Where `labels` is −100 (a prompt, padding) neither loss is taken. See `instruction_batches`.
         micro_tokens: how many tokens go through the models at once: what memory and caches like.
         checkpoint_s: seconds between two checkpoints.
 
@@ -59,13 +63,13 @@ def distill(
         `learning_rate` (Muon's if it runs), `seconds`.
 
     Raises:
-        InputError: a teacher is missing or has another vocabulary, or the loss or its gradient became infinite or NaN;
-            then the student is as it was at the last checkpoint, at worst as it came.
+        InputError: a teacher is missing or has another vocabulary, there is no text, or the loss or its gradient became
+            infinite or NaN; then the student is as it was at the last checkpoint, at worst as it came.
     """
-    _check(student, teacher, settings)
+    _check(student, teacher, train_batches, settings)
     if settings.num_tokens == 0:
         return pd.DataFrame(columns=COLUMNS, dtype=float)
-    run = {"settings": dataclasses.asdict(settings), "start": _digest(student, train_batches)}
+    run = {"settings": dataclasses.asdict(settings), "start": _digest(student, teacher, train_batches)}
     loss_of = distillation_loss(teacher, settings.alpha, settings.temperature)
     on_cpu = [model for model in (student, teacher) if model is not None and model.device.type == "cpu"]
     with attention_implementation("blocked", *on_cpu), _trained(student, settings) as trained:
@@ -83,7 +87,7 @@ def distill(
             raise InputError(f"the loss or its gradient is not finite: lower {rates}") from error
         finally:  # what stands in the folder is what the student is, whatever ended the run
             training.load_checkpoint(folder, trained, opts)
-    student.zero_grad(set_to_none=True)
+            trained.zero_grad(set_to_none=True)
     return pd.read_json(folder / "log.jsonl", lines=True).reindex(columns=COLUMNS)
 
 
@@ -129,6 +133,38 @@ def rows_at(windows: torch.Tensor, tokens_seen: int, batch_tokens: int, seed: in
     return windows[torch.cat(orders)[first % count :][:rows]]
 
 
+def instruction_batches(
+    rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int, seed: int = 0
+) -> Callable[[int], Batch]:
+    """Batches of `prompt` / `completion` rows for `distill`: shuffled once, labels on completion and end of text only.
+
+    Raises:
+        InputError: no row has a prompt of less than `max_length` tokens.
+    """
+    examples = [e for e in (_example(row, tokenizer, max_length) for row in rows) if training.num_predicted(e)]
+    if not examples:
+        raise InputError(f"no row has a token of its completion within max_length = {max_length}: give shorter prompts or more tokens")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    batches = [_pad([examples[i] for i in order[first : first + batch_size]]) for first in range(0, len(order), batch_size)]
+    ends = list(itertools.accumulate(map(training.num_tokens_of, batches)))
+    return lambda tokens_seen: batches[bisect.bisect_right(ends, tokens_seen % ends[-1])]
+
+
+def _example(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, torch.Tensor]:
+    prompt = tokenizer(row["prompt"], verbose=False)["input_ids"]
+    completion = tokenizer(row["completion"], add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+    ids = torch.tensor([prompt + completion], dtype=torch.long)[:, :max_length]
+    labels = ids.clone()
+    labels[:, : len(prompt)] = NO_LABEL
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+def _pad(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows of unequal length in one batch, filled on the right with what no loss and no token count sees."""
+    filling = {"input_ids": 0, "labels": NO_LABEL, "attention_mask": 0}
+    return {name: pad_sequence([e[name][0] for e in examples], True, value) for name, value in filling.items()}
+
+
 def prune_and_recover(
     model: nn.Module,
     plan_of_step: Callable[[nn.Module, int], Plan],
@@ -157,12 +193,14 @@ def prune_and_recover(
     return pd.concat(logs, ignore_index=True)
 
 
-def _check(student: nn.Module, teacher: nn.Module | None, settings: Distillation) -> None:
+def _check(student: nn.Module, teacher: nn.Module | None, train_batches: Batches, settings: Distillation) -> None:
     if settings.alpha and teacher is None:
         raise InputError(f"distillation.alpha = {settings.alpha} needs a teacher: give the dense model, or alpha 0")
     if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
         sizes = f"{teacher.config.vocab_size} tokens, the student's {student.config.vocab_size}"
         raise InputError(f"the teacher's vocabulary has {sizes}: give the dense model that the student was cut from")
+    if isinstance(train_batches, torch.Tensor) and (train_batches.ndim != 2 or len(train_batches) == 0):
+        raise InputError(f"the text to learn from has shape {list(train_batches.shape)}: give token ids [count, length]")
 
 
 @contextmanager
@@ -195,11 +233,11 @@ def _resume(folder: Path, model: nn.Module, opts: list[torch.optim.Optimizer], r
     return training.load_checkpoint(folder, model, opts)
 
 
-def _digest(student: nn.Module, train_batches: Batches) -> str:
-    """A hash of the weights that the run starts from and of its text, as far as it is there."""
-    tensors = [*student.parameters(), *([train_batches] if isinstance(train_batches, torch.Tensor) else [])]
+def _digest(*sources: nn.Module | Batches | None) -> str:
+    """A hash of the weights and the text that a run starts from; a function's text is not seen."""
     digest = hashlib.sha256()
-    for tensor in tensors:
+    parameters = [source.parameters() for source in sources if isinstance(source, nn.Module)]
+    for tensor in itertools.chain(*parameters, (source for source in sources if isinstance(source, torch.Tensor))):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

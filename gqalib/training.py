@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gqalib import attention  # noqa: F401  (registers attn_implementation="blocked")
 from gqalib.corpora import HELD_OUT_ONE_IN
+from gqalib.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 NO_LABEL = -100  # what transformers and torch leave out of a loss
@@ -265,9 +266,15 @@ def step(
 
     Args:
         loss_of: (model, batch) → means over the batch's predicted tokens, by name; `loss` is the one that is descended.
+
+    Raises:
+        InputError: no token of the batches has a label.
+        FloatingPointError: the loss or its gradient is not finite; the weights are as they were.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     counts, totals = [num_predicted(batch) for batch in batches], {}
+    if not sum(counts):
+        raise InputError("a batch has no token to learn from: give rows of at least 2 tokens, with labels")
     for batch, count in list(zip(batches, counts, strict=True))[rank::world_size]:
         with torch.autocast(model.device.type, torch.bfloat16):
             terms = {name: term * (count / sum(counts)) for name, term in loss_of(model, batch).items()}

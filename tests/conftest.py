@@ -8,6 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from gqalib import models
 from gqalib.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
@@ -35,6 +39,14 @@ def model(request):
     """Different group sizes, tied and untied embeddings, MHA as groups of one."""
     heads, kv_heads, tied = request.param
     return small_model(num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+
+
+@pytest.fixture
+def tokenizer():
+    """One token per word: `w7` is token 7."""
+    words = Tokenizer(WordLevel({"<e>": 0, "<u>": 1} | {f"w{i}": i for i in range(2, 61)}, "<u>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", pad_token="<e>", unk_token="<u>")
 
 
 @pytest.fixture

@@ -235,15 +235,19 @@ def test_a_learning_rate_far_too_high(student, teacher, windows, tmp_path):
     start = weights(student)
     with pytest.raises(InputError, match="lower distillation.muon_lr from 1e\\+30"):
         distill(student, teacher, windows, dataclasses.replace(FULL, muon_lr=1e30), tmp_path)
-    assert same(weights(student), start)
+    assert same(weights(student), start) and all(p.grad is None for p in student.parameters())
 
 
-def test_impossible_teachers(student, windows, clone, tmp_path):
+def test_impossible_input(student, windows, clone, tmp_path):
     start = weights(student)
     with pytest.raises(InputError, match="alpha = 1.0 needs a teacher"):
         distill(student, None, windows, FULL, tmp_path)
     with pytest.raises(InputError, match="vocabulary has 50 tokens, the student's 61"):
         distill(student, small_model(vocab_size=50), windows, FULL, tmp_path)
+    with pytest.raises(InputError, match=r"has shape \[0, 20\]"):
+        distill(student, clone(student), windows[:0], FULL, tmp_path)
+    with pytest.raises(InputError, match="no token to learn from"):
+        distill(student, clone(student), windows[:, :1], FULL, tmp_path)
     assert same(weights(student), start)
 
 
@@ -256,6 +260,38 @@ def test_rows_cover_a_pass_once_and_then_differ():
     passes = rows[:, 0].view(3, 7)
     assert (passes.sort(1).values == windows[:, 0]).all() and not torch.equal(passes[0], passes[1])
     assert torch.equal(rows_at(windows, 24, 12, 0), rows[6:9]) and len(rows_at(windows, 0, 80, 0)) == 20
+
+
+ROWS = [
+    {"prompt": "w2 w3", "completion": " w4 w5 w6 w7"},
+    {"prompt": "w8", "completion": " w9"},
+    {"prompt": "w2 w2 w2 w2", "completion": " w9"},
+]
+
+
+def test_instruction_batches(tokenizer):
+    batch_at = distillation.instruction_batches(ROWS, tokenizer, max_length=6, batch_size=3)
+    batch, none = batch_at(0), training.NO_LABEL
+    rows = sorted(zip(*(batch[name].tolist() for name in ("input_ids", "labels", "attention_mask")), strict=True))
+    assert rows == [
+        ([2, 2, 2, 2, 9, 0], [none] * 4 + [9, 0], [1] * 6),
+        ([2, 3, 4, 5, 6, 7], [none] * 2 + [4, 5, 6, 7], [1] * 6),
+        ([8, 9, 0, 0, 0, 0], [none, 9, 0, none, none, none], [1] * 3 + [0] * 3),
+    ]
+    assert training.num_tokens_of(batch) == 15
+    single = distillation.instruction_batches(ROWS, tokenizer, max_length=6, batch_size=1)
+    seen = [0]
+    while len(seen) < 7:
+        seen.append(seen[-1] + training.num_tokens_of(single(seen[-1])))
+    assert seen[3] == 15 and seen[6] == 30 and torch.equal(single(seen[1])["input_ids"], single(seen[4])["input_ids"])
+    with pytest.raises(InputError, match="within max_length = 1"):
+        distillation.instruction_batches(ROWS, tokenizer, max_length=1, batch_size=1)
+
+
+def test_distils_on_instructions(tokenizer, teacher, student, tmp_path):
+    rows = distillation.instruction_batches(ROWS, tokenizer, max_length=8, batch_size=2)
+    log = distill(student, teacher, rows, dataclasses.replace(LORA, num_tokens=160, alpha=0.5), tmp_path)
+    assert log["tokens"].iloc[-1] >= 160 and log["loss"].iloc[-2:].mean() < log["loss"].iloc[:2].mean()
 
 
 def test_prune_and_recover(model, teacher, windows, logits_of, tmp_path):

@@ -3,19 +3,10 @@ import dataclasses
 import pytest
 import torch
 from conftest import small_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from gqalib import InputError, recovery, surgery
 from gqalib.perplexity import perplexity
 from gqalib.presets import load_preset
-
-
-@pytest.fixture
-def tokenizer():
-    bpe = Tokenizer(models.WordLevel({"<e>": 0, "<u>": 1} | {f"w{i}": i for i in range(2, 61)}, "<u>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>", pad_token="<e>", unk_token="<u>")
 
 
 @pytest.fixture
