@@ -252,7 +252,7 @@ def test_refit_together_is_gauss_newton(windows, half, biases):
     refit.refit_together(sublayer, now, target, 500, 1e-3)
     change = torch.cat([linear.weight for linear in sublayer.inputs]) - start
     reached = [(jacobian @ d.flatten() - residual).norm() for d in (change, expected)]
-    assert reached[0] == pytest.approx(reached[1], rel=1e-4) and reached[1] < 0.99 * residual.norm()
+    assert reached[0].item() == pytest.approx(reached[1].item(), rel=1e-4) and reached[1] < 0.99 * residual.norm()
 
 
 @pytest.mark.parametrize("half", [0, 1], ids=["attention", "mlp"])
