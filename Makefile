@@ -24,8 +24,9 @@ report: env
 publish: env
 	$(BIN)/python -m gqalib publish --preset $(PRESET)
 
+# rented GPU boxes log in as root, which Jupyter refuses unless told; it listens on this machine only
 lab: env
-	$(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir .
+	$(BIN)/jupyter lab --ip 127.0.0.1 --allow-root --notebook-dir .
 
 # nbval executes the committed notebooks, in order, in a run folder of its own
 test: env
