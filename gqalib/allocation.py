@@ -1,5 +1,9 @@
 """How much of each layer goes: from layer importances to rates, from rates to whole groups and channels."""
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 from gqalib.errors import InputError
@@ -75,3 +79,37 @@ def whole_units(rates: torch.Tensor, counts: torch.Tensor, multiple: int = 1) ->
             removed[layer] += 1
             spare -= 1
     return (removed * multiple).tolist()
+
+
+def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: int, slack: int) -> list[int]:
+    """One option for each item, so that the sizes add up to `target` … `target + slack` and the costs to as little as possible; exact.
+
+    Dynamic programme over the sum of sizes, in units of their greatest common divisor: best(s) = the least cost of the items so
+    far whose sizes add up to s.
+
+    Args:
+        costs: for each item, the cost of each of its options, float [options]. sizes: what each option is worth, int [options].
+
+    Raises:
+        InputError: no choice of options comes to the target.
+    """
+    unit = math.gcd(*(int(size) for item in sizes for size in item)) or 1
+    best, chosen = np.full((target + slack) // unit + 1, np.inf), []
+    best[0] = 0.0
+    for cost, size in zip(costs, sizes, strict=True):
+        total, option = np.full_like(best, np.inf), np.zeros(len(best), dtype=np.int32)
+        for index, (price, shift) in enumerate(zip(cost, size // unit, strict=True)):
+            candidate = best[: max(0, len(best) - shift)] + price
+            better = candidate < total[shift:]
+            total[shift:][better], option[shift:][better] = candidate[better], index
+        best = total
+        chosen.append(option)
+    least = -(-target // unit)
+    if not np.isfinite(best[least:].min(initial=np.inf)):
+        most = sum(int(size.max()) for size in sizes)
+        raise InputError(f"{target:,} parameters cannot go, {most:,} at most and in whole units: give another fraction")
+    left, options = least + int(best[least:].argmin()), []
+    for option, size in zip(reversed(chosen), reversed(sizes), strict=True):
+        options.append(int(option[left]))
+        left -= int(size[options[-1]]) // unit
+    return options[::-1]

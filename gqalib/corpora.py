@@ -5,6 +5,7 @@ A corpus name is one of
     python-docs    docstrings and language reference of this very installation (nothing is downloaded)
     wikitext2      WikiText-2 raw, through `datasets`
     c4             the English validation shards of C4, through `datasets`
+    python-source  the source files behind python-docs: the same words in another kind of text
     file:PATH      anybody's own text, JSON or JSONL (a `text` field)
 
 and every corpus has the splits `train` (calibration and training), `validation` and `test`.
@@ -111,6 +112,13 @@ def python_docs(split: str) -> Iterator[str]:
         yield from language_reference()
 
 
+def python_source(split: str) -> Iterator[str]:
+    """The source files of the modules, as they are."""
+    for name, path in source_files():
+        if split_of(name) == split and (text := path.read_text(encoding="utf-8", errors="ignore").strip()):
+            yield text
+
+
 def language_reference() -> Iterator[str]:
     """The topics of Python's language reference that the interpreter carries for `help()`."""
     from pydoc_data.topics import topics
@@ -157,13 +165,15 @@ def _digest(text: str) -> str:
 
 # ---------------------------------------------------------------- every corpus
 
+INSTALLED = {"python-docs": python_docs, "python-source": python_source}
+
 
 def check_corpus(corpus: str) -> None:
     """Raises InputError if there is no such corpus, or its file is missing or holds no text; downloads nothing."""
     if corpus.startswith("file:"):
         _split_file(Path(corpus.removeprefix("file:")), "train")
-    elif corpus != "python-docs" and corpus not in DATASETS:
-        raise InputError(f"unknown corpus {corpus!r}: use python-docs, {', '.join(DATASETS)} or file:PATH")
+    elif corpus not in INSTALLED and corpus not in DATASETS:
+        raise InputError(f"unknown corpus {corpus!r}: use {', '.join([*INSTALLED, *DATASETS])} or file:PATH")
 
 
 def read_corpus(corpus: str, split: str) -> Iterator[str]:
@@ -175,8 +185,8 @@ def read_corpus(corpus: str, split: str) -> Iterator[str]:
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
     check_corpus(corpus)
-    if corpus == "python-docs":
-        return python_docs(split)
+    if corpus in INSTALLED:
+        return INSTALLED[corpus](split)
     if corpus in DATASETS:
         return _hub_documents(corpus, split)
     return iter(_split_file(Path(corpus.removeprefix("file:")), split))
@@ -221,26 +231,36 @@ def windows(ids: torch.Tensor, length: int, source: str = "the text") -> torch.T
     return ids[: count * length].view(count, length)
 
 
-def spread(windows: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Evenly spaced rows of windows [count, length], `num_tokens` tokens in all; every row if there are no more."""
+def spread(windows: torch.Tensor, num_tokens: int, sample: int = 0) -> torch.Tensor:
+    """Evenly spaced rows of windows [count, length], `num_tokens` tokens in all; every row if there are no more.
+
+    `sample` 1, 2, … take other rows, from the gaps that sample 0 leaves (golden section, so that few samples lie far apart).
+
+    Raises:
+        InputError: the gaps are too narrow for another sample.
+    """
     count = max(1, num_tokens // windows.shape[1])
+    gap = len(windows) // count
+    *others, offset = (int(k * 0.618034 % 1 * gap) for k in range(sample + 1))
+    if offset in others:
+        raise InputError(f"{windows.numel()} tokens are too few for sample {sample} of {num_tokens}: give a longer text or smaller samples")
     if count >= len(windows):
         return windows
-    return windows[torch.arange(count) * len(windows) // count]
+    return windows[torch.arange(count) * len(windows) // count + offset]
 
 
-def evaluation_windows(corpus: str, split: str, tokenizer, length: int, num_tokens: int) -> torch.Tensor:
-    """Windows [count, length] of a split, `num_tokens` in all (fewer if the text is shorter).
+def evaluation_windows(corpus: str, split: str, tokenizer, length: int, num_tokens: int, sample: int = 0) -> torch.Tensor:
+    """Windows [count, length] of a split, `num_tokens` in all (fewer if the text is shorter); another `sample` has no window of this one.
 
     They are spread over `SPREAD` times as much text: neighbouring windows are of one document, and a sample of few documents says
     little about the others.
 
     Raises:
-        InputError: the split has not enough tokens for one window.
+        InputError: the split has not enough tokens for one window, or for another sample.
     """
     encode = running_text_ids if is_running_text(corpus) else token_ids
     ids = encode(read_corpus(corpus, split), tokenizer, max(SPREAD * num_tokens, length))
-    return spread(windows(ids, length, f"the {split} split of {corpus}"), num_tokens)
+    return spread(windows(ids, length, f"the {split} split of {corpus}"), num_tokens, sample)
 
 
 def instructions(name: str, split: str, corpus: str, num_rows: int | None = None) -> list[dict[str, str]]:

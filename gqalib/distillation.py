@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from gqalib import training
 from gqalib.attention import attention_implementation
 from gqalib.errors import InputError
+from gqalib.perplexity import kl_divergence
 from gqalib.presets import Distillation
-from gqalib.pruning import Plan, prune
 from gqalib.recovery import lora_config, merge
 from gqalib.training import NO_LABEL, Batch, as_inputs
 
@@ -111,17 +111,6 @@ def distillation_loss(teacher: nn.Module | None, alpha: float, temperature: floa
     return loss_of
 
 
-def kl_divergence(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """KL(target || logits) of two sets of logits [tokens, vocabulary], in nats [tokens].
-
-    Σ p (log p − log q) − p + q: the last two add up to nothing, but with them no term is negative and the gradient is
-    exactly zero where the two agree. Muon and Adam would blow a rounding error up to a whole step.
-    """
-    log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
-    return (p * (log_p - log_q) - p + q).sum(-1)
-
-
 def rows_at(windows: torch.Tensor, tokens_seen: int, batch_tokens: int, seed: int) -> torch.Tensor:
     """The windows [rows, length] that belong to a position in the run; each pass over [count, length] is shuffled anew."""
     count, length = windows.shape
@@ -167,8 +156,7 @@ def _pad(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def prune_and_recover(
     model: nn.Module,
-    plan_of_step: Callable[[nn.Module, int], Plan],
-    windows: torch.Tensor,
+    cut: Callable[[nn.Module, int], None],
     train_batches: Batches,
     settings: Distillation,
     steps: int,
@@ -178,8 +166,7 @@ def prune_and_recover(
     """Prune a model in place in `steps` cuts, each followed by its share of the distillation.
 
     Args:
-        plan_of_step: (model so far, step 1 … steps) → the plan of this cut.
-        windows: calibration text for `prune` (one-shot Taylor on the model so far), token ids [count, length].
+        cut: prunes the model so far in place, given the number of the step, 1 … steps.
         folder: each step's state goes to a folder of its own in it; a killed run goes on from there.
 
     Returns:
@@ -187,7 +174,7 @@ def prune_and_recover(
     """
     logs = []
     for step in range(1, steps + 1):
-        prune(model, plan_of_step(model, step), windows, sequential=False)
+        cut(model, step)
         share = dataclasses.replace(settings, num_tokens=settings.num_tokens // steps, seed=settings.seed + step - 1)
         logs.append(distill(model, teacher, train_batches, share, folder / f"step-{step}").assign(step=step))
     return pd.concat(logs, ignore_index=True)

@@ -28,7 +28,7 @@ from gqalib.baselines import traced_without_rotation
 from gqalib.errors import InputError
 from gqalib.models import count_parameters, decoder_layers, layer_shape, layer_shapes
 from gqalib.perplexity import advance
-from gqalib.pruning import Plan, prune
+from gqalib.pruning import Plan, prune, size, spread_channels, uniform_plan, unit_costs
 from gqalib.surgery import (
     add_output_bias,
     drop_layers,
@@ -57,59 +57,6 @@ def peer(function: Callable[..., None]) -> Callable[..., None]:
 
     PEERS[function.__name__] = checked
     return checked
-
-
-# ---------------------------------------------------------------- budgets
-
-
-def unit_costs(layer: nn.Module) -> tuple[int, int]:
-    """Parameters that a group and a channel of this layer stand for, biases of their rows included."""
-    attention, mlp = layer.self_attn, layer.mlp
-    group = _size(attention.o_proj, rows=False) + sum(_size(x) for x in (attention.q_proj, attention.k_proj, attention.v_proj))
-    channel = _size(mlp.down_proj, rows=False) + _size(mlp.gate_proj) + _size(mlp.up_proj)
-    shape = layer_shape(layer)
-    return group // shape["num_key_value_heads"], channel // shape["intermediate_size"]
-
-
-def _size(linear: nn.Linear, rows: bool = True) -> int:
-    """Parameters of a projection that go with its rows (weights and biases) or with its columns (weights)."""
-    return linear.weight.numel() + (linear.bias.numel() if rows and linear.bias is not None else 0)
-
-
-def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = ()) -> Plan:
-    """The same rate for every layer that is not protected, so that `fraction` of the backbone goes.
-
-    Whole groups come as near to the rate as they can; what their rounding leaves is spread over the channels of the same
-    layers, so the budget is met within one channel.
-
-    Raises:
-        InputError: more would go than layers that keep one group and one channel each can lose.
-    """
-    layers = decoder_layers(model)
-    costs = torch.tensor([unit_costs(layer) for layer in layers], dtype=torch.float64)
-    shapes = layer_shapes(model)
-    kv_heads, widths = (torch.tensor(shapes[name].to_numpy()) for name in ("num_key_value_heads", "intermediate_size"))
-    target = fraction * count_parameters(model)["backbone"]
-    free = torch.ones(len(layers), dtype=torch.float64)
-    free[list(protected)] = 0
-    rates = free * target / (free * (kv_heads * costs[:, 0] + widths * costs[:, 1])).sum()
-    groups = torch.tensor(whole_units(rates, kv_heads))
-    return Plan(rates.tolist(), groups.tolist(), spread_channels(target - (groups * costs[:, 0]).sum(), widths, costs[:, 1], free))
-
-
-def spread_channels(parameters: torch.Tensor, widths: torch.Tensor, costs: torch.Tensor, free: torch.Tensor) -> list[int]:
-    """Channels to remove so that `parameters` go, the same share of each free layer's width; tensors are [layers].
-
-    Raises:
-        InputError: the layers cannot lose as much and keep one channel each.
-    """
-    room = (free * costs * widths).sum()
-    channels = whole_units((free * parameters / room).clamp(0, 1), widths)
-    missing = parameters - (torch.tensor(channels) * costs).sum()
-    if missing > costs.max():
-        most = f"{int((free * costs * (widths - 1)).sum()):,}"
-        raise InputError(f"{int(parameters):,} MLP parameters cannot go, {most} at most: every layer keeps a channel; lower the fraction")
-    return channels
 
 
 # ---------------------------------------------------------------- what flows into o_proj and down_proj
@@ -278,7 +225,7 @@ def _query_heads_and_channels(model: nn.Module, fraction: float) -> tuple[list[i
     queries, kv_heads, widths = (torch.tensor(shapes[name].to_numpy()) for name in shapes)
     mha = queries == kv_heads
     step_heads = torch.where(mha, 1, kv_heads)
-    query_costs = [_size(layer.self_attn.q_proj) + _size(layer.self_attn.o_proj, rows=False) for layer in layers]
+    query_costs = [size(layer.self_attn.q_proj) + size(layer.self_attn.o_proj, rows=False) for layer in layers]
     step_costs = torch.where(mha, costs[:, 0], torch.tensor(query_costs, dtype=torch.float64) / (queries // kv_heads))
     steps = torch.where(mha, kv_heads, queries // kv_heads - 1)  # whole_units leaves one, so two query heads of a group stay
     taken = torch.tensor(whole_units(fraction * kv_heads * costs[:, 0] / step_costs / steps, steps))

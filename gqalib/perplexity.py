@@ -57,6 +57,27 @@ def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none")
 
 
+def kl_divergence(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """KL(target || logits) of two sets of logits [tokens, vocabulary], in nats [tokens].
+
+    Σ p (log p − log q) − p + q: the last two add up to nothing, but with them no term is negative and the gradient is
+    exactly zero where the two agree. Muon and Adam would blow a rounding error up to a whole step.
+    """
+    log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    return (p * (log_p - log_q) - p + q).sum(-1)
+
+
+@torch.no_grad()
+def kl_to(dense: nn.Module, model: nn.Module, windows: torch.Tensor) -> float:
+    """KL(dense || model) of the next token, in nats, mean over the predicted tokens of windows [count, length]."""
+    total = 0.0
+    for rows in batches(windows):
+        logits, target = (m(input_ids=windows[rows].to(m.device), use_cache=False).logits[:, :-1].float() for m in (model, dense))
+        total += kl_divergence(logits, target.to(logits.device)).double().sum().item()
+    return total / windows[:, 1:].numel()
+
+
 @torch.no_grad()
 def hidden_states_before(model: nn.Module, windows: torch.Tensor, layer: int) -> torch.Tensor:
     """The residual stream that enters a layer, [count, length, hidden]."""

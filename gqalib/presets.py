@@ -73,6 +73,28 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class Frontier:
+    """Every method at every size; windows are capped by the model's `max_position_embeddings`."""
+
+    fractions: list[float]  # of the backbone removed
+    calibration: Sample  # what every method reads, and the second half's refit
+    test: Sample  # behind each perplexity
+    seeds: int  # calibration samples drawn, each method runs on each
+    other_corpus: str  # another text to calibrate on, as `corpus`
+
+
+@dataclass(frozen=True)
+class Search:
+    """From the cost table to rates that were tried out."""
+
+    fraction: float  # of the backbone removed
+    candidates: int  # each is one sweep
+    scoring: Sample  # training text apart from the calibration text, on which candidates are compared
+    trials: int  # sweeps to find the rates for a target perplexity
+    steps: int  # cuts of iterative pruning
+
+
+@dataclass(frozen=True)
 class Distillation:
     """Recovery by the dense model's logits: what is learned, on how much text, with which optimisers."""
 
@@ -132,6 +154,9 @@ class Preset:
     removal: Sample
     pruning: Pruning
     recovery: Recovery
+    frontier: Frontier
+    search: Search
+    distillation: Distillation
     cost: Cost
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,6 +173,8 @@ RULES = {
     "recovery.lora_dropout": (lambda v: 0 <= v < 1, "a fraction from 0 up to 1"),
     "recovery.warmup_ratio": (lambda v: 0 <= v < 1, "a fraction from 0 up to 1"),
     "recovery.num_examples": (lambda v: v is None or v > 0, "a positive number, or null for all"),
+    "frontier.fractions": (lambda v: v and all(0 < f < 1 for f in v), "a list of fractions between 0 and 1"),
+    "search.fraction": (lambda v: 0 < v < 1, "a fraction between 0 and 1, such as 0.5"),
     "distillation.num_tokens": (lambda v: v >= 0, "zero or a positive number of tokens"),
     "distillation.alpha": (lambda v: 0 <= v <= 1, "a fraction from 0 to 1"),
     "distillation.muon_lr": (lambda v: v >= 0, "zero (AdamW for everything) or a positive number"),

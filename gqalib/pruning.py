@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -12,7 +12,7 @@ from torch import nn
 from gqalib import importance
 from gqalib.allocation import layer_rates, layer_weights, whole_units
 from gqalib.errors import InputError
-from gqalib.models import decoder_layers, layer_shapes
+from gqalib.models import count_parameters, decoder_layers, layer_shape, layer_shapes
 from gqalib.perplexity import advance
 from gqalib.presets import Pruning
 from gqalib.surgery import keep_channels, keep_groups
@@ -20,11 +20,16 @@ from gqalib.surgery import keep_channels, keep_groups
 
 @dataclass(frozen=True)
 class Plan:
-    """How much each layer loses; lists with one entry per layer."""
+    """How much each layer loses; lists with one entry per layer. A layer that loses all groups and all channels goes whole."""
 
     rates: list[float]  # the rate asked, of groups and channels alike
     groups: list[int]  # whole groups to remove
     channels: list[int]  # channels to remove
+
+    def whole_layers(self, model: nn.Module) -> list[int]:
+        """The layers of the model that go whole."""
+        shapes = layer_shapes(model)[["num_key_value_heads", "intermediate_size"]].to_numpy().tolist()
+        return [i for i, removed in enumerate(zip(self.groups, self.channels, strict=True)) if list(removed) == shapes[i]]
 
     @classmethod
     def from_rates(cls, model: nn.Module, rates: torch.Tensor, channel_multiple: int = 1) -> "Plan":
@@ -57,6 +62,56 @@ def make_plan(model: nn.Module, layer_importance: torch.Tensor, settings: Prunin
     weights = layer_weights(layer_importance, s.strategy, s.alpha)
     rates = layer_rates(weights, layer_sizes(model), s.mean_rate, s.min_rate, s.max_rate)
     return Plan.from_rates(model, rates, s.channel_multiple)
+
+
+def unit_costs(layer: nn.Module) -> tuple[int, int]:
+    """Parameters that a group and a channel of this layer stand for, biases of their rows included."""
+    attention, mlp = layer.self_attn, layer.mlp
+    group = size(attention.o_proj, rows=False) + sum(size(x) for x in (attention.q_proj, attention.k_proj, attention.v_proj))
+    channel = size(mlp.down_proj, rows=False) + size(mlp.gate_proj) + size(mlp.up_proj)
+    shape = layer_shape(layer)
+    return group // shape["num_key_value_heads"], channel // shape["intermediate_size"]
+
+
+def size(linear: nn.Linear, rows: bool = True) -> int:
+    """Parameters of a projection that go with its rows (weights and biases) or with its columns (weights)."""
+    return linear.weight.numel() + (linear.bias.numel() if rows and linear.bias is not None else 0)
+
+
+def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = ()) -> Plan:
+    """The same rate for every layer that is not protected, so that `fraction` of the backbone goes.
+
+    Whole groups come as near to the rate as they can; what their rounding leaves is spread over the channels of the same
+    layers, so the budget is met within one channel.
+
+    Raises:
+        InputError: more would go than layers that keep one group and one channel each can lose.
+    """
+    layers = decoder_layers(model)
+    costs = torch.tensor([unit_costs(layer) for layer in layers], dtype=torch.float64)
+    shapes = layer_shapes(model)
+    kv_heads, widths = (torch.tensor(shapes[name].to_numpy()) for name in ("num_key_value_heads", "intermediate_size"))
+    target = fraction * count_parameters(model)["backbone"]
+    free = torch.ones(len(layers), dtype=torch.float64)
+    free[list(protected)] = 0
+    rates = free * target / (free * (kv_heads * costs[:, 0] + widths * costs[:, 1])).sum()
+    groups = torch.tensor(whole_units(rates, kv_heads))
+    return Plan(rates.tolist(), groups.tolist(), spread_channels(target - (groups * costs[:, 0]).sum(), widths, costs[:, 1], free))
+
+
+def spread_channels(parameters: torch.Tensor, widths: torch.Tensor, costs: torch.Tensor, free: torch.Tensor) -> list[int]:
+    """Channels to remove so that `parameters` go, the same share of each free layer's width; tensors are [layers].
+
+    Raises:
+        InputError: the layers cannot lose as much and keep one channel each.
+    """
+    room = (free * costs * widths).sum()
+    channels = whole_units((free * parameters / room).clamp(0, 1), widths)
+    missing = parameters - (torch.tensor(channels) * costs).sum()
+    if missing > costs.max():
+        most = f"{int((free * costs * (widths - 1)).sum()):,}"
+        raise InputError(f"{int(parameters):,} MLP parameters cannot go, {most} at most: every layer keeps a channel; lower the fraction")
+    return channels
 
 
 def layer_sizes(model: nn.Module) -> torch.Tensor:
@@ -116,12 +171,15 @@ def prune(
     return _table(model, plan, dense, before, seconds)
 
 
-def check_plan(plan: Plan, model: nn.Module) -> None:
-    """Raises InputError if the plan does not fit the model's layers, or leaves nothing of one."""
+def check_plan(plan: Plan, model: nn.Module, whole_layers: bool = False) -> None:
+    """Raises InputError if the plan does not fit the model's layers, or leaves nothing of one (but for layers that may go whole)."""
     shapes = layer_shapes(model)
     if len(plan.groups) != len(shapes) or len(plan.channels) != len(shapes):
         raise InputError(f"the plan names {len(plan.groups)} layers, the model has {len(shapes)}: make the plan for this model")
+    dropped = plan.whole_layers(model) if whole_layers else []
     for index, (groups, channels) in enumerate(zip(plan.groups, plan.channels, strict=True)):
+        if index in dropped:
+            continue
         for removed, total, kind in (
             (groups, shapes["num_key_value_heads"][index], "groups"),
             (channels, shapes["intermediate_size"][index], "channels"),

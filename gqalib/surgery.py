@@ -62,11 +62,20 @@ def drop_layers(model: nn.Module, layers: Sequence[int]) -> None:
         raise InputError(f"layers {gone} name one twice: name each once")
     if len(gone) == count:
         raise InputError(f"no layer would be left: keep at least one of the {count}")
-    decoder.layers = nn.ModuleList(layer for index, layer in enumerate(decoder.layers) if index not in gone)
-    for index, layer in enumerate(decoder.layers):
+    _put_layers(model, [layer for index, layer in enumerate(decoder.layers) if index not in gone])
+
+
+def take_layers(model: nn.Module, pruned: nn.Module) -> None:
+    """Give a model the decoder layers of a pruned copy of it, which is not to be used any more."""
+    _put_layers(model, list(pruned.get_decoder().layers))
+
+
+def _put_layers(model: nn.Module, layers: list[nn.Module]) -> None:
+    model.get_decoder().layers = nn.ModuleList(layers)
+    for index, layer in enumerate(layers):
         layer.self_attn.layer_idx = index
     model.config.per_layer_config = None  # entries beyond the new count would be refused
-    model.config.num_hidden_layers = count - len(gone)
+    model.config.num_hidden_layers = len(layers)
     record_shapes(model)
 
 

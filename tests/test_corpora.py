@@ -129,3 +129,16 @@ def test_bad_files(tmp_path):
     for name, says in (("empty.txt", "no text"), ("torn.json", "cannot be read"), ("other.jsonl", "field text")):
         with pytest.raises(InputError, match=says):
             corpora.read_corpus(f"file:{tmp_path / name}", "train")
+
+
+def test_samples_share_no_row():
+    rows = torch.arange(64).view(32, 2)
+    samples = [corpora.spread(rows, 6, sample)[:, 0].tolist() for sample in range(5)]
+    assert len({row for sample in samples for row in sample}) == 15
+    with pytest.raises(InputError, match="too few for sample 5"):
+        corpora.spread(rows, 6, 5)
+
+
+def test_source_is_split_like_its_docstrings():
+    first = next(corpora.read_corpus("python-source", "test"))
+    assert "import" in first or "def " in first or '"""' in first

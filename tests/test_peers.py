@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import small_model
 
-from gqalib import InputError, models, peers, surgery
+from gqalib import InputError, models, peers, pruning, surgery
 from gqalib.perplexity import perplexity
 
 WIDTH = sorted(set(peers.PEERS) - {"shortgpt", "layer_removal"})
@@ -181,7 +181,7 @@ def test_flap_of_constant_features_is_exact(clone, windows, logits_of):
             scores = features(model, index, windows)[name].var(0) * linear.weight.detach().double().square().sum(0)
             linear.weight.data[:, scores > 1e-9] /= scores[scores > 1e-9].sqrt().float()
     dense = clone(model)
-    group, channel = peers.unit_costs(model.model.layers[0])
+    group, channel = pruning.unit_costs(model.model.layers[0])
     fraction = 3 * (2 * group + 10 * channel) / models.count_parameters(model)["backbone"]
     peers.flap(model, windows, fraction)
     shapes = models.layer_shapes(model)
@@ -272,7 +272,7 @@ def test_selection_is_no_worse_with_swaps_and_often_the_best():
 
 def test_osscar_with_nothing_removed_is_the_identity(model, clone, logits_of, windows, monkeypatch):
     before = logits_of(model)
-    nothing = peers.Plan([0.0] * 3, [0] * 3, [0] * 3)
+    nothing = pruning.Plan([0.0] * 3, [0] * 3, [0] * 3)
     monkeypatch.setattr(peers, "uniform_plan", lambda *_: nothing)
     peers.osscar(model, windows, 0.1)
     assert torch.allclose(logits_of(model), before, atol=1e-3)

@@ -70,11 +70,33 @@ def test_choose_is_the_greedy_choice(unit, weighted):
         assert refit.choose(best, gram, removed, unit, output, 0.1) == left
 
 
+@pytest.mark.parametrize(("unit", "per_step"), [(1, 1), (1, 5), (3, 2)])
+def test_rises_are_those_of_the_refit(unit, per_step):
+    """What a removal is said to cost is what the error of the best weight on the rest is above that of all features."""
+    weight, inputs, wanted = random_problem()
+    root = torch.randn(5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    output, gram, cross = root @ root.T, inputs.T @ inputs, wanted.T @ inputs
+    best, num_units = refit.solve(weight, gram, cross, 0.0), 12 // unit
+    order, rises = refit.removal_order(best, gram, num_units - 1, unit, output, 0.0, per_step)
+
+    def error(weight, columns):
+        missed = wanted - inputs[:, columns] @ weight.T
+        return (missed @ output * missed).sum()
+
+    whole = error(best, list(range(12)))
+    for step, rise in enumerate(rises, 1):
+        left = [u for u in range(num_units) if u not in order[: step * per_step]]
+        columns = [u * unit + i for u in left for i in range(unit)]
+        assert error(refit.solve(weight, gram, cross, 0.0, columns), columns) - whole == pytest.approx(rise.item(), rel=1e-6)
+
+
 def test_choice_on_a_diagonal_hessian_is_magnitude_times_activation():
     weight, inputs, _ = random_problem()
     norms = inputs.square().sum(0)
-    order = refit.removal_order(weight, torch.diag(norms), 12, damping=0.0)
-    assert order == (weight.square().sum(0) * norms).argsort().tolist()
+    order, rises = refit.removal_order(weight, torch.diag(norms), 12, damping=0.0)
+    losses = weight.square().sum(0) * norms
+    assert order == losses.argsort().tolist()
+    assert torch.allclose(rises, losses.sort().values.cumsum(0))
     assert refit.choose(weight, torch.diag(norms), 7, damping=0.0, per_step=3) == sorted(order[7:])
 
 

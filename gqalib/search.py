@@ -1,0 +1,268 @@
+"""Which module pays for a budget: a table of estimated costs, the cheapest plan for it, and a search that tries plans out.
+
+The estimate. Let e be the error that a pruned and refitted sublayer makes in its output at a token, and g the gradient of the
+loss there. To second order, with the covariance of g in the place of the Hessian (Gauss–Newton; Martens & Grosse 2015), the loss
+rises by ½ E[(gᵀe)²] = ½ E[eᵀ G e]. That is what the weighted choice in `refit` lowers unit by unit, so one elimination of a module from
+whole to nothing gives its cost at every level: a table of 2 × layers rows for one pass over the text. That whole layers may go is
+one more level: their cost is measured (`importance.removal_importance`).
+
+The plan. `allocation.cheapest` picks one level for each layer, exactly, so that the parameters that go reach the budget at the
+least total cost; the costs are added up, as if no error met another.
+
+The search. They do meet. An evolution strategy, (1 + 1) with Rechenberg's rule for the width of its steps, multiplies the table's rows
+by factors that differ smoothly from layer to layer; every candidate is the cheapest plan for its factors, so all are in the
+budget, and is tried out: pruned by the whole sweep, and scored by KL to the dense logits on text that the sweep has not seen.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from gqalib import refit
+from gqalib.allocation import cheapest
+from gqalib.errors import InputError
+from gqalib.importance import removal_importance
+from gqalib.models import count_parameters, decoder_layers
+from gqalib.perplexity import advance, kl_to
+from gqalib.perplexity import perplexity as perplexity_of
+from gqalib.pruning import Plan, uniform_plan, unit_costs
+from gqalib.surgery import take_layers
+
+Covariances = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Estimated rise of the loss, in nats per token, when so much of a module goes; lists with one entry per layer."""
+
+    groups: list[np.ndarray]  # 0, 1, … of its groups removed
+    channels: list[np.ndarray]  # 0, 1, … times its step removed
+    steps: list[int]  # channels per level
+    multiple: int  # channels that go are a multiple of it
+    prices: list[tuple[int, int]]  # parameters of a group and of a channel
+    widths: list[tuple[int, int]]  # groups and channels
+    backbone: int  # parameters
+    layers: np.ndarray | None = None  # measured rise when the whole layer goes; None: none may
+
+    def plan(self, fraction: float, factors: np.ndarray | None = None) -> Plan:
+        """The cheapest plan that removes `fraction` of the backbone, met within one unit (or one multiple of channels).
+
+        Args:
+            factors: of the costs of attention and MLP, [2, layers] (default: 1); a whole layer's is their mean.
+
+        Raises:
+            InputError: a fraction outside (0, 1), or more than the layers can lose.
+        """
+        if not 0 < fraction < 1:
+            raise InputError(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
+        factors = np.ones((2, len(self.steps))) if factors is None else factors
+        options = [self._options(layer, *factors[:, layer]) for layer in range(len(self.steps))]
+        target = round(fraction * self.backbone)
+        coarsest = max(max(group, step * channel) for (group, channel), step in zip(self.prices, self.steps, strict=True))
+        chosen = cheapest([costs for costs, _, _ in options], [sizes for _, sizes, _ in options], target, coarsest)
+        removed = np.array([units[choice] for (_, _, units), choice in zip(options, chosen, strict=True)])
+        self._give_back(removed, target)
+        rates = (removed * self.prices).sum(1) / (np.array(self.widths) * self.prices).sum(1)
+        return Plan(rates.tolist(), removed[:, 0].tolist(), removed[:, 1].tolist())
+
+    def _options(self, layer: int, attention: float, mlp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Costs and sizes [options] and removed units [options, 2] of every pair of levels, and of the whole layer."""
+        groups, channels = self.groups[layer], self.channels[layer]
+        costs = (attention * groups[:, None] + mlp * channels).ravel()
+        levels = np.indices((len(groups), len(channels))).reshape(2, -1).T * (1, self.steps[layer])
+        if self.layers is not None:
+            costs = np.append(costs, (attention + mlp) / 2 * self.layers[layer])
+            levels = np.vstack([levels, self.widths[layer]])
+        return costs, (levels * self.prices[layer]).sum(1), levels
+
+    def _give_back(self, removed: np.ndarray, target: int) -> None:
+        """Levels are coarse: channels that went beyond the target come back, where the last ones cost most."""
+        excess = int((removed * self.prices).sum()) - target
+        for layer in sorted(range(len(removed)), key=lambda i: self._last_cost(i, *removed[i]), reverse=True):
+            whole = tuple(removed[layer]) == self.widths[layer]
+            price = self.multiple * self.prices[layer][1]
+            count = 0 if whole else min(removed[layer, 1] // self.multiple, excess // price)
+            removed[layer, 1] -= count * self.multiple
+            excess -= count * price
+
+    def _last_cost(self, layer: int, groups: int, channels: int) -> float:
+        """Cost per parameter of the last level of channels that went."""
+        level, costs = min(-(-channels // self.steps[layer]), len(self.channels[layer]) - 1), self.channels[layer]
+        return float(costs[level] - costs[level - 1]) / (self.steps[layer] * self.prices[layer][1]) if level else 0.0
+
+
+@torch.no_grad()
+def cost_table(
+    model: nn.Module,
+    windows: torch.Tensor,
+    covariances: Covariances,
+    ingredients: refit.Ingredients = refit.RECIPE,
+    *,
+    multiple: int = 1,
+    whole_layers: torch.Tensor | None = None,
+) -> CostTable:
+    """The estimates for a model, which stays as it is.
+
+    Args:
+        windows: calibration text, token ids [count, length]. covariances: from `importance.gradient_covariances` on it.
+        multiple: channels go in multiples of it.
+        whole_layers: windows on which the cost of dropping each layer is measured (default: no layer goes whole).
+
+    Raises:
+        InputError: too little text, a singular or non-finite Gram matrix.
+    """
+    refit.check_tokens(model, windows)
+    stream, rows, steps = advance(model, None, windows, 0, 0), [], []
+    for index, layer in enumerate(decoder_layers(model)):
+        for half, sublayer in enumerate(refit.sublayers(layer)):
+            step = multiple * max(1, round(sublayer.num_units / ingredients.cuts / multiple)) if half else 1
+            current = refit.calls(model, index, half, stream, windows)
+            after = refit.through(stream, sublayer, current)
+            moments = refit.output_moments(sublayer, current, after - stream)
+            rows.append(_costs(sublayer, moments, covariances[index][half], step, ingredients) / (2 * windows.numel()))
+            stream = after
+        steps.append(step)
+    layers = decoder_layers(model)
+    return CostTable(
+        rows[::2], rows[1::2], steps, multiple, [unit_costs(layer) for layer in layers],
+        [tuple(sublayer.num_units for sublayer in refit.sublayers(layer)) for layer in layers],
+        count_parameters(model)["backbone"], None if whole_layers is None else _removal_costs(model, whole_layers),
+    )  # fmt: skip
+
+
+def _costs(sublayer: refit.Sublayer, moments: refit.Moments, covariance, step: int, ingredients: refit.Ingredients) -> np.ndarray:
+    """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
+    most = (sublayer.num_units - 1) // step * step
+    output = refit.damped(covariance, ingredients.output_damping)
+    _, rises = refit.removal_order(
+        sublayer.output.weight, moments.gram, most, sublayer.unit, output, ingredients.damping, step
+    )  # fmt: skip
+    return np.concatenate([[0.0], rises.numpy()])
+
+
+def _removal_costs(model: nn.Module, windows: torch.Tensor) -> np.ndarray:
+    """Rise of the loss without each layer, in nats per token; what helps costs nothing."""
+    dense = perplexity_of(model, windows)
+    return (1 + removal_importance(model, windows) / dense).log().clamp(min=0).numpy()
+
+
+# ---------------------------------------------------------------- trying plans out
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    plan: Plan
+    factors: np.ndarray  # on the table's rows, [2, layers]
+    history: pd.DataFrame  # per candidate: what it was, `kl` in nats per token, `best` so far
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a plan is tried out: on a copy of the model, by the whole sweep."""
+
+    model: nn.Module
+    windows: torch.Tensor  # calibration text
+    covariances: Covariances
+    ingredients: refit.Ingredients = refit.RECIPE
+
+    def __call__(self, plan: Plan) -> nn.Module:
+        """The model that the sweep makes of a copy."""
+        pruned = copy.deepcopy(self.model)
+        refit.sweep(pruned, plan, self.windows, self.ingredients, covariances=self.covariances)
+        return pruned
+
+
+def evolve(trial: Trial, table: CostTable, fraction: float, scoring: torch.Tensor, candidates: int = 24, seed: int = 0) -> Found:
+    """Search the factors of the table's rows for the plan whose model is nearest to the dense one.
+
+    The first candidates are the uniform plan and the cheapest one; a step that helps makes the next 1.5 times as wide, one that
+    does not makes it narrower, so that one in five helps.
+
+    Args:
+        scoring: windows [count, length] apart from the calibration text. candidates: sweeps in all, at least two.
+
+    Raises:
+        InputError: a fraction that no plan reaches.
+    """
+    generator, width, factors = np.random.default_rng(seed), 0.4, np.ones((2, len(table.steps)))
+    best, rows = uniform_plan(trial.model, fraction), []
+    least = kl_to(trial.model, trial(best), scoring)
+    rows.append({"candidate": "uniform", "kl": least, "best": least})
+    for number in range(1, candidates):
+        tried = factors * np.exp(width * smooth_noise(generator, factors.shape[1])) if number > 1 else factors
+        plan = table.plan(fraction, tried)
+        score = kl_to(trial.model, trial(plan), scoring)
+        if number > 1:
+            width *= 1.5 if score < least else 1.5**-0.25
+        if score < least:
+            best, least, factors = plan, score, tried
+        rows.append({"candidate": "cheapest" if number == 1 else f"step {number - 1}", "kl": score, "best": least})
+    return Found(best, factors, pd.DataFrame(rows))
+
+
+def smooth_noise(generator: np.random.Generator, num_layers: int) -> np.ndarray:
+    """Noise [2, layers] of variance about 1.5 that changes over an eighth of the depth, and moves attention and MLP as a whole."""
+    length = max(1, num_layers // 8)
+    kernel = np.full(length, length**-0.5)
+    rows = [np.convolve(generator.standard_normal(num_layers + length - 1), kernel, "valid") for _ in range(2)]
+    return np.stack(rows) + generator.standard_normal((2, 1)) * 0.7
+
+
+def prune_to(
+    trial: Trial, table: CostTable, scoring: torch.Tensor, *, kept: float | None = None, perplexity: float | None = None, trials: int = 7
+) -> pd.DataFrame:
+    """Prune `trial.model` in place as far as a target allows, by the cheapest plan and the whole sweep.
+
+    Args:
+        scoring: windows [count, length] for the perplexities, apart from the calibration text.
+        kept: the fraction of all parameters that is to stay; met within one unit, by one sweep.
+        perplexity: the most it may become; the fraction that goes is found by halving, in `trials` sweeps.
+
+    Returns:
+        One row per sweep: `fraction` of the backbone removed, `perplexity`. The model is that of the largest fraction
+        within the target.
+
+    Raises:
+        InputError: not one target but none or two, one below the dense perplexity, or one that no plan reaches; the model
+            is as before.
+    """
+    if (perplexity is None) == (kept is None):
+        raise InputError("prune_to needs one target: give either kept or perplexity")
+    if kept is not None:
+        counts = count_parameters(trial.model)
+        fraction = (1 - kept) * counts["total"] / counts["backbone"]
+        pruned = trial(table.plan(fraction))
+        rows = [{"fraction": fraction, "perplexity": perplexity_of(pruned, scoring)}]
+    else:
+        pruned, rows = _halve(trial, table, scoring, perplexity, trials)
+    take_layers(trial.model, pruned)
+    return pd.DataFrame(rows)
+
+
+def _halve(trial: Trial, table: CostTable, scoring: torch.Tensor, limit: float, trials: int) -> tuple[nn.Module, list[dict]]:
+    dense = perplexity_of(trial.model, scoring)
+    if limit < dense:
+        raise InputError(f"a perplexity of {limit:.4g} is below the dense model's {dense:.4g}: give a higher target")
+    low, high, best, rows = 0.0, 1.0, None, []
+    for _ in range(trials):
+        fraction, reached = (low + high) / 2, math.inf
+        with suppress(InputError):  # more than the layers can lose
+            pruned = trial(table.plan(fraction))
+            reached = perplexity_of(pruned, scoring)
+        rows.append({"fraction": fraction, "perplexity": reached})
+        if reached <= limit:
+            low, best = fraction, pruned
+        else:
+            high = fraction
+    if best is None:
+        raise InputError(f"no cut of {high:.2%} or more stays within a perplexity of {limit:.4g}: give a higher target or more trials")
+    return best, rows

@@ -1,0 +1,182 @@
+"""The dynamic programme against brute force, plans against their budget, the search and the targets against their promises."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from gqalib import InputError, importance, models, pruning, refit, search
+from gqalib.allocation import cheapest
+from gqalib.perplexity import kl_to, perplexity
+
+QUICK = refit.Ingredients(newton_rounds=0)
+
+
+@pytest.fixture
+def table(model, windows):
+    return search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK, whole_layers=windows)
+
+
+@pytest.fixture
+def trial(model, windows):
+    return search.Trial(model, windows, importance.gradient_covariances(model, windows), QUICK)
+
+
+def removed(plan, table):
+    return sum(g * group + c * channel for g, c, (group, channel) in zip(plan.groups, plan.channels, table.prices, strict=True))
+
+
+# ---------------------------------------------------------------- the dynamic programme
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cheapest_equals_brute_force(seed):
+    generator = np.random.default_rng(seed)
+    sizes = [generator.integers(0, 12, generator.integers(2, 5)) * 6 for _ in range(4)]
+    costs = [generator.random(len(size)) for size in sizes]
+    target, slack = int(generator.integers(1, sum(size.max() for size in sizes) + 1)), int(generator.integers(6, 20))
+    sums = {sum(options) for options in itertools.product(*sizes)}
+    if not any(target <= total <= target + slack for total in sums):
+        with pytest.raises(InputError, match="cannot go"):
+            cheapest(costs, sizes, target, slack)
+        return
+    chosen = cheapest(costs, sizes, target, slack)
+    assert target <= sum(size[i] for size, i in zip(sizes, chosen, strict=True)) <= target + slack
+    least = min(
+        sum(cost[i] for cost, i in zip(costs, options, strict=True))
+        for options in itertools.product(*(range(len(size)) for size in sizes))
+        if target <= sum(size[i] for size, i in zip(sizes, options, strict=True)) <= target + slack
+    )
+    assert sum(cost[i] for cost, i in zip(costs, chosen, strict=True)) == pytest.approx(least)
+
+
+def test_cheapest_without_a_solution():
+    with pytest.raises(InputError, match="11 parameters cannot go, 10 at most"):
+        cheapest([np.zeros(2)] * 2, [np.array([0, 5])] * 2, 11, 5)
+
+
+# ---------------------------------------------------------------- the table and its plans
+
+
+def test_table(model, windows, table, logits_of):
+    before = logits_of(model)
+    shapes = models.layer_shapes(model)
+    assert [len(row) for row in table.groups] == shapes["num_key_value_heads"].tolist()
+    for row in (*table.groups, *table.channels):
+        assert row[0] == 0 and (np.diff(row) >= -1e-12).all()
+    assert (table.layers >= 0).all() and torch.equal(logits_of(model), before)
+
+
+def test_table_is_what_the_loss_is_weighed_by(model, windows):
+    """Twice the gradient's covariance, twice the cost."""
+    covariances = importance.gradient_covariances(model, windows)
+    once = search.cost_table(model, windows, covariances, QUICK)
+    twice = search.cost_table(model, windows, [(2 * a, 2 * b) for a, b in covariances], QUICK)
+    assert np.allclose(2 * once.channels[1], twice.channels[1]) and np.allclose(2 * once.groups[0], twice.groups[0])
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.25, 0.5, 0.8])
+@pytest.mark.parametrize("seed", range(5))
+def test_plans_meet_the_budget(table, fraction, seed):
+    """Within one channel where channels go, within one group otherwise, whatever the factors are."""
+    factors = np.exp(search.smooth_noise(np.random.default_rng(seed), 3))
+    plan = table.plan(fraction, factors)
+    over = removed(plan, table) - fraction * table.backbone
+    whole = [pair == width for pair, width in zip(zip(plan.groups, plan.channels, strict=True), table.widths, strict=True)]
+    partly = [c for c, gone in zip(plan.channels, whole, strict=True) if not gone]
+    assert -1 <= over < table.prices[0][1 if any(partly) else 0]
+
+
+def test_plans_in_multiples(model, windows):
+    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK, multiple=4)
+    plan = table.plan(0.4)
+    assert all(count % 4 == 0 for count in plan.channels) and any(plan.channels)
+    assert 0 <= removed(plan, table) - 0.4 * table.backbone < 4 * table.prices[0][1]
+
+
+def test_a_layer_that_does_nothing_goes_whole(model, windows, logits_of):
+    for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+        linear.weight.data.zero_()
+    before, covariances = logits_of(model), importance.gradient_covariances(model, windows)
+    table = search.cost_table(model, windows, covariances, QUICK, whole_layers=windows)
+    assert table.layers[1] == pytest.approx(0, abs=1e-6)
+    plan = dataclasses.replace(table, layers=np.array([9.0, 0.0, 9.0])).plan(1 / 3)  # without the others, a random model may be better
+    assert plan.whole_layers(model) == [1]
+    refit.sweep(model, plan, windows, QUICK, covariances=covariances)
+    assert len(model.model.layers) == 2 and torch.allclose(logits_of(model), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0])
+def test_fractions_that_cannot_be(table, fraction):
+    with pytest.raises(InputError, match="outside"):
+        table.plan(fraction)
+
+
+def test_fraction_out_of_reach(model, windows):
+    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK)
+    with pytest.raises(InputError, match="parameters cannot go"):
+        table.plan(0.99)
+
+
+# ---------------------------------------------------------------- trying plans out
+
+
+def test_search_stays_in_the_budget_and_never_gets_worse(trial, table, windows, logits_of, monkeypatch):
+    before, tried, original = logits_of(trial.model), [], search.Trial.__call__
+    monkeypatch.setattr(search.Trial, "__call__", lambda self, plan: tried.append(plan) or original(self, plan))
+    found = search.evolve(trial, table, 0.4, windows, candidates=6)
+    group = table.prices[0][0]
+    assert len(tried) == len(found.history) == 6
+    assert all(abs(removed(plan, table) - 0.4 * table.backbone) <= group for plan in tried)
+    assert found.history["best"].is_monotonic_decreasing and found.history["kl"].min() == found.history["best"].iloc[-1]
+    assert kl_to(trial.model, original(trial, found.plan), windows) == pytest.approx(found.history["best"].iloc[-1])
+    assert torch.equal(logits_of(trial.model), before)
+
+
+def test_search_is_repeatable(trial, table, windows):
+    first, second = (search.evolve(trial, table, 0.4, windows, candidates=4, seed=3) for _ in range(2))
+    assert first.plan == second.plan and first.history.equals(second.history)
+
+
+def test_prune_to_kept(trial, table, windows):
+    dense = models.count_parameters(trial.model)
+    search.prune_to(trial, table, windows, kept=0.7)
+    assert models.count_parameters(trial.model)["total"] == pytest.approx(0.7 * dense["total"], abs=table.prices[0][0])
+
+
+def test_prune_to_perplexity(trial, table, windows, tmp_path):
+    limit = 1.5 * perplexity(trial.model, windows)
+    trials = search.prune_to(trial, table, windows, perplexity=limit, trials=5)
+    best = trials[trials["perplexity"] <= limit]["fraction"].max()
+    assert perplexity(trial.model, windows) == pytest.approx(trials.set_index("fraction")["perplexity"][best])
+    assert perplexity(trial.model, windows) <= limit and trials["fraction"].gt(best).any()
+    left = models.count_parameters(trial.model)["backbone"] / table.backbone
+    assert 1 - left == pytest.approx(best, abs=0.02)
+    trial.model.save_pretrained(tmp_path)
+    again = type(trial.model).from_pretrained(tmp_path)
+    assert perplexity(again, windows) == pytest.approx(perplexity(trial.model, windows), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ({}, "one target"),
+        ({"kept": 0.5, "perplexity": 9.0}, "one target"),
+        ({"perplexity": 1.0}, "below the dense model's"),
+        ({"kept": 0.001}, "outside|cannot go"),
+        ({"kept": 1.5}, "outside"),
+    ],
+)
+def test_targets_that_cannot_be(trial, table, windows, logits_of, target, says):
+    before = logits_of(trial.model)
+    with pytest.raises(InputError, match=says):
+        search.prune_to(trial, table, windows, **target)
+    assert torch.equal(logits_of(trial.model), before)
+
+
+def test_a_whole_layer_may_go_only_in_the_sweep(model, windows):
+    plan = pruning.Plan([0.0] * 3, [0, models.layer_shapes(model)["num_key_value_heads"][1], 0], [0, 24, 0])
+    with pytest.raises(InputError, match="at least one must stay"):
+        pruning.prune(model, plan, windows)
