@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from gqalib.errors import InputError
+from gqalib.models import REPOSITORY
 
 SPLITS = ("train", "validation", "test")
 JSON = (".json", ".jsonl")
@@ -168,10 +169,16 @@ def _digest(text: str) -> str:
 INSTALLED = {"python-docs": python_docs, "python-source": python_source}
 
 
+def corpus_path(name: str) -> Path:
+    """The file that `file:PATH` stands for; a relative path may stand in the repository."""
+    path = Path(name.removeprefix("file:"))
+    return next((p for p in (path, REPOSITORY / path) if p.is_file()), path)
+
+
 def check_corpus(corpus: str) -> None:
     """Raises InputError if there is no such corpus, or its file is missing or holds no text; downloads nothing."""
     if corpus.startswith("file:"):
-        _split_file(Path(corpus.removeprefix("file:")), "train")
+        _split_file(corpus_path(corpus), "train")
     elif corpus not in INSTALLED and corpus not in DATASETS:
         raise InputError(f"unknown corpus {corpus!r}: use {', '.join([*INSTALLED, *DATASETS])} or file:PATH")
 
@@ -189,7 +196,7 @@ def read_corpus(corpus: str, split: str) -> Iterator[str]:
         return INSTALLED[corpus](split)
     if corpus in DATASETS:
         return _hub_documents(corpus, split)
-    return iter(_split_file(Path(corpus.removeprefix("file:")), split))
+    return iter(_split_file(corpus_path(corpus), split))
 
 
 def token_ids(documents: Iterator[str], tokenizer, num_tokens: int | None = None) -> torch.Tensor:
@@ -299,7 +306,7 @@ def _continued(documents: Iterator[str]) -> Iterator[dict[str, str]]:
 
 def _alpaca(name: str, split: str) -> list[dict]:
     if name.startswith("file:"):
-        return _part(_json_rows(Path(name.removeprefix("file:"))), split)
+        return _part(_json_rows(corpus_path(name)), split)
     from datasets import load_dataset
 
     return _part(load_dataset("yahma/alpaca-cleaned", split="train"), split)
@@ -332,7 +339,7 @@ def is_running_text(corpus: str) -> bool:
     """Whether the corpus is one text in rows or paragraphs; otherwise its documents stand for themselves."""
     if not corpus.startswith("file:"):
         return corpus in DATASETS
-    path = Path(corpus.removeprefix("file:"))
+    path = corpus_path(corpus)
     return path.suffix not in JSON and END_OF_DOCUMENT not in path.read_text(encoding="utf-8")
 
 

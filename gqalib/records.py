@@ -22,6 +22,7 @@ import pandas as pd
 import transformers
 
 from gqalib import figures
+from gqalib.corpora import corpus_path
 from gqalib.errors import InputError
 from gqalib.models import REPOSITORY, check_model, resolve_device
 from gqalib.presets import load_preset
@@ -83,7 +84,7 @@ def library_hash() -> str:
 
 def fingerprints(parameters: dict[str, Any]) -> dict[str, str]:
     """What tells that a local model folder or corpus file has been replaced: names, sizes and times of its files, hashed."""
-    places = {"model": Path(check_model(parameters["model"])), "corpus": Path(parameters["corpus"].removeprefix("file:"))}
+    places = {"model": Path(check_model(parameters["model"])), "corpus": corpus_path(parameters["corpus"])}
     return {name: _fingerprint(place) for name, place in places.items() if place.exists()}
 
 

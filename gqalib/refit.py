@@ -22,8 +22,8 @@ On paper, Llama-3-8B in bf16 with n calibration tokens, one sublayer at a time (
              Together 25.9e9, which a 24 GiB GPU (25.8e9) holds with n = 24,000 or with the embedding table in host memory. The
              weights of the layers done wait in host memory (at most 14.0e9), so that an error leaves the model as it was.
     FLOPs    per layer 2n(f² + hidden² + 2·hidden·f) for the moments and 5f³ at most for choice and solves, in float64: 3.6e13 at
-             n = 32,768; three forward passes, 1.3e9·n; Gauss–Newton, 2 rounds of 5 steps, each a product with J and one with
-             Jᵀ: as much as 70 forward passes, 3.1e10·n = 1.0e15 in float32, 3.2e16 for all layers.
+             n = 32,768; three forward passes, 1.3e9·n; Gauss–Newton, a round of three steps, each a forward pass and a product
+             with Jᵀ: as much as 17 forward passes, 7.4e9·n = 2.4e14 in float32, 7.8e15 for all layers.
 
 The weighted choice (and `importance.fisher_scores`) needs one backward pass over the whole model, without weight gradients: 16.1e9
 of weights, about 14e9 of activations and 3e9 of logits per batch of 2,048 tokens, and 64 covariances of 8 · 4096² = 8.6e9.

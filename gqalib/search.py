@@ -161,7 +161,7 @@ class Found:
     """What a search came to."""
 
     plan: Plan
-    factors: np.ndarray  # on the table's rows, [2, layers]
+    factors: np.ndarray  # on the table's rows, [2, layers], of the best plan that was found with the table
     history: pd.DataFrame  # per candidate: what it was, `kl` in nats per token, `best` so far
 
 
@@ -194,19 +194,19 @@ def evolve(trial: Trial, table: CostTable, fraction: float, scoring: torch.Tenso
         InputError: a fraction that no plan reaches.
     """
     generator, width, factors = np.random.default_rng(seed), 0.4, np.ones((2, len(table.steps)))
-    best, rows = uniform_plan(trial.model, fraction), []
-    least = kl_to(trial.model, trial(best), scoring)
-    rows.append({"candidate": "uniform", "kl": least, "best": least})
-    for number in range(1, candidates):
-        tried = factors * np.exp(width * smooth_noise(generator, factors.shape[1])) if number > 1 else factors
-        plan = table.plan(fraction, tried)
-        score = kl_to(trial.model, trial(plan), scoring)
-        if number > 1:
-            width *= 1.5 if score < least else 1.5**-0.25
-        if score < least:
-            best, least, factors = plan, score, tried
-        rows.append({"candidate": "cheapest" if number == 1 else f"step {number - 1}", "kl": score, "best": least})
-    return Found(best, factors, pd.DataFrame(rows))
+    plans = {"uniform": uniform_plan(trial.model, fraction), "cheapest": table.plan(fraction)}
+    scores = {name: kl_to(trial.model, trial(plan), scoring) for name, plan in plans.items()}
+    centre = scores["cheapest"]
+    for number in range(1, candidates - 1):
+        tried = factors * np.exp(width * smooth_noise(generator, factors.shape[1]))
+        plan = plans[f"step {number}"] = table.plan(fraction, tried)
+        score = scores[f"step {number}"] = kl_to(trial.model, trial(plan), scoring)
+        width *= 1.5 if score < centre else 1.5**-0.25
+        if score < centre:
+            centre, factors = score, tried
+    history = pd.DataFrame({"candidate": scores.keys(), "kl": scores.values()})
+    best = history["candidate"][history["kl"].idxmin()]
+    return Found(plans[best], factors, history.assign(best=history["kl"].cummin()))
 
 
 def smooth_noise(generator: np.random.Generator, num_layers: int) -> np.ndarray:
@@ -225,14 +225,14 @@ def prune_to(
     Args:
         scoring: windows [count, length] for the perplexities, apart from the calibration text.
         kept: the fraction of all parameters that is to stay; met within one unit, by one sweep.
-        perplexity: the most it may become; the fraction that goes is found by halving, in `trials` sweeps.
+        perplexity: the most it may become; the fraction that goes is narrowed down in `trials` sweeps.
 
     Returns:
         One row per sweep: `fraction` of the backbone removed, `perplexity`. The model is that of the largest fraction
         within the target.
 
     Raises:
-        InputError: not one target but none or two, one below the dense perplexity, or one that no plan reaches; the model
+        InputError: not one target but none or two, one not above the dense perplexity, or one that no plan reaches; the model
             is as before.
     """
     if (perplexity is None) == (kept is None):
@@ -243,26 +243,40 @@ def prune_to(
         pruned = trial(table.plan(fraction))
         rows = [{"fraction": fraction, "perplexity": perplexity_of(pruned, scoring)}]
     else:
-        pruned, rows = _halve(trial, table, scoring, perplexity, trials)
+        pruned, rows = _narrow_down(trial, table, scoring, perplexity, trials)
     take_layers(trial.model, pruned)
     return pd.DataFrame(rows)
 
 
-def _halve(trial: Trial, table: CostTable, scoring: torch.Tensor, limit: float, trials: int) -> tuple[nn.Module, list[dict]]:
+def _narrow_down(trial: Trial, table: CostTable, scoring: torch.Tensor, limit: float, trials: int) -> tuple[nn.Module, list[dict]]:
+    """The model of the largest fraction within the limit, and a row per sweep."""
     dense = perplexity_of(trial.model, scoring)
-    if limit < dense:
-        raise InputError(f"a perplexity of {limit:.4g} is below the dense model's {dense:.4g}: give a higher target")
-    low, high, best, rows = 0.0, 1.0, None, []
+    if limit <= dense:
+        raise InputError(f"a perplexity of {limit:.4g} is not above the dense model's {dense:.4g}: give a higher target")
+    low, high, best, rows = (0.0, dense), (1.0, math.inf), None, []
     for _ in range(trials):
-        fraction, reached = (low + high) / 2, math.inf
+        fraction, reached = _between(low, high, dense, limit), math.inf
         with suppress(InputError):  # more than the layers can lose
             pruned = trial(table.plan(fraction))
             reached = perplexity_of(pruned, scoring)
         rows.append({"fraction": fraction, "perplexity": reached})
         if reached <= limit:
-            low, best = fraction, pruned
+            low, best = (fraction, reached), pruned
         else:
-            high = fraction
+            high = (fraction, reached)
     if best is None:
-        raise InputError(f"no cut of {high:.2%} or more stays within a perplexity of {limit:.4g}: give a higher target or more trials")
+        raise InputError(f"no cut of {high[0]:.2%} or more stays within a perplexity of {limit:.4g}: give a higher target or more trials")
     return best, rows
+
+
+def _between(low: tuple[float, float], high: tuple[float, float], dense: float, limit: float) -> float:
+    """The next fraction to try, given fractions and their perplexities on both sides of the limit.
+
+    The logarithm of the damage in nats grows about linearly with the fraction, so it is interpolated, a tenth of the way off
+    the ends at least; half-way where an end has no damage or an infinite one.
+    """
+    damages = [math.log(value / dense) for value in (low[1], limit, high[1])]
+    if damages[0] <= 0 or damages[2] == math.inf:
+        return (low[0] + high[0]) / 2
+    first, wanted, last = map(math.log, damages)
+    return low[0] + (high[0] - low[0]) * min(max((wanted - first) / (last - first), 0.1), 0.9)
