@@ -3,12 +3,19 @@
 Units: bytes, FLOPs (not MACs), milliseconds, GB = 1e9 bytes. Shapes are read from the weights, so uneven layers count right.
 """
 
+import contextlib
+import ctypes
+import gc
 import resource
 import statistics
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pandas as pd
+import psutil
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
@@ -75,6 +82,66 @@ def peak_memory_gb(device: torch.device | str) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ---------------------------------------------------------------- time and memory of any block
+
+
+@dataclass
+class Used:
+    """What a block took."""
+
+    seconds: float = 0.0  # wall time
+    peak_bytes: int = 0  # most memory above the start of the block
+
+
+@contextlib.contextmanager
+def measured(device: torch.device | str, every_s: float = 0.005) -> Iterator[Used]:
+    """Wall time and peak memory of the block, filled in when it ends, by an error or not.
+
+    On a GPU the memory is the allocator's, and the host's is left out; on a CPU it is the process' resident set, looked at
+    `every_s` seconds by a thread, so a peak that is shorter can be missed.
+    """
+    used, cuda = Used(), torch.device(device).type == "cuda"
+    before, peak = _watch_allocator(device) if cuda else _watch_resident(every_s)
+    start = time.perf_counter()
+    try:
+        yield used
+    finally:
+        if cuda:
+            torch.cuda.synchronize(device)
+        used.seconds = time.perf_counter() - start
+        used.peak_bytes = max(0, peak() - before)
+
+
+def _watch_allocator(device: torch.device | str) -> tuple[int, Callable[[], int]]:
+    """Bytes now, and a function that gives the most since."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device), lambda: torch.cuda.max_memory_allocated(device)
+
+
+def _watch_resident(every_s: float) -> tuple[int, Callable[[], int]]:
+    """Bytes now, and a function that stops watching and gives the most since."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # glibc keeps what was freed: without this, a later block would get it for nothing
+        ctypes.CDLL(None).malloc_trim(0)
+    process, done = psutil.Process(), threading.Event()
+    seen = [process.memory_info().rss]
+
+    def sample() -> None:
+        while not done.wait(every_s):
+            seen.append(max(seen.pop(), process.memory_info().rss))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+
+    def stop() -> int:
+        done.set()
+        thread.join()
+        return max(*seen, process.memory_info().rss)
+
+    return seen[0], stop
 
 
 # ---------------------------------------------------------------- time

@@ -1,4 +1,7 @@
+import time
+
 import pytest
+import torch
 from conftest import kv_heads, small_model
 
 from gqalib import cost, models, surgery
@@ -67,6 +70,34 @@ def test_decoding_leaves_the_cache_as_long_as_it_was(uneven):
     decode()  # fails or slows down if the first call had left its tokens behind
     cache = dict(zip(decode.__code__.co_freevars, (c.cell_contents for c in decode.__closure__), strict=True))["cache"]
     assert cache.get_seq_length() == 8
+
+
+def test_measured_sees_the_peak_and_the_seconds():
+    with cost.measured("cpu") as used:
+        torch.ones(50_000_000)  # 200 MB, gone at once
+        time.sleep(0.05)
+    assert 150e6 < used.peak_bytes < 400e6 and 0.05 < used.seconds < 5
+    with cost.measured("cpu") as used:
+        pass
+    assert used.peak_bytes < 20e6 and used.seconds < 0.5
+
+
+def test_measured_does_not_give_a_block_what_the_last_one_freed():
+    def many_small() -> int:
+        with cost.measured("cpu") as used:
+            blocks = [torch.ones(250_000) for _ in range(100)]  # 1 MB each, on the heap
+            time.sleep(0.02)
+        del blocks
+        return used.peak_bytes
+
+    assert min(many_small(), many_small()) > 80e6
+
+
+def test_measured_fills_in_after_an_error():
+    with pytest.raises(ValueError, match="stop"), cost.measured("cpu") as used:
+        time.sleep(0.02)
+        raise ValueError("stop")
+    assert used.seconds > 0.02
 
 
 def test_money():

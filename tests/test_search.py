@@ -1,14 +1,12 @@
-"""The dynamic programme against brute force, plans against their budget, the search and the targets against their promises."""
+"""The cost table, plans against their budget, the search and the targets against their promises."""
 
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
 import torch
 
 from gqalib import InputError, importance, models, pruning, refit, search
-from gqalib.allocation import cheapest
 from gqalib.perplexity import kl_to, perplexity
 
 QUICK = refit.Ingredients(newton_rounds=0)
@@ -26,35 +24,6 @@ def trial(model, windows):
 
 def removed(plan, table):
     return sum(g * group + c * channel for g, c, (group, channel) in zip(plan.groups, plan.channels, table.prices, strict=True))
-
-
-# ---------------------------------------------------------------- the dynamic programme
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_cheapest_equals_brute_force(seed):
-    generator = np.random.default_rng(seed)
-    sizes = [generator.integers(0, 12, generator.integers(2, 5)) * 6 for _ in range(4)]
-    costs = [generator.random(len(size)) for size in sizes]
-    target, slack = int(generator.integers(1, sum(size.max() for size in sizes) + 1)), int(generator.integers(6, 20))
-    sums = {sum(options) for options in itertools.product(*sizes)}
-    if not any(target <= total <= target + slack for total in sums):
-        with pytest.raises(InputError, match="cannot go"):
-            cheapest(costs, sizes, target, slack)
-        return
-    chosen = cheapest(costs, sizes, target, slack)
-    assert target <= sum(size[i] for size, i in zip(sizes, chosen, strict=True)) <= target + slack
-    least = min(
-        sum(cost[i] for cost, i in zip(costs, options, strict=True))
-        for options in itertools.product(*(range(len(size)) for size in sizes))
-        if target <= sum(size[i] for size, i in zip(sizes, options, strict=True)) <= target + slack
-    )
-    assert sum(cost[i] for cost, i in zip(costs, chosen, strict=True)) == pytest.approx(least)
-
-
-def test_cheapest_without_a_solution():
-    with pytest.raises(InputError, match="11 parameters cannot go, 10 at most"):
-        cheapest([np.zeros(2)] * 2, [np.array([0, 5])] * 2, 11, 5)
 
 
 # ---------------------------------------------------------------- the table and its plans
