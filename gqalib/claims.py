@@ -6,6 +6,7 @@ hand can only fail to be reproduced.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -78,3 +79,22 @@ def _range(claim: Claim) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.0e}" if 0 < abs(value) < 0.005 else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def how_far(models: pd.DataFrame, targets: Sequence[float]) -> pd.DataFrame:
+    """The question that the founding document should have asked: how much can go at a given perplexity?
+
+    Args:
+        models: one row per model that was measured: `recovery` (how it was trained, or not), `ratio` (perplexity relative to
+            dense), `backbone_removed_percent`, `parameters_kept_percent`.
+        targets: ratios.
+
+    Returns:
+        For each target and recovery the smallest model within the target: its row, and `target`. Nothing where none is.
+    """
+    rows = []
+    for target in targets:
+        within = models[models["ratio"] <= target].sort_values("backbone_removed_percent")
+        rows += [group.tail(1).assign(target=target) for _, group in within.groupby("recovery", sort=False)]
+    columns = ["target", "recovery", "ratio", "backbone_removed_percent", "parameters_kept_percent"]
+    return pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)

@@ -8,9 +8,12 @@ from typing import Any
 import nbformat
 import pandas as pd
 
+from gqalib import frontier
 from gqalib.errors import InputError
 from gqalib.models import REPOSITORY
 from gqalib.records import NOTEBOOKS, numbered_notebooks, read_record, write_atomically
+
+DEFAULT = "tiny"  # the preset whose executed notebooks are committed
 
 
 def results_table(record: dict[str, Any]) -> pd.DataFrame:
@@ -21,27 +24,41 @@ def results_table(record: dict[str, Any]) -> pd.DataFrame:
     return table
 
 
-def publish(run_dir: Path, preset: str = "tiny", notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
-    """Copy a finished run of a plain preset into the repository: executed notebooks, figures, records, README's tables.
+def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
+    """Perplexity relative to dense, methods down and fractions of the backbone removed across, as 08_frontier recorded it."""
+    return frontier.as_table(pd.DataFrame(record["tables"]["frontier"])).reset_index()
+
+
+def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
+    """Copy a finished run of a plain preset into the repository: records, figures and README's tables; of `tiny` the notebooks, too.
+
+    Of `tiny` the whole series must be there, of another preset at least one notebook.
 
     Raises:
         InputError: a record is missing, or was made with overrides or another preset.
     """
-    paths = numbered_notebooks(notebooks)
-    _check_plain(preset, [read_record(run_dir / f"{path.stem}.json") for path in paths])
-    results = root / "data" / "results" / preset
-    results.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(root / "figures" / preset, ignore_errors=True)
-    for path in paths:
-        record = read_record(run_dir / f"{path.stem}.json")
-        write_atomically(path, nbformat.writes(_clean(nbformat.read(run_dir / path.name, as_version=4))) + "\n")
-        write_atomically(results / f"{path.stem}.json", (run_dir / f"{path.stem}.json").read_text(encoding="utf-8"))
-        for artefact in record["artefacts"]:
-            if artefact.startswith("figures/"):
-                target = root / "figures" / preset / Path(artefact).name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(run_dir / artefact, target)
+    series = [path for path in numbered_notebooks(notebooks) if preset == DEFAULT or (run_dir / f"{path.stem}.json").exists()]
+    records = {path: read_record(run_dir / f"{path.stem}.json") for path in series}
+    if not records:
+        raise InputError(f"{run_dir} holds no record: run preset {preset} first")
+    _check_plain(preset, list(records.values()))
+    results = root / "data" / "results"
+    (results / preset).mkdir(parents=True, exist_ok=True)
+    for path, record in records.items():
+        if preset == DEFAULT:
+            write_atomically(path, nbformat.writes(_clean(nbformat.read(run_dir / path.name, as_version=4))) + "\n")
+        write_atomically(results / preset / f"{path.stem}.json", (run_dir / f"{path.stem}.json").read_text(encoding="utf-8"))
+        _copy_figures(run_dir, record, root / "figures" / preset)
     update_readme(root / "README.md", results, notebooks)
+
+
+def _copy_figures(run_dir: Path, record: dict[str, Any], target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for stale in target.glob(f"{record['notebook'][:2]}_*"):
+        stale.unlink()
+    for artefact in record["artefacts"]:
+        if artefact.startswith("figures/"):
+            shutil.copyfile(run_dir / artefact, target / Path(artefact).name)
 
 
 def _check_plain(preset: str, records: list[dict[str, Any]]) -> None:
@@ -52,7 +69,7 @@ def _check_plain(preset: str, records: list[dict[str, Any]]) -> None:
 
 
 def update_readme(readme: Path, results: Path, notebooks: Path = NOTEBOOKS) -> None:
-    """Rewrite README's blocks `<!-- results -->` and `<!-- series -->` from the records in a folder."""
+    """Rewrite README's blocks, `<!-- results -->` and so on, from the records in `results`, a folder per preset."""
     text = readme.read_text(encoding="utf-8")
     for name, block in readme_blocks(results, notebooks).items():
         marked = f"<!-- {name} -->\n{block}\n<!-- /{name} -->"
@@ -62,7 +79,7 @@ def update_readme(readme: Path, results: Path, notebooks: Path = NOTEBOOKS) -> N
 
 def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
     """README's results table and map of the series, as Markdown, from records and the notebooks' titles."""
-    record = read_record(results / "07_cost_analysis.json")
+    record = read_record(results / DEFAULT / "07_cost_analysis.json")
     p = record["parameters"]
     under = (
         f"Measured on the {p['corpus']} test text, {p['evaluation']['num_tokens']:,} tokens in windows of "
@@ -71,12 +88,22 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
     rows = []
     for path in numbered_notebooks(notebooks):
         number, _, title = _title(path).partition(" · ")
-        seconds = read_record(results / f"{path.stem}.json")["seconds"]
+        seconds = read_record(results / DEFAULT / f"{path.stem}.json")["seconds"]
         rows.append([f"[{number}](notebooks/{path.name})", title, f"{seconds:.0f} s"])
     return {
         "results": f"{_markdown(results_table(record))}\n\n{under}",
         "series": _markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
+        "frontier": "\n\n".join(_frontier_block(read_record(path)) for path in sorted(results.glob("*/08_frontier.json"))),
     }
+
+
+def _frontier_block(record: dict[str, Any]) -> str:
+    p = record["parameters"]["frontier"]
+    under = (
+        f"Preset `{record['preset']}`: {record['parameters']['model']}, perplexity relative to dense on {p['test']['num_examples']} test windows; "
+        f"calibration on {p['calibration']['num_examples']} windows, {p['seeds']} sample{'s' * (p['seeds'] > 1)}; no training; {record['machine']}."
+    )
+    return f"{_markdown(frontier_table(record))}\n\n{under}"
 
 
 def _markdown(table: pd.DataFrame) -> str:

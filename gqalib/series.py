@@ -18,7 +18,7 @@ from gqalib.corpora import check_corpus, evaluation_windows
 from gqalib.errors import InputError
 from gqalib.models import REPOSITORY, check_model, load_tokenizer
 from gqalib.presets import load_preset
-from gqalib.publishing import results_table
+from gqalib.publishing import frontier_table, results_table
 from gqalib.records import NOTEBOOKS, default_run_dir, fingerprints, library_hash, numbered_notebooks, read_record, sha256
 
 PARAMETERS = ("preset", "overrides", "run_dir", "seed")
@@ -148,10 +148,13 @@ class Series:
         return f"about {_clock(sum(seconds))} left" if all(seconds) else f"{len(paths)} left"
 
     def summary(self) -> str:
-        """The results table and where everything lies."""
+        """The results table, the frontier and where everything lies."""
         lines = []
         with contextlib.suppress(InputError):
-            lines += ["", results_table(read_record(self.run_dir / "07_cost_analysis.json")).to_string(index=False), ""]
+            lines += ["", results_table(read_record(self.run_dir / "07_cost_analysis.json")).to_string(index=False)]
+        with contextlib.suppress(InputError):
+            lines += ["", frontier_table(read_record(self.run_dir / "08_frontier.json")).to_string(index=False)]
+        lines += [""] * bool(lines)
         lines += [f"notebooks  {self.run_dir / path.name}" for path in self.paths]
         return "\n".join([*lines, f"figures    {self.run_dir / 'figures'}"])
 

@@ -1,6 +1,7 @@
+import pandas as pd
 import pytest
 
-from gqalib.claims import CLAIMS, Claim, verdicts
+from gqalib.claims import CLAIMS, Claim, how_far, verdicts
 
 MEASURED = Claim("x: 2 → 4", "ratio", "ratio", 0, 2, "× dense")
 COUNTED = Claim("5× faster", "ceiling", "ceiling", 5, float("inf"), "×", "counting")
@@ -29,3 +30,13 @@ def test_ranges_in_words():
 
 def test_every_claim_is_another_one():
     assert len({claim.text for claim in CLAIMS}) == len({claim.key for claim in CLAIMS}) == len(CLAIMS)
+
+
+def test_how_far():
+    models = pd.DataFrame(
+        [("none", 1.04, 20), ("none", 1.2, 40), ("none", 1.06, 30), ("logits", 1.04, 60), ("logits", 3.0, 90)],
+        columns=["recovery", "ratio", "backbone_removed_percent"],
+    ).assign(parameters_kept_percent=lambda rows: 100 - rows["backbone_removed_percent"])
+    table = how_far(models, [1.01, 1.05, 1.25]).set_index(["target", "recovery"])["backbone_removed_percent"]
+    assert table.to_dict() == {(1.05, "none"): 20, (1.05, "logits"): 60, (1.25, "none"): 40, (1.25, "logits"): 60}
+    assert how_far(models, [1.0]).empty
