@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,7 +198,8 @@ def _trained(student: nn.Module, settings: Distillation) -> Iterator[nn.Module]:
     if not settings.lora_r:
         yield student
         return
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft's, about transformers
         torch.manual_seed(settings.seed)
         adapted = get_peft_model(student, lora_config(settings.lora_r, settings.lora_alpha))
     try:

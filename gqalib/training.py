@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -331,8 +332,9 @@ def _begin(recipe: Recipe, device: str, start_from: Path | None):
 
 
 def save_checkpoint(folder: Path, model: nn.Module, opts, tokens_seen: int) -> None:
-    """What is trained and the optimisers' state. Two checkpoints in turn; `state.json` is replaced last, so it always names a whole one."""
-    name = f"checkpoint-{'b' if (folder / 'state.json').exists() and 'checkpoint-a' in (folder / 'state.json').read_text() else 'a'}"
+    """What is trained and the optimisers' state. `state.json` is replaced before the last checkpoint goes, so it always names a whole one."""
+    current = (folder / "state.json").exists() and "checkpoint-a" in (folder / "state.json").read_text()
+    name, last = ("checkpoint-b", "checkpoint-a") if current else ("checkpoint-a", "checkpoint-b")
     model.config.save_pretrained(folder / name)
     trained = {key: p.detach().contiguous() for key, p in model.named_parameters() if p.requires_grad}
     save_file(trained, folder / name / "model.safetensors", {"format": "pt"})
@@ -345,6 +347,7 @@ def save_checkpoint(folder: Path, model: nn.Module, opts, tokens_seen: int) -> N
     save_file(state, folder / name / "optimizers.safetensors")
     (folder / "state.tmp").write_text(json.dumps({"checkpoint": name, "tokens_seen": tokens_seen}))
     os.replace(folder / "state.tmp", folder / "state.json")
+    shutil.rmtree(folder / last, ignore_errors=True)
 
 
 @torch.no_grad()

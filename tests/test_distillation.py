@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -178,6 +179,12 @@ def test_lora_trains_an_adapter_and_merges_it(student, teacher, windows, logits_
 
 
 # ---------------------------------------------------------------- interruptions and errors
+
+
+def test_an_adapter_warns_of_nothing(student, teacher, windows, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        distill(student, teacher, windows, dataclasses.replace(LORA, num_tokens=60), tmp_path)
 
 
 @pytest.mark.parametrize("settings", [FULL, LORA], ids=["muon", "lora"])
