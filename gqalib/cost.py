@@ -89,59 +89,72 @@ def peak_memory_gb(device: torch.device | str) -> float:
 
 @dataclass
 class Used:
-    """What a block took."""
+    """What a block took; memory in bytes above the start of the block."""
 
     seconds: float = 0.0  # wall time
-    peak_bytes: int = 0  # most memory above the start of the block
+    peak_bytes: int = 0
+    held_bytes: int = 0  # not given back at the end
 
 
 @contextlib.contextmanager
 def measured(device: torch.device | str, every_s: float = 0.005) -> Iterator[Used]:
-    """Wall time and peak memory of the block, filled in when it ends, by an error or not.
+    """Wall time and memory of the block, filled in when it ends, by an error or not.
 
     On a GPU the memory is the allocator's, and the host's is left out; on a CPU it is the process' resident set, looked at
     `every_s` seconds by a thread, so a peak that is shorter can be missed.
     """
-    used, cuda = Used(), torch.device(device).type == "cuda"
-    before, peak = _watch_allocator(device) if cuda else _watch_resident(every_s)
-    start = time.perf_counter()
+    used, memory, watch = Used(), *(_on_gpu(device) if torch.device(device).type == "cuda" else _on_cpu(every_s))
+    before, peak, start = memory(), watch(), time.perf_counter()
     try:
         yield used
     finally:
-        if cuda:
-            torch.cuda.synchronize(device)
+        most = peak()  # waits for a GPU
         used.seconds = time.perf_counter() - start
-        used.peak_bytes = max(0, peak() - before)
+        used.held_bytes = max(0, memory() - before)
+        used.peak_bytes = max(used.held_bytes, most - before)
 
 
-def _watch_allocator(device: torch.device | str) -> tuple[int, Callable[[], int]]:
-    """Bytes now, and a function that gives the most since."""
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device), lambda: torch.cuda.max_memory_allocated(device)
+def _on_gpu(device: torch.device | str) -> tuple[Callable[[], int], Callable[[], Callable[[], int]]]:
+    """A function that gives the bytes in use now, and one that starts to watch and gives a function for the most since."""
+
+    def most() -> int:
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+
+    def watch() -> Callable[[], int]:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most
+
+    return lambda: torch.cuda.memory_allocated(device), watch
 
 
-def _watch_resident(every_s: float) -> tuple[int, Callable[[], int]]:
-    """Bytes now, and a function that stops watching and gives the most since."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # glibc keeps what was freed: without this, a later block would get it for nothing
-        ctypes.CDLL(None).malloc_trim(0)
-    process, done = psutil.Process(), threading.Event()
-    seen = [process.memory_info().rss]
+def _on_cpu(every_s: float) -> tuple[Callable[[], int], Callable[[], Callable[[], int]]]:
+    """The same for the resident set of this process."""
+    process, done, seen = psutil.Process(), threading.Event(), [0]
+
+    def memory() -> int:
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):  # glibc keeps what was freed, and a later block would get it for nothing
+            ctypes.CDLL(None).malloc_trim(0)
+        return process.memory_info().rss
 
     def sample() -> None:
         while not done.wait(every_s):
-            seen.append(max(seen.pop(), process.memory_info().rss))
+            seen[0] = max(seen[0], process.memory_info().rss)
 
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
+    def watch() -> Callable[[], int]:
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
 
-    def stop() -> int:
-        done.set()
-        thread.join()
-        return max(*seen, process.memory_info().rss)
+        def most() -> int:
+            done.set()
+            thread.join()
+            return max(seen[0], process.memory_info().rss)
 
-    return seen[0], stop
+        return most
+
+    return memory, watch
 
 
 # ---------------------------------------------------------------- time

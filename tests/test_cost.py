@@ -74,12 +74,19 @@ def test_decoding_leaves_the_cache_as_long_as_it_was(uneven):
 
 def test_measured_sees_the_peak_and_the_seconds():
     with cost.measured("cpu") as used:
-        torch.ones(50_000_000)  # 200 MB, gone at once
+        block = torch.ones(50_000_000)  # 200 MB
         time.sleep(0.05)
-    assert 150e6 < used.peak_bytes < 400e6 and 0.05 < used.seconds < 5
+        del block
+    assert 150e6 < used.peak_bytes < 400e6 and used.held_bytes < 20e6 and 0.05 < used.seconds < 5
     with cost.measured("cpu") as used:
         pass
     assert used.peak_bytes < 20e6 and used.seconds < 0.5
+
+
+def test_measured_tells_what_is_still_held():
+    with cost.measured("cpu") as used:
+        block = torch.ones(50_000_000)
+    assert 150e6 < used.held_bytes <= used.peak_bytes < 400e6 and len(block)
 
 
 def test_measured_does_not_give_a_block_what_the_last_one_freed():
