@@ -100,6 +100,22 @@ def test_measured_does_not_give_a_block_what_the_last_one_freed():
     assert min(many_small(), many_small()) > 80e6
 
 
+def test_measured_asks_the_allocator_of_a_gpu(monkeypatch):
+    """The order of the calls, on an allocator that holds 100 bytes before, 150 after and 300 at most."""
+    calls, held = [], iter([100, 150])
+    answers = {
+        "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: next(held), "max_memory_allocated": lambda: 300,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name, answer=answer: calls.append(name) or answer())
+    with cost.measured("cuda:0") as used:
+        calls.append("block")
+    assert (used.peak_bytes, used.held_bytes) == (200, 50)
+    assert calls.index("reset_peak_memory_stats") < calls.index("block") < calls.index("max_memory_allocated")
+    assert calls[calls.index("block") + 1] == "synchronize"
+
+
 def test_measured_fills_in_after_an_error():
     with pytest.raises(ValueError, match="stop"), cost.measured("cpu") as used:
         time.sleep(0.02)
