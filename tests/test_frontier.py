@@ -1,0 +1,108 @@
+"""Every method through one door: budgets, copies, what cannot be done, and the tables."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+from conftest import small_model
+
+from gqalib import InputError, frontier, models
+from gqalib.perplexity import window_losses
+
+
+@pytest.fixture
+def text():
+    return torch.randint(1, 61, (8, 32), generator=torch.Generator().manual_seed(2))
+
+
+def rows_of(method, fraction, ratios, **more):
+    """Made-up results, one row per sample; four windows, each as bad as the others."""
+    return [
+        {
+            "method": method, "fraction": fraction, "sample": sample, "note": "", "ratio": ratio, "losses": [math.log(ratio)] * 4,
+            "backbone_removed_percent": 100 * fraction, **more,
+        }
+        for sample, ratio in enumerate(ratios)
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(frontier.METHODS))
+def test_every_method_meets_its_budget_and_leaves_the_dense_model(name, text, windows, logits_of):
+    dense = small_model()
+    before, weights = logits_of(dense), [p.clone() for p in dense.parameters()]
+    fraction = 1 / 3 if name in frontier.DEPTH else 0.25  # one of three layers
+    row = frontier.try_method(name, dense, text, fraction, windows, window_losses(dense, windows))
+    assert row["note"] == "" and row["method"] == name and row["fraction"] == fraction
+    channel = 100 * 3 * 32 / models.count_parameters(dense)["backbone"]
+    assert row["backbone_removed_percent"] == pytest.approx(100 * fraction, abs=channel)
+    assert row["ratio"] == pytest.approx(row["perplexity"] / window_losses(dense, windows).mean().exp().item())
+    assert row["error"] > 0 and row["seconds"] > 0 and row["peak_mib"] >= 0 and len(row["losses"]) == len(windows)
+    assert torch.equal(logits_of(dense), before) and all(map(torch.equal, dense.parameters(), weights))
+    assert all(p.grad is None and p.requires_grad for p in dense.parameters())
+
+
+def test_what_cannot_be_done_is_a_row_with_the_sentence(text, windows):
+    rows = frontier.frontier(small_model(), [text], windows, [0.98], ["ShortGPT", "random"])
+    assert rows["ratio"].isna().all() and rows["perplexity"].isna().all()
+    assert rows["note"].str.contains("lower the fraction").all()
+    assert frontier.as_table(rows).to_numpy().tolist() == [["–"], ["–"]]
+
+
+def test_a_method_off_the_budget_is_found_out(text, windows, monkeypatch):
+    monkeypatch.setitem(frontier.METHODS, "lazy", lambda model, windows, fraction: frontier.peers.random(model, windows, 0.1))
+    row = frontier.frontier(small_model(), [text], windows, [0.4], ["lazy"]).iloc[0]
+    assert "where 40.00% was asked" in row["note"] and math.isnan(row["ratio"])
+    dense = small_model()
+    with pytest.raises(InputError, match="lower the fraction"):
+        frontier.check_budget(dense, dense, 0.1)
+
+
+@pytest.mark.parametrize("name", list(frontier.PREPARATIONS))
+def test_a_preparation_changes_the_seconds_only(name, text, windows, logits_of):
+    dense, fraction = small_model(), 1 / 3 if name in frontier.DEPTH else 0.25
+    prepared, reference = frontier.prepare(name, dense, text), window_losses(dense, windows)
+    alone = frontier.try_method(name, dense, text, fraction, windows, reference)
+    row = frontier.try_method(name, dense, text, fraction, windows, reference, prepared)
+    assert row["losses"] == alone["losses"] and row["seconds"] > prepared.used.seconds > 0
+    assert frontier.prepare("random", dense, text) is None
+
+
+def test_rows_of_all_samples(text, windows):
+    rows = frontier.frontier(small_model(), [text, text + 0, text.flip(0)], windows, [0.2, 0.4], ["magnitude", "Wanda-sp"])
+    assert rows.groupby(["method", "fraction"])["sample"].apply(list).tolist() == [[0, 1, 2]] * 4
+    same = rows[rows["method"] == "magnitude"].groupby("fraction")["ratio"].nunique()
+    assert (same == 1).all()  # it reads no text
+
+
+def test_table_from_a_record():
+    rows = rows_of("a", 0.5, [1.5]) + rows_of("a", 0.25, [1.25]) + rows_of("b", 0.25, [math.inf]) + rows_of("b", 0.5, [12.34])
+    rows += rows_of("c", 0.5, [1234.5], backbone_removed_percent=40.0)
+    rows += [{"method": "c", "fraction": 0.25, "sample": 0, "note": "no", "ratio": math.nan, "losses": None}]
+    recorded = pd.DataFrame(json.loads(pd.DataFrame(rows).drop(columns="losses").to_json(orient="records")))
+    table = frontier.as_table(recorded)
+    assert list(table.columns) == ["25 %", "50 %"] and list(table.index) == ["a", "b", "c"]
+    assert table.to_numpy().tolist() == [["1.25", "1.50"], ["∞", "12.3"], ["–", "1,234 at 40 %"]]
+
+
+def test_table_of_several_samples():
+    table = frontier.as_table(pd.DataFrame(rows_of("a", 0.5, [1.5, 1.7, 1.6])))
+    assert table.loc["a", "50 %"] == "1.60 (1.50–1.70)"
+
+
+def test_the_best_peer_is_one_that_removed_enough():
+    rows = rows_of("own", 0.5, [1.2]) + rows_of("p", 0.5, [1.5]) + rows_of("q", 0.5, [1.1], backbone_removed_percent=40.0)
+    rows += rows_of("own", 0.7, [2.0]) + rows_of("p", 0.7, [1.6]) + rows_of("q", 0.7, [4.0])
+    rows += rows_of("p", 0.9, [5.0])
+    result = frontier.against_peers(pd.DataFrame(rows), "own", ["p", "q"]).set_index("fraction")
+    assert result["verdict"].tolist() == ["ahead", "behind", "no comparison"]
+    assert result["peer"].tolist() == ["p", "p", "p"]
+    assert result["times"][0.5] == pytest.approx(0.8) and result["best"][0.7] == pytest.approx(1.6)
+
+
+def test_not_told_apart():
+    own, peer = rows_of("own", 0.5, [1.0]), rows_of("p", 0.5, [1.0])
+    own[0]["losses"], peer[0]["losses"] = [1.0, 2.0, 3.0, 4.0], [1.2, 1.9, 3.1, 3.9]
+    assert frontier.against_peers(pd.DataFrame(own + peer), "own", ["p"])["verdict"].item() == "not told apart"
