@@ -208,7 +208,8 @@ def _cell(rows: pd.DataFrame) -> str:
     if done.empty:
         return "–"
     ratios = done["ratio"].astype(float).fillna(math.inf)  # a record has null for infinity
-    spread = f" ({_short(ratios.min())}–{_short(ratios.max())})" if len(ratios) > 1 else ""
+    least, most = _short(ratios.min()), _short(ratios.max())
+    spread = f" ({least}–{most})" if least != most else ""  # of what reads no text there is none
     removed, asked = done["backbone_removed_percent"].mean(), 100 * done["fraction"].iloc[0]
     return _short(ratios.mean()) + spread + (f" at {removed:.0f} %" if abs(removed - asked) > CLOSE else "")
 
@@ -225,7 +226,7 @@ def against_peers(rows: pd.DataFrame, own: str = OWN, peers: Sequence[str] = tup
         its paired standard error over the test windows, and a `verdict`: ahead or behind by more than two errors, or not told apart.
     """
     enough = rows["backbone_removed_percent"] > 100 * rows["fraction"] - CLOSE
-    done = rows[(rows["note"] == "") & enough]
+    done = rows[(rows["note"] == "") & rows["ratio"].notna() & enough]
     return pd.DataFrame([_against(done[done["fraction"] == f], own, peers) | {"fraction": f} for f in sorted(rows["fraction"].unique())])
 
 

@@ -88,8 +88,8 @@ def test_table_from_a_record():
 
 
 def test_table_of_several_samples():
-    table = frontier.as_table(pd.DataFrame(rows_of("a", 0.5, [1.5, 1.7, 1.6])))
-    assert table.loc["a", "50 %"] == "1.60 (1.50–1.70)"
+    table = frontier.as_table(pd.DataFrame(rows_of("a", 0.5, [1.5, 1.7, 1.6]) + rows_of("b", 0.5, [2.0, 2.0, 2.0])))
+    assert table["50 %"].tolist() == ["1.60 (1.50–1.70)", "2.00"]
 
 
 def test_the_best_peer_is_one_that_removed_enough():
