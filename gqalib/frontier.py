@@ -40,14 +40,6 @@ def seed_taylor(
     pruning.prune(model, pruning.make_plan(model, removal, SEED_RATES, mean_rate=fraction), windows, sequential=sequential)
 
 
-def layer_removal(model: nn.Module, windows: torch.Tensor, fraction: float, removal: torch.Tensor | None = None) -> None:
-    """The peer of this name; `removal` as above."""
-    if removal is None:
-        peers.layer_removal(model, windows, fraction)
-    else:
-        peers._drop_least(model, removal, fraction)
-
-
 def refit_uniform(model: nn.Module, windows: torch.Tensor, fraction: float, covariances: search.Covariances | None = None) -> None:
     """The sweep at the same rate in every layer."""
     refit.sweep(model, pruning.uniform_plan(model, fraction), windows, covariances=covariances)
@@ -76,7 +68,7 @@ METHODS: dict[str, Method] = {
     "FLAP": partial(peers.flap, by_column=True),
     "FLAP, by head": partial(peers.flap, by_column=False),
     "ShortGPT": peers.shortgpt,
-    "layer removal": layer_removal,
+    "layer removal": peers.layer_removal,
     "OSSCAR": peers.osscar,
     "seed Taylor": seed_taylor,
     "seed Taylor, one shot": partial(seed_taylor, sequential=False),

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from gqalib import importance
+from gqalib import importance, refit
 from gqalib.allocation import whole_units
 from gqalib.attention import attention_implementation
 from gqalib.baselines import traced_without_rotation
@@ -47,11 +47,11 @@ def peer(function: Callable[..., None]) -> Callable[..., None]:
     """Enter a peer into `PEERS`: its arguments are checked first, and the model is as it was if it raises."""
 
     @functools.wraps(function)
-    def checked(model: nn.Module, windows: torch.Tensor, fraction: float, **options) -> None:
+    def checked(model: nn.Module, windows: torch.Tensor, fraction: float, *more, **options) -> None:
         if not 0 < fraction < 1:
             raise InputError(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
         with restored_on_error(model):
-            function(model, windows, fraction, **options)
+            function(model, windows, fraction, *more, **options)
         model.requires_grad_(True)
         model.zero_grad(set_to_none=True)
 
@@ -271,8 +271,8 @@ def flap(model: nn.Module, windows: torch.Tensor, fraction: float, by_column: bo
     bias of o_proj or down_proj. Every layer gets both biases, as in FLAP's code, and they count: the budget pays for them.
 
     Choices: as FLAP's code does, the scores of attention are squared, columns are standardised, and then a head's are averaged;
-    without `by_column` heads are averaged first, which the paper leaves open: better on stories260K, much worse on the reference
-    model, where it cuts into the first layer. A module keeps at least its best unit; a unit that no longer fits the budget is passed
+    without `by_column` heads are averaged first, which the paper leaves open: much worse on the reference model, where it cuts into
+    the first layer, and at some sizes better on stories260K. A module keeps at least its best unit; a unit that no longer fits the budget is passed
     over for the next.
     """
     stream, statistics = None, []
@@ -375,12 +375,13 @@ def shortgpt(model: nn.Module, windows: torch.Tensor, fraction: float) -> None:
 
 
 @peer
-def layer_removal(model: nn.Module, windows: torch.Tensor, fraction: float) -> None:
+def layer_removal(model: nn.Module, windows: torch.Tensor, fraction: float, removal: torch.Tensor | None = None) -> None:
     """Drop the layers whose removal, one at a time, raises the calibration perplexity least (Kim et al., Shortened LLaMA, 2024).
 
-    Choices: measured once on the dense model, as published; as many layers as come nearest to the fraction, at least one.
+    Choices: measured once on the dense model, as published, by `importance.removal_importance` (`removal`, if it is at hand); as
+    many layers as come nearest to the fraction, at least one.
     """
-    _drop_least(model, importance.removal_importance(model, windows), fraction)
+    _drop_least(model, importance.removal_importance(model, windows) if removal is None else removal, fraction)
 
 
 def _drop_least(model: nn.Module, influence: torch.Tensor, fraction: float) -> None:
@@ -447,7 +448,7 @@ def _damped_gram(model: nn.Module, stream, windows, index: int, name: str) -> to
     feed(model, stream, windows, index, {name: see})
     if not torch.isfinite(gram).all():
         raise InputError(f"the Gram matrix of layer {index}'s {name} is not finite: use dtype float32 or another calibration text")
-    return gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return refit.damped(gram, RIDGE)
 
 
 def select_units(gram: torch.Tensor, cross: torch.Tensor, num_units: int, count: int, rounds: int = 0) -> torch.Tensor:

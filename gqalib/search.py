@@ -141,9 +141,7 @@ def _costs(sublayer: refit.Sublayer, moments: refit.Moments, covariance, step: i
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
     most = (sublayer.num_units - 1) // step * step
     output = refit.damped(covariance, ingredients.output_damping)
-    _, rises = refit.removal_order(
-        sublayer.output.weight, moments.gram, most, sublayer.unit, output, ingredients.damping, step
-    )  # fmt: skip
+    _, rises = refit.removal_order(sublayer.output.weight, moments.gram, most, sublayer.unit, output, ingredients.damping, step)
     return np.concatenate([[0.0], rises.numpy()])
 
 

@@ -48,6 +48,10 @@ def test_save_load_same_logits(uneven, logits_of, tokenizer, tmp_path):
 
 
 def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path):
+    """A saved folder carries its own modelling code, so that plain transformers can load it; only with `trust_remote_code` does it.
+
+    The code that is trusted here is the file of this repository that the line before has written; nothing comes from a network.
+    """
     models.save_model(uneven, tokenizer, tmp_path / "m")
     save_file({"x": windows, "y": logits_of(uneven)}, tmp_path / "expected.safetensors")
     script = (
