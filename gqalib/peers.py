@@ -458,12 +458,9 @@ def select_units(gram: torch.Tensor, cross: torch.Tensor, num_units: int, count:
         gram: H [features, features], positive definite; the features of unit u are consecutive.
         cross: B [features, outputs]. The error of a set S is constant − tr(B_Sᵀ H_SS⁻¹ B_S).
     """
-    kept = torch.arange(num_units, device=gram.device)
-    step = max(1, num_units // 64)
-    while len(kept) > num_units - count:
-        rise = _rise_without(gram, cross, kept, num_units)
-        gone = rise.argsort(stable=True)[: min(step, len(kept) - num_units + count)]
-        kept = torch.cat([kept[i : i + 1] for i in range(len(kept)) if i not in set(gone.tolist())])
+    weight, unit = torch.cholesky_solve(cross, refit.cholesky(gram)).T, len(gram) // num_units
+    kept = refit.choose(weight, gram, count, unit, damping=0.0, per_step=max(1, num_units // 64))
+    kept = torch.tensor(kept, device=gram.device)
     for _ in range(rounds if 0 < count else 0):
         swapped = _swap(gram, cross, kept, num_units)
         if swapped is None:

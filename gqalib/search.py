@@ -4,7 +4,7 @@ The estimate. Let e be the error that a pruned and refitted sublayer makes in it
 loss there. To second order, with the covariance of g in the place of the Hessian (Gauss–Newton; Martens & Grosse 2015), the loss
 rises by ½ E[(gᵀe)²] = ½ E[eᵀ G e]. That is what the weighted choice in `refit` lowers unit by unit, so one elimination of a module from
 whole to nothing gives its cost at every level: a table of 2 × layers rows for one pass over the text. That whole layers may go is
-one more level: their cost is measured (`importance.removal_importance`).
+one more level: their cost is measured (`importance.removal_importance`, `CostTable.with_layers`).
 
 The plan. `allocation.cheapest` picks one level for each layer, exactly, so that the parameters that go reach the budget at the
 least total cost; the costs are added up, as if no error met another.
@@ -15,6 +15,7 @@ budget, and is tried out: pruned by the whole sweep, and scored by KL to the den
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,7 +29,6 @@ from torch import nn
 from gqalib import refit
 from gqalib.allocation import cheapest
 from gqalib.errors import InputError
-from gqalib.importance import removal_importance
 from gqalib.models import count_parameters, decoder_layers
 from gqalib.perplexity import advance, kl_to
 from gqalib.perplexity import perplexity as perplexity_of
@@ -50,6 +50,15 @@ class CostTable:
     widths: list[tuple[int, int]]  # groups and channels
     backbone: int  # parameters
     layers: np.ndarray | None = None  # measured rise when the whole layer goes; None: none may
+
+    def with_layers(self, removal: torch.Tensor, dense: float) -> "CostTable":
+        """The same table with each whole layer as one more level.
+
+        Args:
+            removal: from `importance.removal_importance`, [layers], rises of the dense model's perplexity, `dense`, on the same text.
+                What helps costs nothing.
+        """
+        return dataclasses.replace(self, layers=(1 + removal / dense).log().clamp(min=0).numpy())
 
     def plan(self, fraction: float, factors: np.ndarray | None = None) -> Plan:
         """The cheapest plan that removes `fraction` of the backbone, met within one unit (or one multiple of channels).
@@ -106,14 +115,12 @@ def cost_table(
     ingredients: refit.Ingredients = refit.RECIPE,
     *,
     multiple: int = 1,
-    whole_layers: torch.Tensor | None = None,
 ) -> CostTable:
     """The estimates for a model, which stays as it is.
 
     Args:
         windows: calibration text, token ids [count, length]. covariances: from `importance.gradient_covariances` on it.
         multiple: channels go in multiples of it.
-        whole_layers: windows on which the cost of dropping each layer is measured (default: no layer goes whole).
 
     Raises:
         InputError: too little text, a singular or non-finite Gram matrix.
@@ -133,7 +140,7 @@ def cost_table(
     return CostTable(
         rows[::2], rows[1::2], steps, multiple, [unit_costs(layer) for layer in layers],
         [tuple(sublayer.num_units for sublayer in refit.sublayers(layer)) for layer in layers],
-        count_parameters(model)["backbone"], None if whole_layers is None else _removal_costs(model, whole_layers),
+        count_parameters(model)["backbone"],
     )  # fmt: skip
 
 
@@ -143,12 +150,6 @@ def _costs(sublayer: refit.Sublayer, moments: refit.Moments, covariance, step: i
     output = refit.damped(covariance, ingredients.output_damping)
     _, rises = refit.removal_order(sublayer.output.weight, moments.gram, most, sublayer.unit, output, ingredients.damping, step)
     return np.concatenate([[0.0], rises.numpy()])
-
-
-def _removal_costs(model: nn.Module, windows: torch.Tensor) -> np.ndarray:
-    """Rise of the loss without each layer, in nats per token; what helps costs nothing."""
-    dense = perplexity_of(model, windows)
-    return (1 + removal_importance(model, windows) / dense).log().clamp(min=0).numpy()
 
 
 # ---------------------------------------------------------------- trying plans out

@@ -14,7 +14,8 @@ QUICK = refit.Ingredients(newton_rounds=0)
 
 @pytest.fixture
 def table(model, windows):
-    return search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK, whole_layers=windows)
+    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK)
+    return table.with_layers(importance.removal_importance(model, windows), perplexity(model, windows))
 
 
 @pytest.fixture
@@ -69,7 +70,8 @@ def test_a_layer_that_does_nothing_goes_whole(model, windows, logits_of):
     for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
         linear.weight.data.zero_()
     before, covariances = logits_of(model), importance.gradient_covariances(model, windows)
-    table = search.cost_table(model, windows, covariances, QUICK, whole_layers=windows)
+    table = search.cost_table(model, windows, covariances, QUICK)
+    table = table.with_layers(importance.removal_importance(model, windows), perplexity(model, windows))
     assert table.layers[1] == pytest.approx(0, abs=1e-6)
     plan = dataclasses.replace(table, layers=np.array([9.0, 0.0, 9.0])).plan(1 / 3)  # without the others, a random model may be better
     assert plan.whole_layers(model) == [1]
