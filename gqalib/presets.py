@@ -118,6 +118,15 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class Budgets:
+    """Tokens of distillation for the runs that compare; `distillation.num_tokens` is for the one that has to be good."""
+
+    compare: int  # each way of recovering, 10
+    curve: list[int]  # how many tokens buy back how much, 10
+    iterative: int  # one cut against several, 09
+
+
+@dataclass(frozen=True)
 class Prices:
     """What a GPU costs; a price without a date and a source is a rumour."""
 
@@ -157,6 +166,7 @@ class Preset:
     frontier: Frontier
     search: Search
     distillation: Distillation
+    budgets: Budgets
     cost: Cost
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,6 +193,7 @@ RULES = {
     "distillation.final_rate": (lambda v: 0 <= v <= 1, "a fraction from 0 to 1"),
     "distillation.lora_r": (lambda v: v >= 0, "zero (all weights) or a rank"),
     "distillation.seed": (lambda v: v >= 0, "zero or a positive number"),
+    "budgets.curve": (lambda v: v and min(v) > 0, "a list of positive numbers of tokens"),
     "cost.batch_sizes": (lambda v: v and min(v) > 0, "a list of positive batch sizes"),
     "evaluation.short_window": (lambda v: v > 1, "at least 2 tokens"),
     "evaluation.long_window": (lambda v: v > 1, "at least 2 tokens"),

@@ -67,6 +67,7 @@ def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path):
         text=True,
         env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
         cwd=tmp_path,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
