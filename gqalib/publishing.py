@@ -93,17 +93,24 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
     return {
         "results": f"{_markdown(results_table(record))}\n\n{under}",
         "series": _markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
-        "frontier": "\n\n".join(_frontier_block(read_record(path)) for path in sorted(results.glob("*/08_frontier.json"))),
+        "frontier": "\n\n".join(
+            _frontier_block(read_record(path)) for path in sorted(results.glob("*/08_frontier.json"), key=_default_first)
+        ),
     }
 
 
 def _frontier_block(record: dict[str, Any]) -> str:
     p = record["parameters"]["frontier"]
-    under = (
-        f"Preset `{record['preset']}`: {record['parameters']['model']}, perplexity relative to dense on {p['test']['num_examples']} test windows; "
-        f"calibration on {p['calibration']['num_examples']} windows, {p['seeds']} sample{'s' * (p['seeds'] > 1)}; no training; {record['machine']}."
+    of_several = ", of which mean and range" if p["seeds"] > 1 else ""
+    above = (
+        f"**{record['parameters']['model']}** (preset `{record['preset']}`), {p['test']['num_examples']} test windows; calibration on "
+        f"{p['calibration']['num_examples']} windows, {p['seeds']} sample{'s' * (p['seeds'] > 1)}{of_several}; no training; {record['machine']}:"
     )
-    return f"{_markdown(frontier_table(record))}\n\n{under}"
+    return f"{above}\n\n{_markdown(frontier_table(record))}"
+
+
+def _default_first(path: Path) -> tuple[bool, Path]:
+    return path.parent.name != DEFAULT, path
 
 
 def _markdown(table: pd.DataFrame) -> str:

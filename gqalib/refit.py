@@ -17,10 +17,10 @@ for the one thing that counts, the sublayer's output against Y; that and the ref
 On paper, Llama-3-8B in bf16 with n calibration tokens, one sublayer at a time (f = 14,336, the width of `down_proj`, decides):
 
     bytes    weights 16.1e9; the layer at work in float32 0.9e9; four streams of 8,192·n and the normalised ones, 32,768·n, or
-             2.1e9 at n = 32,768; H of `down_proj` and two matrices of its size in a solve, 3 · 8f² = 4.9e9, with YᵀX, W and
-             their solutions in float64 1.9e9. Gauss–Newton comes when H is gone: six vectors like gate and up in float64, 5.6e9.
-             Together 25.9e9, which a 24 GiB GPU (25.8e9) holds with n = 24,000 or with the embedding table in host memory. The
-             weights of the layers done wait in host memory (at most 14.0e9), so that an error leaves the model as it was.
+             2.1e9 at n = 32,768; H of `down_proj` and two matrices of its size in a solve, 3 · 8f² = 4.9e9, with YᵀX, W, G and
+             their solutions in float64 at most 3.2e9. Gauss–Newton comes when H is gone: seven vectors like gate and up in
+             float64, 6.6e9. Together 27.2e9: more than a 24 GiB GPU (25.8e9) holds, unless embedding and lm_head (2.1e9) are
+             elsewhere. The weights of the layers done wait in host memory (at most 14.0e9), so that an error leaves the model as it was.
     FLOPs    per layer 2n(f² + hidden² + 2·hidden·f) for the moments and 5f³ at most for choice and solves, in float64: 3.6e13 at
              n = 32,768; three forward passes, 1.3e9·n; Gauss–Newton, a round of three steps, each a forward pass and a product
              with Jᵀ: as much as 17 forward passes, 7.4e9·n = 2.4e14 in float32, 7.8e15 for all layers.
@@ -356,8 +356,8 @@ def refit_together(sublayer: Sublayer, current: Sequence[Call], target: torch.Te
         moved = start + width * direction.to(start.dtype)
         return pull(lambda call, outputs: (sublayer.run(call, moved) - outputs) / width)
 
-    residual = pull(lambda call, outputs: target[call.rows] - outputs)
-    change = conjugate_gradients(product, residual, cholesky(damped(_gram(current), damping)), num_steps)
+    factor = cholesky(damped(_gram(current), damping))
+    change = conjugate_gradients(product, pull(lambda call, outputs: target[call.rows] - outputs), factor, num_steps)
     before = _error(sublayer, current, target, start)
     for scale in (1.0, 0.5, 0.25, 0.125):
         weights = (start + scale * change).to(start.dtype)
@@ -377,20 +377,26 @@ def _error(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor, we
 
 
 def conjugate_gradients(
-    product: Callable[[torch.Tensor], torch.Tensor], wanted: torch.Tensor, factor: torch.Tensor, num_steps: int
+    product: Callable[[torch.Tensor], torch.Tensor], residual: torch.Tensor, factor: torch.Tensor, num_steps: int
 ) -> torch.Tensor:
-    """D after some steps towards product(D) = wanted, [rows, features]; preconditioned on the features by LLᵀ, `factor` = L."""
-    solved = torch.cholesky_solve(wanted.T, factor).T
-    result, residual, direction, size = torch.zeros_like(wanted), wanted, solved, (wanted * solved).sum()
+    """D after some steps towards product(D) = residual, [rows, features]; preconditioned on the features by LLᵀ, `factor` = L.
+
+    Each of these is like gate and up in float64, 0.94e9 bytes at 8B, so none outlives its use.
+    """
+    direction = torch.cholesky_solve(residual.T, factor).T
+    result, size = torch.zeros_like(residual), (residual * direction).sum()
     for _ in range(num_steps):
         along = product(direction)
         curvature = (direction * along).sum()
         if not curvature > 0:  # there is nothing left to gain
             break
-        result, residual = result + size / curvature * direction, residual - size / curvature * along
+        result += size / curvature * direction
+        residual = residual - size / curvature * along
+        del along
         solved = torch.cholesky_solve(residual.T, factor).T
         last, size = size, (residual * solved).sum()
         direction = solved + size / last * direction
+        del solved
     return result
 
 

@@ -160,12 +160,6 @@ def mask_groups(model: nn.Module, layer_index: int, groups: Sequence[int]) -> No
     attention.o_proj.weight[:, rows_of_heads(heads, attention.head_dim)] = 0
 
 
-@torch.no_grad()
-def mask_channels(model: nn.Module, layer_index: int, channels: Sequence[int]) -> None:
-    """Zero the `down_proj` columns of these channels."""
-    _layer(model, layer_index).mlp.down_proj.weight[:, torch.tensor(channels)] = 0
-
-
 def _layer(model: nn.Module, index: int) -> nn.Module:
     layers = decoder_layers(model)
     if not 0 <= index < len(layers):

@@ -48,9 +48,10 @@ def test_save_load_same_logits(uneven, logits_of, tokenizer, tmp_path):
 
 
 def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path):
-    """A saved folder carries its own modelling code, so that plain transformers can load it; only with `trust_remote_code` does it.
+    """A saved folder carries its own modelling code, so that plain transformers can load it.
 
-    The code that is trusted here is the file of this repository that the line before has written; nothing comes from a network.
+    The script must set `trust_remote_code`: it is the only way for a user without gqalib, so the only way to test it. What is
+    trusted is this repository's own file, which the first line has just written; the script is offline.
     """
     models.save_model(uneven, tokenizer, tmp_path / "m")
     save_file({"x": windows, "y": logits_of(uneven)}, tmp_path / "expected.safetensors")

@@ -18,7 +18,7 @@ def test_removed_groups_equal_masked_groups(model, clone, logits_of):
 
 def test_removed_channels_equal_masked_channels(model, clone, logits_of):
     oracle = clone(model)
-    surgery.mask_channels(oracle, 2, [0, 5, 23])
+    oracle.model.layers[2].mlp.down_proj.weight.data[:, [0, 5, 23]] = 0
     surgery.keep_channels(model, 2, [c for c in range(24) if c not in (0, 5, 23)])
     assert torch.allclose(logits_of(model), logits_of(oracle), atol=1e-5)
 
