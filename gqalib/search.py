@@ -228,7 +228,7 @@ def prune_to(
 
     Returns:
         One row per sweep: `fraction` of the backbone removed, `perplexity`. The model is that of the largest fraction
-        within the target.
+        within the target, and as it was where none of them is.
 
     Raises:
         InputError: not one target but none or two, one not above the dense perplexity, or one that no plan reaches; the model
@@ -252,7 +252,7 @@ def _narrow_down(trial: Trial, table: CostTable, scoring: torch.Tensor, limit: f
     dense = perplexity_of(trial.model, scoring)
     if limit <= dense:
         raise InputError(f"a perplexity of {limit:.4g} is not above the dense model's {dense:.4g}: give a higher target")
-    low, high, best, rows = (0.0, dense), (1.0, math.inf), None, []
+    low, high, best, rows = (0.0, dense), (1.0, math.inf), trial.model, []
     for _ in range(trials):
         fraction, reached = _between(low, high, dense, limit), math.inf
         with suppress(InputError):  # more than the layers can lose
@@ -263,8 +263,6 @@ def _narrow_down(trial: Trial, table: CostTable, scoring: torch.Tensor, limit: f
             low, best = (fraction, reached), pruned
         else:
             high = (fraction, reached)
-    if best is None:
-        raise InputError(f"no cut of {high[0]:.2%} or more stays within a perplexity of {limit:.4g}: give a higher target or more trials")
     return best, rows
 
 

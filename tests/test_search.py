@@ -130,6 +130,14 @@ def test_prune_to_perplexity(trial, table, windows, tmp_path):
     assert perplexity(again, windows) == pytest.approx(perplexity(trial.model, windows), rel=1e-5)
 
 
+def test_a_target_that_no_trial_meets_leaves_the_model_dense(trial, table, windows, logits_of, monkeypatch):
+    before = logits_of(trial.model)
+    monkeypatch.setattr(search, "perplexity_of", lambda model, text: 2.0 if model is trial.model else 9.0)
+    trials = search.prune_to(trial, table, windows, perplexity=2.1, trials=2)
+    assert trials["perplexity"].tolist() == [9.0, 9.0] and trials["fraction"].gt(0).all()
+    assert torch.equal(logits_of(trial.model), before)
+
+
 @pytest.mark.parametrize(
     ("target", "says"),
     [
