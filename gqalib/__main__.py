@@ -1,4 +1,4 @@
-"""`python -m gqalib`: run the series, publish a run into the repository, make its report."""
+"""`python -m gqalib`: run the series, sweep a grid of runs, publish a run into the repository, make its report."""
 
 import argparse
 import sys
@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from gqalib import publishing, series
+from gqalib import publishing, series, sweeps
 from gqalib.errors import InputError
-from gqalib.presets import preset_names
-from gqalib.records import default_run_dir
+from gqalib.presets import number_or_text, preset_names
+from gqalib.records import NOTEBOOKS, default_run_dir
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,12 +20,18 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="execute the numbered notebooks through papermill; finished ones are kept")
     run.add_argument("--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)")
     run.add_argument("--from", dest="first", metavar="NN", help="start with this notebook")
-    run.add_argument("--only", metavar="NN", help="run this notebook alone")
+    run.add_argument("--only", metavar="NN", help="run this notebook alone, or several: 01,05")
     run.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help="e.g. pruning.mean_rate=0.5; repeatable"
     )
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--force", action="store_true", help="run finished notebooks again")
+    sweep = commands.add_parser("sweep", help="run a grid of presets × overrides × seeds as Ray tasks; finished runs are kept")
+    sweep.add_argument("grid", type=Path, help="a YAML file: preset, notebooks, seeds, overrides, num_cpus, num_gpus")
+    sweep.add_argument("--run-dir", type=Path, help="where the runs and their table go (default: runs/sweep-<name of the grid>)")
+    sweep.add_argument("--address", help="a Ray cluster that shares this folder, host:port (default: this machine alone)")
+    for command in (run, sweep):
+        command.add_argument("--force", action="store_true", help="run finished notebooks again")
+        command.add_argument("--notebooks-dir", type=Path, default=NOTEBOOKS, help="a series of your own (default: the workbook's)")
     for command in (run, commands.add_parser("publish", help="copy a finished run into notebooks/, figures/, data/results/, README"),
                     commands.add_parser("report", help="HTML pages of a run")):  # fmt: skip
         command.add_argument("--run-dir", type=Path, help="where results go (default: runs/<preset>)")
@@ -45,22 +51,23 @@ def overrides(pairs: list[str]) -> dict[str, Any]:
             result[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"--set {pair} has a value that cannot be read: write it as YAML") from error
-        if isinstance(result[name], str):  # YAML reads 1e-4 as text
-            try:
-                result[name] = float(value)
-            except ValueError:
-                pass
+        result[name] = number_or_text(result[name])
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 a notebook failed, 2 bad input, 130 interrupted."""
+    """Returns the exit status: 0 done, 1 a notebook or a run of a sweep failed, 2 bad input, 3 a notebook's process was killed, 130 interrupted."""
     options = parser().parse_args(arguments)
     try:
         if options.command == "run":
-            job = series.Series(options.preset, overrides(options.overrides), options.run_dir, options.seed, options.first, options.only)
+            job = series.Series(
+                options.preset, overrides(options.overrides), options.run_dir, options.seed, options.first, options.only,
+                options.notebooks_dir,
+            )  # fmt: skip
             job.run(options.force)
             print(job.summary())
+        elif options.command == "sweep":
+            return 1 if sweeps.sweep(options.grid, options.run_dir, options.force, options.address, options.notebooks_dir) else 0
         elif options.command == "publish":
             publishing.publish(options.run_dir or default_run_dir(options.preset), options.preset)
         else:
@@ -70,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except series.NotebookFailed as error:
         print(f"\nfailed: {error}", file=sys.stderr)
-        return 1
+        return series.KERNEL_DIED if isinstance(error, series.KernelDied) else 1
     except KeyboardInterrupt:
         print("\ninterrupted; finished notebooks are kept, the same command goes on", file=sys.stderr)
         return 130

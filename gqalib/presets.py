@@ -232,10 +232,23 @@ def dotted_names(cls: type = Preset, prefix: str = "") -> list[str]:
     return [name for name in names if name != "name"]
 
 
+def check_name(name: Any, known: list[str], what: str = "parameter") -> None:
+    """Raises InputError with the nearest known names if this is none of them."""
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, 3, 0.5) or known
+        raise InputError(f"unknown {what} {name!r}: did you mean {', '.join(near)}?")
+
+
+def number_or_text(value: Any) -> Any:
+    """YAML reads 1e-4 as text: a number if it can be one, everything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _set(data: dict, dotted: str, value: Any) -> None:
-    if dotted not in dotted_names():
-        near = difflib.get_close_matches(dotted, dotted_names(), 3, 0.5) or dotted_names()
-        raise InputError(f"unknown parameter {dotted!r}: did you mean {', '.join(near)}?")
+    check_name(dotted, dotted_names())
     *sections, last = dotted.split(".")
     for section in sections:
         data = data[section]

@@ -30,10 +30,15 @@ KERNEL_ENVIRONMENT = {  # never MPLBACKEND: figures would vanish from the execut
     "TQDM_DISABLE": "1",
 }
 TIMEOUT_S = 24 * 3600  # per cell; a hung kernel ends some day
+KERNEL_DIED = 3  # the command line's exit status: the same run may succeed another time
 
 
 class NotebookFailed(RuntimeError):
     """A notebook of the series raised; the message names notebook, cell and error."""
+
+
+class KernelDied(NotebookFailed):
+    """A notebook's process was killed from outside, often for memory: the same run may succeed another time."""
 
 
 @dataclass
@@ -45,7 +50,7 @@ class Series:
     run_dir: Path | None = None
     seed: int = 0
     first: str | None = None
-    only: str | None = None
+    only: str | None = None  # a number, or several with commas between them
     notebooks: Path = NOTEBOOKS
 
     def __post_init__(self) -> None:
@@ -67,18 +72,21 @@ class Series:
     def _select(self) -> list[Path]:
         paths = numbered_notebooks(self.notebooks)
         numbers = [path.name[:2] for path in paths]
-        for option, number in (("--from", self.first), ("--only", self.only)):
+        if not paths:
+            raise InputError(f"{self.notebooks} holds no notebook: give a folder with files such as 01_baseline.ipynb")
+        only = [] if self.only is None else [number.strip() for number in self.only.split(",")]
+        for option, number in [("--from", self.first), *(("--only", number) for number in only)]:
             if number is not None and number[:2] not in numbers:
                 raise InputError(f"{option} {number} names no notebook: use one of {', '.join(numbers)}")
-        if self.only is not None:
-            return [path for path in paths if path.name[:2] == self.only[:2]]
+        if only:
+            return [path for path in paths if path.name[:2] in {number[:2] for number in only}]
         return [path for path in paths if self.first is None or path.name[:2] >= self.first[:2]]
 
     def run(self, force: bool = False) -> None:
         """Execute what is not finished yet, one line of progress each."""
         os.environ.update(KERNEL_ENVIRONMENT)
         started, spent = time.monotonic(), 0.0
-        with _locked(self.run_dir):
+        with locked(self.run_dir):
             for i, path in enumerate(self.paths, 1):
                 print(f"[{i}/{len(self.paths)}] {path.stem:24s}", end=" ", flush=True)
                 if not force and self.is_finished(path):
@@ -112,9 +120,10 @@ class Series:
         """Run one notebook headlessly; the executed copy appears in the run folder when it is whole.
 
         Raises:
-            InputError: a cell raised one. NotebookFailed: a cell raised anything else.
+            InputError: a cell raised one. NotebookFailed: a cell raised anything else. KernelDied: its process was killed.
         """
         import papermill
+        from nbclient.exceptions import DeadKernelError
 
         unknown = set(PARAMETERS) - set(papermill.inspect_notebook(str(path)))
         if unknown:
@@ -133,6 +142,8 @@ class Series:
                 raise InputError(f"{error.evalue} ({path.stem})") from None
             kept = temporary.replace(self.run_dir / f"{path.stem}.failed.ipynb")
             raise NotebookFailed(f"{where}\n{error.ename}: {error.evalue}\nthe notebook up to there: {kept}") from None
+        except DeadKernelError:
+            raise KernelDied(f"{path.stem}: its process was killed from outside; if it was for memory, run less beside it") from None
         finally:
             if sys.exc_info()[0] is not None:
                 temporary.unlink(missing_ok=True)
@@ -166,7 +177,7 @@ def _code(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: Path) -> Iterator[None]:
     """Only one run at a time in a folder; the lock goes with the process, however it ends."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

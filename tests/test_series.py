@@ -124,6 +124,23 @@ def test_failure_names_notebook_cell_and_error(job, notebooks):
     assert states(job()) == [True, True] and not (job().run_dir / "02_second.failed.ipynb").exists()
 
 
+def test_a_killed_kernel_is_said_and_nothing_is_left(tmp_path, notebooks, model_folder, capsys):
+    """For memory, as a rule: exit status 3, which a sweep tries again."""
+    write_notebook(notebooks, "01_first", "import os; os.kill(os.getpid(), 9)")
+    where = ["--run-dir", str(tmp_path / "run"), "--notebooks-dir", str(notebooks)]
+    assert main(["run", "--set", f"model={model_folder}", *where]) == series.KERNEL_DIED == 3
+    assert "failed: 01_first: its process was killed from outside" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_notebooks_and_none(job, tmp_path):
+    assert [p.stem for p in job(only="02,01").paths] == ["01_first", "02_second"]
+    with pytest.raises(InputError, match="--only 42 names no notebook"):
+        job(only="01,42")
+    with pytest.raises(InputError, match="holds no notebook"):
+        job(notebooks=tmp_path / "nowhere")
+
+
 def test_kill_in_the_middle_and_resume(job, notebooks, tmp_path):
     """SIGKILL while the second notebook runs: the first stays finished, the second is run again, and nothing half-written counts."""
     write_notebook(notebooks, "02_second", 'import pathlib, time; pathlib.Path(run_dir, "begun").touch(); time.sleep(600)')

@@ -1,0 +1,296 @@
+"""Sweeps: a grid is checked before anything starts; six runs survive a killed worker; one that fails does not stop the others."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+import types
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import small_model
+from test_series import write_series
+
+from gqalib import InputError, sweeps, tasks
+from gqalib.__main__ import main, overrides, parser
+from gqalib.records import Notebook
+
+GRID = """
+preset: tiny
+notebooks: ["01"]
+seeds: [0, 1]
+overrides:
+  model: [{model}]
+  pruning.mean_rate: [0.2, 0.25, 0.3]
+"""
+STAND_IN = """  # instead of `python -m gqalib run`, which takes ten seconds to load: the same arguments, files and exit status
+import json, os, pathlib, shutil, sys, time
+place, ready = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1]), pathlib.Path(sys.argv[0]).parent / "ready"
+(place / "environment.json").write_text(json.dumps(dict(os.environ)))
+if place.name == slow and not (place / "begun").exists():  # the first attempt at this one is killed
+    (place / "begun").write_text(str(os.getpid()))
+    time.sleep(600)
+if place.name == failing:
+    sys.exit("failed: 01_first, cell 2: 1 / 0\\nZeroDivisionError: division by zero\\nthe notebook up to there: x")
+if place.name == dying:
+    os.kill(os.getpid(), 9)
+shutil.copytree(ready / place.name, place, dirs_exist_ok=True)
+"""
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    return write_series(tmp_path / "notebooks")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    small_model().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def grid(tmp_path, model_folder):
+    def write(text=GRID):
+        path = tmp_path / "grid.yaml"
+        path.write_text(text.format(model=model_folder))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def jobs(grid, tmp_path, notebooks):
+    return sweeps.expand(sweeps.read_grid(grid()), tmp_path / "sweep", notebooks)
+
+
+def finish(job, folder, **metrics):
+    """What a run of notebook 01 leaves behind, without the run."""
+    nb = Notebook("01_first", job.preset, job.overrides, folder, job.seed)
+    for name, value in metrics.items():
+        nb.metric(name, value, "perplexity")
+    nb.finish()
+    shutil.copy(job.paths[0], folder)
+
+
+def perplexity(job):
+    return 10 + 100 * job.overrides["pruning.mean_rate"] + job.seed
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed: [0]", "unknown key of a grid 'seed': did you mean seeds"),
+        ("nonsense: 1", "did you mean preset, presets, notebooks"),
+        ("overrides: {{pruning.mean_rat: [0.3]}}", "unknown parameter 'pruning.mean_rat': did you mean pruning.mean_rate"),
+        ("overrides: {{pruning: {{mean_rate: [0.3]}}}}", "unknown parameter 'pruning'"),
+        ("overrides: {{pruning.mean_rate: 0.3}}", r"pruning.mean_rate = 0.3 is no list: write pruning.mean_rate: \[0.3\]"),
+        ("overrides: {{pruning.mean_rate: []}}", "pruning.mean_rate is an empty list"),
+        ("overrides: {{pruning.mean_rate: [0.3, 0.2, 0.3]}}", "pruning.mean_rate has 0.3 twice"),
+        ("overrides: {{recovery.learning_rate: [1e-4, 1.0e-4]}}", "recovery.learning_rate has 0.0001 twice"),
+        ("overrides: {{pruning.mean_rate: [0.3, 1.5]}}", "pruning.mean_rate = 1.5 cannot be"),
+        ("overrides: {{pruning.mean_rate: [much]}}", "pruning.mean_rate = 'much' is a str"),
+        ("overrides: [pruning.mean_rate]", "are no names with values"),
+        ("overrides: {{model: [/no/such/folder]}}", "model folder /no/such/folder does not exist"),
+        ("overrides: {{corpus: ['file:/no/such.txt']}}", "corpus file /no/such.txt does not exist"),
+        ("overrides:\n  pruning.alpha: [1]\n  pruning.alpha: [2]", "the grid has pruning.alpha twice"),
+        ("preset: huge", "unknown preset 'huge'"),
+        ("preset: tiny\npresets: [full]", "both preset and presets"),
+        ("presets: tiny", "presets = 'tiny' is no list"),
+        ("seeds: [0, 0]", "seeds has 0 twice"),
+        ("seeds: [-1]", "seeds = -1 cannot be"),
+        ("seeds: [one]", "seeds = 'one' cannot be"),
+        ("notebooks: [01, 42]", "unknown notebook '42'"),
+        ('notebooks: ["02"]', 'notebook 02_second reads 01_first: add "01" to the notebooks of the grid'),
+        ('notebooks: [1, "01"]', "notebooks has '01' twice"),
+        ("num_cpus: 0", "num_cpus = 0 cannot be"),
+        ("num_gpus: 1.5", "num_gpus = 1.5 cannot be"),
+        ("max_retries: yes", "max_retries = True cannot be"),
+        ("", "is empty"),
+        ("{{}}", "is empty"),
+        ("[1, 2]", "has no keys"),
+        ("seeds: [0", "is no YAML"),
+    ],
+)
+def test_bad_grid_is_one_sentence_status_2_and_nothing_written(tmp_path, grid, notebooks, capsys, text, says):
+    assert main(["sweep", str(grid(text)), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(says, error) and error.count("\n") == 1
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_missing_grid(tmp_path, capsys):
+    assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
+    assert re.fullmatch(
+        r"error: grid .*none.yaml cannot be read \(No such file or directory\): give a YAML file\n", capsys.readouterr().err
+    )
+
+
+def test_every_combination_is_one_run(jobs):
+    assert len(jobs) == len({job.run_dir for job in jobs}) == 6
+    assert {(job.overrides["pruning.mean_rate"], job.seed) for job in jobs} == {(r, s) for r in (0.2, 0.25, 0.3) for s in (0, 1)}
+    assert jobs[0].parameters["pruning"]["mean_rate"] == 0.2 and [path.stem for path in jobs[0].paths] == ["01_first"]
+
+
+def test_names_of_folders():
+    assert sweeps.run_name("tiny", {"pruning.alpha": 0.5}, 3) == "tiny,pruning.alpha=0.5,seed=3"
+    places = [sweeps.run_name("tiny", {"corpus": f"file:a{c}b"}, 0) for c in "/ :"]
+    assert len(set(places)) == 3 and all(re.fullmatch(r"[\w.,=+-]+", place) for place in places)
+    assert len(sweeps.run_name("tiny", {"corpus": "x" * 500}, 0)) < 120
+
+
+def test_presets_and_text_that_is_a_number(grid):
+    read = sweeps.read_grid(grid("presets: [tiny, full]\nnotebooks: [01, 10_x]\noverrides: {{recovery.learning_rate: [1e-4, 5e-5]}}"))
+    assert read == sweeps.Grid(["tiny", "full"], ["01", "10"], [0], {"recovery.learning_rate": [1e-4, 5e-5]})
+
+
+def test_the_command_line_understands_what_a_task_asks_for(jobs, notebooks):
+    job = dataclasses.replace(
+        jobs[3], overrides={"pruning.alpha": 1e-5, "corpus": "python-docs", "recovery.num_examples": None, "cost.batch_sizes": [1]}
+    )
+    options = parser().parse_args(tasks._arguments(job))
+    asked = (
+        options.command,
+        options.preset,
+        options.seed,
+        options.run_dir,
+        options.notebooks_dir,
+        options.only,
+        overrides(options.overrides),
+    )
+    assert asked == ("run", "tiny", 1, job.run_dir, notebooks, "01", job.overrides)
+
+
+def test_gather_means_and_figure(jobs, tmp_path):
+    for job in jobs[:5]:
+        finish(job, job.run_dir, perplexity_v3=perplexity(job), perplexity_dense=7.0, other=1.0)
+    table = sweeps.gather(jobs, {jobs[5].run_dir: "no luck"})
+    assert len(table) == 6 and table["error"].dropna().to_dict() == {5: "no luck"}
+    assert table["perplexity_v3"].tolist()[:5] == [perplexity(job) for job in jobs[:5]] and table["perplexity_v3"].isna()[5]
+    means = sweeps.over_seeds(table, ["perplexity_v3"])["perplexity_v3"]
+    assert means.index.tolist() == [0.2, 0.25, 0.3] and means.index.name == "pruning.mean_rate"
+    assert (
+        means["mean"].tolist() == [30.5, 35.5, 40.0]
+        and means["std"].iloc[0] == pytest.approx(0.5**0.5)
+        and means["count"].tolist() == [2, 2, 1]
+    )
+    report = sweeps.report(table, jobs, tmp_path)
+    assert "30.50 ± 0.71" in report and "perplexity_dense" in report and "other" not in report
+    assert f"failed    {jobs[5].run_dir.name}: no luck" in report and "5 of 6 runs complete" in report
+    sweeps.draw(table, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG" and not (tmp_path / ".sweep.png").exists()
+
+
+def test_figure_of_any_grid(tmp_path):
+    """Words instead of numbers, several settings, one run, far apart values, nothing finished."""
+    base = {"run": "r", "seed": 0, "seconds": 1.0, "attempts": 1, "error": None}
+    grids = [
+        [{"preset": p, "pruning.strategy": s, "perplexity_v3": 9.0} for p in ("tiny", "full") for s in ("inverse", "uniform")],
+        [{"preset": "tiny", "pruning.alpha": a, "pruning.max_rate": m, "ratio_50": 10**a} for a in (0, 1, 30) for m in (0.4, 0.5)],
+        [{"preset": "tiny", "recovery.num_examples": n, "x": float(n or 9)} for n in (10, None, 1000)],
+        [{"preset": "tiny", "perplexity_v3": None}],
+    ]
+    for rows in grids:
+        sweeps.draw(pd.DataFrame([base | row for row in rows]), tmp_path / "sweep.png")
+        assert (tmp_path / "sweep.png").exists() == (rows is not grids[-1])
+
+
+def test_names_that_two_notebooks_use():
+    records = [{"notebook": f"0{n}_x", "metrics": {"same": {"value": 1}, "differs": {"value": n}}} for n in (1, 2)]
+    assert sweeps._metrics(records) == {"same": 1, "differs": 1, "02.differs": 2}
+
+
+@pytest.fixture
+def stand_in(jobs, tmp_path, monkeypatch):
+    """Makes runs light: `finish` has prepared what each leaves behind; the named ones hang at first, fail, or are killed each time."""
+    for job in jobs:
+        finish(job, tmp_path / "ready" / job.run_dir.name, perplexity_v3=perplexity(job))
+
+    def make(slow=None, failing=None, dying=None):
+        names = "".join(
+            f"{name} = {job and job.run_dir.name!r}\n" for name, job in {"slow": slow, "failing": failing, "dying": dying}.items()
+        )
+        (tmp_path / "stand_in.py").write_text(names + STAND_IN)
+        monkeypatch.setattr(tasks, "PROGRAM", (str(tmp_path / "stand_in.py"),))
+
+    return make
+
+
+def kill_worker(run_dir, killed):
+    """SIGKILL to the Ray worker whose run has begun."""
+    begun = run_dir / "begun"
+    while not (begun.exists() and begun.read_text()):
+        time.sleep(0.05)
+    killed += [tasks.read_attempts(run_dir)[0]["pid"], int(begun.read_text())]
+    os.kill(killed[0], signal.SIGKILL)
+
+
+def test_six_runs_with_a_worker_killed(jobs, grid, notebooks, tmp_path, stand_in, monkeypatch, capsys):
+    """The issue's check: six complete results, and which was retried is said; finished ones are kept when the sweep is started again."""
+    stand_in(slow=jobs[2])
+    killed = []
+    threading.Thread(target=kill_worker, args=(jobs[2].run_dir, killed), daemon=True).start()
+    command = ["sweep", str(grid()), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]
+    assert main(command) == 0
+    assert len(killed) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in killed)  # nothing runs on beside the second attempt
+    table, out = pd.read_csv(tmp_path / "sweep" / "sweep.csv"), capsys.readouterr().out
+    assert table["perplexity_v3"].tolist() == [perplexity(job) for job in jobs] and table["error"].isna().all()
+    assert table["attempts"].tolist() == [1, 1, 2, 1, 1, 1]
+    assert re.findall(r"retried   (\S+) \(attempt 1 on \S+: its worker died\)", out) == [jobs[2].run_dir.name]
+    assert "6 of 6 runs complete" in out and "raylet" not in out
+    environment = json.loads((jobs[0].run_dir / "environment.json").read_text())
+    assert environment["OMP_NUM_THREADS"] == "1" and environment["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr(tasks, "PROGRAM", ("/never",))
+    assert main(command) == 0 and "6 runs, 6 finished before" in capsys.readouterr().out
+
+
+def test_what_fails_does_not_stop_the_others(jobs, grid, notebooks, tmp_path, stand_in, capsys):
+    """One run fails by itself and is not tried again; the process of one is killed every time; the others end well."""
+    stand_in(failing=jobs[0], dying=jobs[1])
+    command = ["sweep", str(grid("max_retries: 1" + GRID)), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]
+    assert main(command) == 1
+    out, table = capsys.readouterr().out, pd.read_csv(tmp_path / "sweep" / "sweep.csv")
+    failing, dying = (re.escape(job.run_dir.name) for job in jobs[:2])
+    assert re.search(rf"failed    {failing}: 01_first, cell 2: 1 / 0: ZeroDivisionError: division by zero\n", out)
+    assert re.search(rf"failed    {dying}: its process was killed at attempt 2: see \S+log.txt\n", out)
+    assert "4 of 6 runs complete" in out and table["perplexity_v3"].notna().tolist() == [False, False, True, True, True, True]
+    assert table["attempts"].tolist() == [1, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ("a warning\nerror: no such thing: give another\n", "no such thing: give another"),
+        ("failed: 01_x, cell 3: y\nKeyError: 'y'\nthe notebook up to there: z", "01_x, cell 3: y: KeyError: 'y'"),
+        ("Traceback (most recent call last):\n  File\nOSError: disk full\n", "OSError: disk full"),
+        ("", "it said nothing"),
+    ],
+)
+def test_last_words(said, sentence):
+    assert tasks._last_words(said) == sentence
+
+
+def test_more_than_any_machine_has():
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0}},
+        {"Alive": True, "Resources": {"CPU": 1.0, "GPU": 2.0}},
+        {"Alive": False, "Resources": {"CPU": 99.0}},
+    ]
+    ray = types.SimpleNamespace(nodes=lambda: nodes)
+    for fits in ((4, 0), (1, 2), (1, 0.5)):
+        tasks._check_resources(ray, *fits)
+    with pytest.raises(
+        InputError, match=r"no machine has num_cpus = 4 and num_gpus = 1 for a run \(there are 4 and 0; 1 and 2\): lower them"
+    ):
+        tasks._check_resources(ray, 4, 1)
+
+
+def test_no_cluster_at_the_address(jobs):
+    with pytest.raises(InputError, match="no Ray cluster answers at nowhere"):
+        list(tasks.run_all(jobs, address="nowhere"))
