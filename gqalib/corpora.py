@@ -6,6 +6,7 @@ A corpus name is one of
     wikitext2      WikiText-2 raw, through `datasets`
     c4             the English validation shards of C4, through `datasets`
     python-source  the source files behind python-docs: the same words in another kind of text
+    random-tokens  words that mean nothing, for runs that measure cost: `shape:` models know them
     file:PATH      anybody's own text, JSON or JSONL (a `text` field)
 
 and every corpus has the splits `train` (calibration and training), `validation` and `test`.
@@ -18,6 +19,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import random
 import re
 import sysconfig
 import warnings
@@ -41,6 +43,7 @@ PACKAGES = (
 SKIPPED_FOLDERS = {"test", "tests", "_tests", "testing", "lib2to3", "site-packages", "idlelib", "turtledemo", "_vendor"}
 HELD_OUT_ONE_IN = 25  # one file in 25 is validation text, another one test text
 SPREAD = 32  # a sample is drawn from so many times its own length of text
+RANDOM_DOCUMENTS, RANDOM_WORDS, RANDOM_VOCABULARY = 2**15, 2**9, 2**9  # 16.8M words a split, of the words that every shape knows
 CHARACTERS_PER_TOKEN = 16  # more than any text has: so much of a running text is read for a number of tokens
 DATASETS = {  # name: (hub path, configuration, text column)
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
@@ -166,7 +169,16 @@ def _digest(text: str) -> str:
 
 # ---------------------------------------------------------------- every corpus
 
-INSTALLED = {"python-docs": python_docs, "python-source": python_source}
+
+def random_tokens(split: str) -> Iterator[str]:
+    """Documents of `RANDOM_WORDS` words w2, w3, … that are drawn evenly, the eighth a full stop; the same in every run, no two alike."""
+    draw = random.Random(split)
+    for _ in range(RANDOM_DOCUMENTS):
+        words = [f"w{number}" for number in draw.choices(range(2, RANDOM_VOCABULARY), k=RANDOM_WORDS)]
+        yield " ".join([*words[:7], ".", *words[8:]])
+
+
+INSTALLED = {"python-docs": python_docs, "python-source": python_source, "random-tokens": random_tokens}
 
 
 def corpus_path(name: str) -> Path:

@@ -1,24 +1,22 @@
-"""What a model costs: counted where it can be counted, measured where it cannot.
+"""What a model costs, counted: parameters, FLOPs, bytes, ceilings, money; and the memory that a block of code took.
 
-Units: bytes, FLOPs (not MACs), milliseconds, GB = 1e9 bytes. Shapes are read from the weights, so uneven layers count right.
+Units: bytes, FLOPs (not MACs), GB = 1e9 bytes. Shapes are read from the weights, which may be on the meta device, so uneven layers
+count right. Speed is measured in `speed`.
 """
 
 import contextlib
 import ctypes
 import gc
 import resource
-import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import pandas as pd
 import psutil
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from gqalib.attention import attention_implementation
@@ -28,22 +26,25 @@ from gqalib.models import layer_shapes
 def count_flops(model: nn.Module, batch_size: int, num_tokens: int) -> int:
     """FLOPs of one forward pass over [batch_size, num_tokens], counted operator by operator.
 
-    Attention runs as `eager` for the count: torch's counter silently leaves out the fused CPU kernel.
+    Attention runs as `eager` for the count: torch's counter silently leaves out the fused CPU kernel. The mask is given, and empty:
+    to make one transformers looks at values, which a model on the meta device does not have.
     """
     input_ids = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=model.device)
+    mask = torch.zeros(1, 1, num_tokens, num_tokens, dtype=model.dtype, device=model.device)
     with attention_implementation("eager", model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=input_ids, use_cache=False)
+        model(input_ids=input_ids, attention_mask=mask, use_cache=False)
     return counter.get_total_flops()
 
 
-def closed_form_flops(model: nn.Module, num_tokens: int) -> int:
-    """The same on paper, for n tokens: Σ_l 2n(2·d·h + 2·d·k + 3·d·f) + 4n²h, plus 2·n·d·vocabulary for lm_head.
+def closed_form_flops(model: nn.Module, num_tokens: int, num_logits: int | None = None) -> int:
+    """The same on paper, for n tokens of one sequence: Σ_l 2n(2·d·h + 2·d·k + 3·d·f) + 4n²h, plus 2·m·d·vocabulary for lm_head.
 
-    h, k, f: query, KV and MLP width of layer l; d: hidden size. The full n × n score matrix is counted, as eager attention computes it.
-    Norms, softmax, rotary embedding and activations (no matrix products) are left out by both.
+    h, k, f: query, KV and MLP width of layer l; d: hidden size; m: `num_logits`, the tokens that lm_head sees (None: all).
+    The full n × n score matrix is counted, as eager attention computes it. Norms, softmax, rotary embedding and activations
+    (no matrix products) are left out by both.
     """
     n, d, head_dim = num_tokens, model.config.hidden_size, model.config.head_dim
-    total = 2 * n * d * model.config.vocab_size
+    total = 2 * (n if num_logits is None else num_logits) * d * model.config.vocab_size
     for shape in layer_shapes(model).itertuples():
         h, k, f = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim, shape.intermediate_size
         total += 2 * n * (2 * d * h + 2 * d * k + 3 * d * f) + 4 * n * n * h
@@ -61,19 +62,61 @@ def kv_cache_bytes_per_token(model: nn.Module) -> int:
     return 2 * model.config.head_dim * model.dtype.itemsize * kv_heads
 
 
-def decode_bytes(model: nn.Module) -> int:
-    """Bytes of weights that one decoded token reads at batch size 1: everything but an embedding table that is only looked up.
+def step_bytes(model: nn.Module, batch_size: int = 1, context: int = 0) -> int:
+    """Bytes that one step of decoding reads: every weight once, and the KV cache of `context` tokens of every sequence.
 
-    A tied table is the lm_head too, and is read in full.
+    weights − embedding table + batch_size · context · `kv_cache_bytes_per_token`. The table is only looked up, unless it is tied:
+    then it is the lm_head too, and is read in full.
     """
     table = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is table
-    return weight_bytes(model) - (0 if tied else table.numel() * table.element_size())
+    weights = weight_bytes(model) - (0 if tied else table.numel() * table.element_size())
+    return weights + batch_size * context * kv_cache_bytes_per_token(model)
 
 
-def decode_ceiling(dense: nn.Module, pruned: nn.Module) -> float:
-    """The largest speed-up of decoding at batch size 1 that the bytes allow."""
-    return decode_bytes(dense) / decode_bytes(pruned)
+def decode_ceiling(dense: nn.Module, pruned: nn.Module, batch_size: int = 1, context: int = 0) -> float:
+    """The largest speed-up of decoding that the bytes allow: `step_bytes` of the one over those of the other.
+
+    It holds while a step is limited by reading memory, as at small batches. Where arithmetic limits it, the ratio of the FLOPs does.
+    """
+    return step_bytes(dense, batch_size, context) / step_bytes(pruned, batch_size, context)
+
+
+def prefill_ceiling(dense: nn.Module, pruned: nn.Module, context: int) -> float:
+    """The largest speed-up of reading a prompt of `context` tokens that the arithmetic allows: the ratio of `closed_form_flops`.
+
+    lm_head sees the last token only, as in generation. The batch size cancels out.
+    """
+    return closed_form_flops(dense, context, 1) / closed_form_flops(pruned, context, 1)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def cache_bytes(model: nn.Module, batch_size: int, context: int) -> int:
+    """Bytes of a full KV cache: batch_size · context · `kv_cache_bytes_per_token`."""
+    return batch_size * context * kv_cache_bytes_per_token(model)
+
+
+def prefill_bytes(model: nn.Module, batch_size: int, context: int) -> int:
+    """Peak bytes, above the weights, of reading a prompt: the cache, and the activations of the widest layer.
+
+    Per token and in units of the dtype: 2d + max_l(3f, 4h + 3k), the residual stream, its norm, and what an MLP (gate, up, their
+    product) or an attention (q, k, v, rotated and not, and the output) holds at once; d, h, k, f as in `closed_form_flops`.
+    """
+    head_dim, shapes = model.config.head_dim, layer_shapes(model)
+    attention = head_dim * (4 * shapes["num_attention_heads"] + 3 * shapes["num_key_value_heads"])
+    widest = max(int(attention.max()), 3 * int(shapes["intermediate_size"].max()))
+    tokens = batch_size * context
+    return cache_bytes(model, batch_size, context) + tokens * model.dtype.itemsize * (2 * model.config.hidden_size + widest)
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """Bytes that could be taken on a device now: a GPU's free memory and what torch's allocator keeps for reuse, or a host's available memory."""
+    if torch.device(device).type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def peak_memory_gb(device: torch.device | str) -> float:
@@ -155,67 +198,6 @@ def _on_cpu(every_s: float) -> tuple[Callable[[], int], Callable[[], Callable[[]
         return most
 
     return memory, watch
-
-
-# ---------------------------------------------------------------- time
-
-
-def compare_speed(
-    models: dict[str, nn.Module], batch_sizes: list[int], prompt_tokens: int, new_tokens: int, min_run_s: float = 0.5, rounds: int = 3
-) -> pd.DataFrame:
-    """Prefill and decode of several models, measured in turn in this process so that drift hits all alike.
-
-    Returns:
-        One row per model and batch size: `prefill_ms` (whole prompt), `decode_ms` (one token of each sequence, warm cache),
-        their spread over the rounds (largest − smallest, in percent of the median), and `tokens_per_s` of decoding.
-    """
-    samples: dict[tuple[str, int, str], list[float]] = {}
-    with torch.no_grad():
-        for batch_size in batch_sizes:
-            for _ in range(rounds):
-                for name, model in models.items():
-                    for phase, function in _phases(model, batch_size, prompt_tokens, new_tokens).items():
-                        samples.setdefault((name, batch_size, phase), []).append(_time_ms(function, model.device, min_run_s / rounds))
-    return pd.DataFrame([_speed_row(samples, name, size, new_tokens) for size in batch_sizes for name in models])
-
-
-def _phases(model: nn.Module, batch_size: int, prompt_tokens: int, new_tokens: int) -> dict[str, Callable[[], object]]:
-    prompt = torch.ones(batch_size, prompt_tokens, dtype=torch.long, device=model.device)
-    cache = model(input_ids=prompt, use_cache=True).past_key_values
-    token = prompt[:, :1]
-
-    def decode() -> None:
-        for _ in range(new_tokens):
-            model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache.crop(-new_tokens)
-
-    return {"prefill": lambda: model(input_ids=prompt, use_cache=True), "decode": decode}
-
-
-def _time_ms(function: Callable[[], object], device: torch.device, min_run_s: float) -> float:
-    """Median milliseconds of a call after a warm-up; CUDA events on a GPU, `blocked_autorange` on a CPU."""
-    function()
-    if device.type != "cuda":
-        timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=min_run_s).median * 1e3
-    times = []
-    while sum(times) < min_run_s * 1e3:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize(device)
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def _speed_row(samples: dict, name: str, batch_size: int, new_tokens: int) -> dict:
-    row = {"model": name, "batch_size": batch_size}
-    for phase, per in (("prefill", 1), ("decode", new_tokens)):
-        times = samples[name, batch_size, phase]
-        median = statistics.median(times)
-        row |= {f"{phase}_ms": median / per, f"{phase}_spread_%": 100 * (max(times) - min(times)) / median}
-    return row | {"tokens_per_s": batch_size * 1e3 / row["decode_ms"]}
 
 
 # ---------------------------------------------------------------- money

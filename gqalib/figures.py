@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.colors import SymLogNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -85,6 +86,31 @@ def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float],
     ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(dense * 0.8, np.nanmax(values) * 2))
     readable_log_axis(ax.xaxis, steps=(1, 2, 5) if np.nanmax(values) < 200 * dense else (1,))
     ax.grid(axis="y", visible=False)
+
+
+def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
+    """Measured speed-up at every batch size and context, a bar per model from 1, with the range of the rounds and the ceiling above it.
+
+    `table` from `speed.beside_ceilings`; its first model is the one that the others are compared with.
+    """
+    rows = table[table["phase"] == phase]
+    points = list(rows[["batch_size", "context"]].drop_duplicates().itertuples(index=False, name=None))
+    names = [name for name in rows["model"].unique() if name != rows["model"].iloc[0]]
+    width = 0.8 / max(1, len(names))
+    for index, name in enumerate(names):
+        own = rows[rows["model"] == name].set_index(["batch_size", "context"]).reindex(points)
+        x = np.arange(len(points)) + (index - (len(names) - 1) / 2) * width
+        reach = [own["speedup"] - own["speedup_low"], own["speedup_high"] - own["speedup"]]
+        ax.bar(x, own["speedup"] - 1, width * 0.9, bottom=1, color=_colour_of(name), label=name)
+        ax.errorbar(x, own["speedup"], reach, fmt="none", ecolor=COLORS["dense"], lw=1, capsize=2)
+        ax.scatter(x, own["ceiling"], marker="_", s=1500 * width / len(points), color=COLORS["v2"], lw=2, label=None if index else "ceiling")
+        for place in x[own["speedup"].isna()]:
+            ax.text(place, 1.03, "not measured", rotation=90, ha="center", va="bottom", fontsize=8)
+    ax.axhline(1, color=COLORS["dense"], lw=0.8)
+    ax.set_xticks(range(len(points)), [f"{size} × {context:,}" for size, context in points])
+    ax.set(title=phase, xlabel="sequences × tokens", ylabel="speed-up over dense (×)", yscale="log")
+    readable_log_axis(ax.yaxis, steps=(1, 1.5, 2, 3, 5, 7))
+    ax.grid(axis="x", visible=False)
 
 
 def readable_log_axis(axis, steps: Sequence[int] = (1, 2, 5)) -> None:

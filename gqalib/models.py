@@ -6,22 +6,40 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gqalib.errors import InputError
 from gqalib.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
 
 REPOSITORY = Path(__file__).parent.parent
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHAPE = "shape:"  # what a model of random weights is called by
+SHAPES = {
+    "llama-3-8b": {
+        "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 8192,
+    },
+    "tiny": {  # the same ratios, for tests
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 4, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 8, "max_position_embeddings": 256,
+    },
+}  # fmt: skip
 
 
 def check_model(model: str) -> str:
-    """The folder or hub id that a model name stands for; a relative folder may stand in the repository.
+    """The folder, hub id or `shape:NAME` that a model name stands for; a relative folder may stand in the repository.
 
     Raises:
-        InputError: the folder is missing, is no Llama, or holds pickled weights only.
+        InputError: the folder is missing, is no Llama, or holds pickled weights only; or there is no such shape.
     """
+    if model.startswith(SHAPE):
+        shape_config(model)
+        return model
     folder = next((p for p in (Path(model).expanduser(), REPOSITORY / model) if p.is_dir()), None)
     if folder is None:
         if HUB_ID.fullmatch(model):
@@ -49,23 +67,67 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwargs) -> GqaLlamaForCausalLM:
-    """A Llama, pruned or not, ready to be scored: weights in `dtype` on `device`, evaluation mode.
+def load_config(model: str) -> GqaLlamaConfig:
+    """The configuration of a folder, hub id or shape.
 
-    Other arguments (`attn_implementation`, `device_map`, …) go to `from_pretrained`.
+    Raises:
+        InputError: it cannot be had, or is no Llama's.
     """
     source = check_model(str(model))
+    if source.startswith(SHAPE):
+        return shape_config(source)
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:  # a hub id that is absent, gated or out of reach, or a config that cannot be
-        reason = str(error).splitlines()[0]
-        raise InputError(f"model {model} cannot be loaded ({reason}): log in with `hf auth login`, or give a folder") from error
+        raise InputError(_why_not(model, error)) from error
     if config.model_type == LlamaConfig.model_type:
-        config = to_gqa_config(config)
-    elif config.model_type != GqaLlamaConfig.model_type:
+        return to_gqa_config(config)
+    if config.model_type != GqaLlamaConfig.model_type:
         raise InputError(f"{model} is a {config.model_type!r} model, no Llama: only Llama models can be pruned here")
-    loaded = GqaLlamaForCausalLM.from_pretrained(source, config=config, dtype=getattr(torch, dtype), **kwargs)
+    return config
+
+
+def _why_not(model: str, error: BaseException) -> str:
+    """One sentence for a model that cannot be had: what is wrong, and what to do."""
+    causes = [error]
+    while causes[-1] is not None:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"model {model} is gated: ask for access on its page, then log in with `hf auth login`, or give a folder that holds it"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return f"model {model} is not on the hub, or private: check the name, log in with `hf auth login`, or give a folder"
+    reason = str(error).splitlines()[0].rstrip(".")
+    return f"model {model} cannot be loaded ({reason}): connect, log in with `hf auth login` if it is gated, or give a folder"
+
+
+def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwargs) -> GqaLlamaForCausalLM:
+    """A Llama, pruned or not, ready to be scored: weights in `dtype` on `device`, evaluation mode.
+
+    Other arguments (`attn_implementation`, `device_map`, …) go to `from_pretrained`; a shape has no use for a `device_map`.
+
+    Raises:
+        InputError: the model cannot be had, is no Llama, or its weights are of another configuration.
+    """
+    source, config = check_model(str(model)), load_config(model)
+    if source.startswith(SHAPE):
+        kwargs.pop("device_map", None)
+        return random_model(config, dtype, device, **kwargs)
+    options = {"config": config, "dtype": getattr(torch, dtype), "ignore_mismatched_sizes": True, "output_loading_info": True, **kwargs}
+    try:
+        loaded, found = GqaLlamaForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:  # the configuration is public, the weights are not
+        raise InputError(_why_not(model, error)) from error
+    _check_weights(model, found)
     return (loaded if "device_map" in kwargs else loaded.to(resolve_device(device))).eval()
+
+
+def _check_weights(model: str, found: dict) -> None:
+    """Weights that are missing, left over or of another size would be made up or dropped in silence."""
+    wrong = [f"{name} is {list(saved)} instead of {list(asked)}" for name, saved, asked in sorted(found["mismatched_keys"])]
+    wrong += [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    wrong += [f"{name} is left over" for name in sorted(found["unexpected_keys"])]
+    if wrong:
+        raise InputError(f"the weights of {model} are of another configuration ({wrong[0]}): give the config.json that was saved with them")
 
 
 def to_gqa_config(config: LlamaConfig) -> GqaLlamaConfig:
@@ -74,23 +136,45 @@ def to_gqa_config(config: LlamaConfig) -> GqaLlamaConfig:
     return GqaLlamaConfig(**data)
 
 
-def empty_llama_3_8b() -> GqaLlamaForCausalLM:
-    """Llama-3-8B's shape without weights (meta device): for counting."""
-    config = GqaLlamaConfig(
-        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-    )  # fmt: skip
-    with torch.device("meta"):
-        return GqaLlamaForCausalLM(config)
+def shape_config(name: str) -> GqaLlamaConfig:
+    """The configuration that `shape:NAME` stands for.
+
+    Raises:
+        InputError: there is no such shape.
+    """
+    shape = SHAPES.get(name.removeprefix(SHAPE))
+    if shape is None:
+        raise InputError(f"unknown shape {name!r}: use {', '.join(SHAPE + known for known in SHAPES)}")
+    rope = {"rope_type": "default", "rope_theta": 500_000.0}
+    return GqaLlamaConfig(**shape, rms_norm_eps=1e-5, rope_parameters=rope, bos_token_id=0, eos_token_id=0)
+
+
+def random_model(config: GqaLlamaConfig, dtype: str = "float32", device: str = "auto", seed: int = 0, **kwargs) -> GqaLlamaForCausalLM:
+    """A model of this shape with random weights, made on the device in the dtype asked: for time, memory and counting.
+
+    The same seed gives the same weights on the same kind of device; torch's own generators are left as they were. On the device
+    `meta` it has shapes only, and takes no memory.
+    """
+    device = torch.device(resolve_device(device))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        return GqaLlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype), **kwargs).eval()
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; a padding token is set where there is none."""
-    tokenizer = AutoTokenizer.from_pretrained(check_model(str(model)))
+    """The tokenizer beside a model; a padding token is set where there is none. A shape's has a word `w7` for token 7."""
+    source = check_model(str(model))
+    tokenizer = _word_tokenizer(shape_config(source).vocab_size) if source.startswith(SHAPE) else AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """One token per word: the end of a text, a full stop, then w2, w3, … ; what it does not know is the end of a text."""
+    words = Tokenizer(WordLevel({"<e>": 0, ".": 1} | {f"w{i}": i for i in range(2, vocab_size)}, "<e>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", unk_token="<e>")
 
 
 def save_model(model: GqaLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -142,9 +142,8 @@ class Cost:
     """How speed is measured and money is counted."""
 
     batch_sizes: list[int]
-    prompt_tokens: int
-    new_tokens: int
-    min_run_s: float  # seconds of measurement per case and round
+    contexts: list[int]  # tokens of the prompt that is read, and of the cache that decoding attends to; capped by the model's
+    min_run_s: float  # seconds of measurement per model and case
     prices: Prices
 
 
@@ -153,8 +152,8 @@ class Preset:
     """One complete set of parameters."""
 
     name: str
-    model: str  # folder or hub id
-    corpus: str  # python-docs | wikitext2 | c4 | file:PATH
+    model: str  # folder, hub id or shape:NAME
+    corpus: str  # python-docs | wikitext2 | c4 | random-tokens | file:PATH
     instructions: str  # python-docs | alpaca-cleaned | corpus | file:PATH
     dtype: Literal["float32", "bfloat16"]
     device: str  # auto | cpu | cuda | cuda:1 …
@@ -195,6 +194,7 @@ RULES = {
     "distillation.seed": (lambda v: v >= 0, "zero or a positive number"),
     "budgets.curve": (lambda v: v and min(v) > 0, "a list of positive numbers of tokens"),
     "cost.batch_sizes": (lambda v: v and min(v) > 0, "a list of positive batch sizes"),
+    "cost.contexts": (lambda v: v and min(v) > 1, "a list of numbers of tokens, at least 2 each"),
     "evaluation.short_window": (lambda v: v > 1, "at least 2 tokens"),
     "evaluation.long_window": (lambda v: v > 1, "at least 2 tokens"),
 }
@@ -213,7 +213,7 @@ def load_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
     """
     if name not in preset_names():
         raise InputError(f"unknown preset {name!r}: use one of {', '.join(preset_names())}")
-    data = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    data = _read(name)
     for dotted, value in (overrides or {}).items():
         _set(data, dotted, value)
     if {"corpus"} <= (overrides or {}).keys() and "instructions" not in overrides:
@@ -221,6 +221,18 @@ def load_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
     preset = _build(Preset, {"name": name, **data}, "")
     _check_bounds(preset)
     return preset
+
+
+def _read(name: str) -> dict[str, Any]:
+    """The values of a preset's file on top of those of its `base`, another preset, if it names one."""
+    data = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    base = data.pop("base", None)
+    return _merged(_read(base), data) if base else data
+
+
+def _merged(base: dict, data: dict) -> dict:
+    inner = {key: _merged(base[key], value) for key, value in data.items() if isinstance(value, dict) and isinstance(base.get(key), dict)}
+    return {**base, **data, **inner}
 
 
 def dotted_names(cls: type = Preset, prefix: str = "") -> list[str]:

@@ -14,6 +14,7 @@ from gqalib.models import REPOSITORY
 from gqalib.records import NOTEBOOKS, numbered_notebooks, read_record, write_atomically
 
 DEFAULT = "tiny"  # the preset whose executed notebooks are committed
+AT_SIZE = "llama3-8b-shape"  # the preset that measures cost at real size
 
 
 def results_table(record: dict[str, Any]) -> pd.DataFrame:
@@ -27,6 +28,29 @@ def results_table(record: dict[str, Any]) -> pd.DataFrame:
 def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
     """Perplexity relative to dense, methods down and fractions of the backbone removed across, as 08_frontier recorded it."""
     return frontier.as_table(pd.DataFrame(record["tables"]["frontier"])).reset_index()
+
+
+def cost_table(record: dict[str, Any]) -> pd.DataFrame:
+    """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as 07_cost_analysis recorded it."""
+    speed = pd.DataFrame(record["tables"]["speed"])
+    speed = speed[speed["model"] != "dense"]
+    measured = [
+        row.note if row.note else f"{row.speedup:.2f} ({row.speedup_low:.2f}–{row.speedup_high:.2f}) of {row.ceiling:.2f}"
+        for row in speed.itertuples()
+    ]
+    points = speed.assign(measured=measured).rename(columns={"batch_size": "batch"})
+    return points.pivot(index=["phase", "batch", "context"], columns="model", values="measured").reset_index()
+
+
+def cost_block(results: Path) -> str:
+    """README's words on speed at real size: the record's table, or that there is none."""
+    try:
+        record = read_record(results / AT_SIZE / "07_cost_analysis.json")
+    except InputError:
+        return f"Speed at this size: not measured. `make run PRESET={AT_SIZE}` on a GPU, then `make publish PRESET={AT_SIZE}`, fills this in."
+    p = record["parameters"]
+    under = f"Measured, times dense, *of* the ceiling: {p['model']} with random weights in {p['dtype']}, {record['device']}, {record['machine']}."
+    return f"{_markdown(cost_table(record))}\n\n{under}"
 
 
 def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
@@ -92,6 +116,7 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         rows.append([f"[{number}](notebooks/{path.name})", title, f"{seconds:.0f} s"])
     return {
         "results": f"{_markdown(results_table(record))}\n\n{under}",
+        "cost": cost_block(results),
         "series": _markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
         "frontier": "\n\n".join(
             _frontier_block(read_record(path)) for path in sorted(results.glob("*/08_frontier.json"), key=_default_first)

@@ -96,7 +96,7 @@ def test_blocked_attention_over_several_blocks(logits_of, monkeypatch):
 
 
 def test_golden_count():
-    counts = models.count_parameters(models.empty_llama_3_8b())
+    counts = models.count_parameters(models.random_model(models.shape_config("llama-3-8b"), device="meta"))
     assert counts["total"] == 8_030_261_248
     assert counts["backbone"] == 6_979_321_856
     assert counts["embeddings"] == 1_050_673_152
