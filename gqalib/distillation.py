@@ -8,7 +8,6 @@ the gradients). The loop, its optimisers and its checkpoints are those of `train
 
 import bisect
 import dataclasses
-import hashlib
 import itertools
 import json
 import warnings
@@ -29,6 +28,7 @@ from gqalib.attention import attention_implementation
 from gqalib.errors import InputError
 from gqalib.perplexity import kl_divergence
 from gqalib.presets import Distillation
+from gqalib.progress import digest, library_hash
 from gqalib.recovery import lora_config, merge
 from gqalib.training import NO_LABEL, Batch, as_inputs
 
@@ -70,7 +70,8 @@ def distill(
     _check(student, teacher, train_batches, settings)
     if settings.num_tokens == 0:
         return pd.DataFrame(columns=COLUMNS, dtype=float)
-    run = {"settings": dataclasses.asdict(settings), "start": _digest(student, teacher, train_batches)}
+    text = train_batches if isinstance(train_batches, torch.Tensor) else None  # a function's text is not seen
+    run = {"settings": dataclasses.asdict(settings), "start": digest(student, teacher, text), "library": library_hash()}
     loss_of = distillation_loss(teacher, settings.alpha, settings.temperature)
     on_cpu = [model for model in (student, teacher) if model is not None and model.device.type == "cpu"]
     with attention_implementation("blocked", *on_cpu), _trained(student, settings) as trained:
@@ -220,15 +221,6 @@ def _resume(folder: Path, model: nn.Module, opts: list[torch.optim.Optimizer], r
     if not (folder / "state.json").exists():
         training.save_checkpoint(folder, model, opts, 0)
     return training.load_checkpoint(folder, model, opts)
-
-
-def _digest(*sources: nn.Module | Batches | None) -> str:
-    """A hash of the weights and the text that a run starts from; a function's text is not seen."""
-    digest = hashlib.sha256()
-    parameters = [source.parameters() for source in sources if isinstance(source, nn.Module)]
-    for tensor in itertools.chain(*parameters, (source for source in sources if isinstance(source, torch.Tensor))):
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _micro_batches(train_batches: Batches, tokens_seen: int, settings: Distillation, micro_tokens: int, device) -> list[dict]:

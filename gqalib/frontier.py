@@ -26,6 +26,7 @@ from gqalib.errors import InputError
 from gqalib.models import count_parameters, decoder_layers, size_of
 from gqalib.perplexity import ratio_with_error, window_losses
 from gqalib.presets import Pruning
+from gqalib.progress import NOT_KEPT, Progress
 
 Method = Callable[[nn.Module, torch.Tensor, float], object]
 
@@ -165,16 +166,21 @@ def frontier(
     test: torch.Tensor,
     fractions: Sequence[float],
     methods: Sequence[str] = tuple(METHODS),
+    progress: Progress = NOT_KEPT,
 ) -> pd.DataFrame:
-    """One row of `try_method` per method, calibration sample and fraction."""
+    """One row of `try_method` per method, calibration sample and fraction. `progress` keeps the rows."""
     reference, known, rows = window_losses(dense, test), {}, []
+    progress = progress.of("frontier", dense, list(samples), test)
+
+    def try_it(name: str, sample: int, fraction: float) -> dict[str, object]:
+        preparation = PREPARATIONS.get(name), sample
+        if preparation not in known:
+            known[preparation] = prepare(name, dense, samples[sample])
+        return {"sample": sample} | try_method(name, dense, samples[sample], fraction, test, reference, known[preparation])
+
     for name in methods:
-        for sample, windows in enumerate(samples):
-            preparation = PREPARATIONS.get(name), sample
-            if preparation not in known:
-                known[preparation] = prepare(name, dense, windows)
-            prepared = known[preparation]
-            rows += [{"sample": sample} | try_method(name, dense, windows, f, test, reference, prepared) for f in fractions]
+        for sample in range(len(samples)):
+            rows += [progress.once(f"{name}-{sample}-{f}", partial(try_it, name, sample, f)) for f in fractions]
     return pd.DataFrame(rows)
 
 

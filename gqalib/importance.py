@@ -21,6 +21,7 @@ from torch import nn
 from gqalib.errors import InputError
 from gqalib.models import decoder_layers, layer_shape
 from gqalib.perplexity import advance, batches, layers_between, only_layers, perplexity, token_losses
+from gqalib.progress import NOT_KEPT, Progress
 
 STATISTICS = ("taylor", "magnitude", "random")
 
@@ -278,22 +279,27 @@ def largest(scores: torch.Tensor, count: int) -> list[int]:
 # ---------------------------------------------------------------- layers
 
 
-def removal_importance(model: nn.Module, windows: torch.Tensor, cached_prefix: bool = True) -> torch.Tensor:
+def removal_importance(model: nn.Module, windows: torch.Tensor, cached_prefix: bool = True, progress: Progress = NOT_KEPT) -> torch.Tensor:
     """Rise of the perplexity when a layer is replaced by the identity, float64 [layers]. It can be negative.
 
-    With `cached_prefix` the stream before each layer is kept, so that only the layers above it are run again.
+    With `cached_prefix` the stream before each layer is kept, so that only the layers above it are run again. `progress` keeps
+    the layers' perplexities.
     """
-    num_layers = len(decoder_layers(model))
-    baseline, rises, hidden_states = perplexity(model, windows), [], None
+    progress, num_layers = progress.of("removal_importance", model, windows, cached_prefix), len(decoder_layers(model))
+    baseline, rises, hidden_states = progress.once("baseline", partial(perplexity, model, windows)), [], None
     for layer in range(num_layers):
         if cached_prefix:
             hidden_states = advance(model, hidden_states, windows, max(0, layer - 1), layer)
-            without = perplexity(model, windows, hidden_states, first_layer=layer + 1)
-        else:
-            with only_layers(model, [i for i in range(num_layers) if i != layer]):
-                without = perplexity(model, windows)
+        without = progress.once(f"layer-{layer}", partial(_perplexity_without, model, windows, layer, hidden_states))
         rises.append(without - baseline)
     return torch.tensor(rises, dtype=torch.float64)
+
+
+def _perplexity_without(model: nn.Module, windows: torch.Tensor, layer: int, hidden_states: torch.Tensor | None) -> float:
+    if hidden_states is not None:
+        return perplexity(model, windows, hidden_states, first_layer=layer + 1)
+    with only_layers(model, [i for i in range(len(decoder_layers(model))) if i != layer]):
+        return perplexity(model, windows)
 
 
 def activation_importance(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from gqalib.errors import InputError
 from gqalib.models import count_parameters, decoder_layers, layer_shape, layer_shapes
 from gqalib.perplexity import advance
 from gqalib.presets import Pruning
+from gqalib.progress import NOT_KEPT, Progress
 from gqalib.surgery import keep_channels, keep_groups
 
 
@@ -131,6 +132,7 @@ def prune(
     sequential: bool = True,
     seed: int = 0,
     after_layer: Callable[[int], None] | None = None,
+    progress: Progress = NOT_KEPT,
 ) -> pd.DataFrame:
     """Prune a model in place, front to back.
 
@@ -141,7 +143,8 @@ def prune(
     Args:
         windows: calibration text, token ids [count, length].
         group_statistic, channel_statistic: `taylor`, `fisher`, `magnitude` or `random`.
-        after_layer: called with the index of each layer when it is done, pruned or not.
+        after_layer: called with the index of each layer when it is done, pruned or not, now or by an earlier run.
+        progress: keeps each layer's choice if `sequential`; all at once is one pass, which a killed run begins anew.
 
     Returns:
         One row per layer: rate asked, units removed, rate reached (by parameters), shape, seconds.
@@ -151,20 +154,29 @@ def prune(
     statistics = (group_statistic, channel_statistic)
     needs_text = not {"taylor", "fisher"}.isdisjoint(statistics)
     options = {"include_o_proj": include_o_proj, "generator": torch.Generator().manual_seed(seed)}
+    progress = progress.of("prune", model, plan, windows, statistics, include_o_proj, seed) if sequential else NOT_KEPT
     cut = [index for index in range(len(dense)) if plan.groups[index] or plan.channels[index]]
     scores = {} if sequential or not cut else importance.unit_scores(model, windows, statistics, cut, **options)
     hidden_states, seconds = None, []
+
+    def choose() -> dict[str, torch.Tensor]:
+        """The units of layer `index` that stay, and where the random numbers go on."""
+        text = (model, windows, statistics, [index], hidden_states, index)
+        groups, channels = (importance.unit_scores(*text, **options) if sequential else scores)[index]
+        groups = importance.largest(groups, len(groups) - plan.groups[index])
+        channels = importance.largest(channels, len(channels) - plan.channels[index])
+        return {"groups": torch.tensor(groups), "channels": torch.tensor(channels), "generator": options["generator"].get_state()}
+
     for index in range(len(dense)):
         start = time.perf_counter()
         if index in cut:
-            if sequential:
-                scores = importance.unit_scores(model, windows, statistics, [index], hidden_states, index, **options)
-            groups, channels = scores[index]
-            keep_groups(model, index, importance.largest(groups, len(groups) - plan.groups[index]))
-            keep_channels(model, index, importance.largest(channels, len(channels) - plan.channels[index]))
+            kept = progress.once(f"layer-{index}", choose)
+            options["generator"].set_state(kept["generator"])
+            keep_groups(model, index, kept["groups"])
+            keep_channels(model, index, kept["channels"])
         if needs_text and sequential:
             hidden_states = advance(model, hidden_states, windows, index, index + 1)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(progress.once(f"seconds-{index}", lambda start=start: time.perf_counter() - start))
         if after_layer is not None:
             after_layer(index)
     model.requires_grad_(True)

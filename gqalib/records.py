@@ -1,17 +1,19 @@
 """Records: one JSON file per executed notebook, from which README, figures and the report are made.
 
 A notebook holds one `Notebook`: it reads the preset, finds upstream records, collects metrics, tables and figures, and
-writes everything at the very end, atomically. A notebook that was killed leaves no record.
+writes everything at the very end, atomically. A notebook that was killed leaves no record, but it does leave its progress, from
+which the next run goes on.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import time
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from gqalib.corpora import corpus_path
 from gqalib.errors import InputError
 from gqalib.models import REPOSITORY, check_model, resolve_device
 from gqalib.presets import load_preset
+from gqalib.progress import Progress, library_hash, replacing
 
 SCHEMA = 1
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -62,12 +65,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
@@ -75,11 +74,9 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@cache
-def library_hash() -> str:
-    """One hash of gqalib's own source and presets."""
-    files = sorted((REPOSITORY / "gqalib").rglob("*.py")) + sorted((REPOSITORY / "gqalib").rglob("*.yaml"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+def progress_dir(run_dir: Path, name: str) -> Path:
+    """Where a notebook keeps what it has done so far; it goes when the notebook is finished."""
+    return run_dir / "progress" / name
 
 
 def fingerprints(parameters: dict[str, Any]) -> dict[str, str]:
@@ -135,6 +132,25 @@ class Notebook:
     def text(self, name: str, value: str) -> None:
         self.texts[name] = value
 
+    def progress(self, name: str) -> Progress:
+        """Where a long computation keeps what it has done so far, for a `progress=` argument; calls with other arguments may share one.
+
+        A run with another parameter, seed, model or corpus file, device or version of anything finds nothing in it.
+        """
+        return Progress(progress_dir(self.run_dir, self.name) / name, self._reasons())
+
+    def _reasons(self) -> dict[str, Any]:
+        """What the results depend on, as far as it is not an argument of what computes them."""
+        parameters = self.preset.to_dict()
+        return {
+            "parameters": parameters,
+            "seed": self.seed,
+            "inputs": fingerprints(parameters),
+            "library": library_hash(),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "device": resolve_device(self.preset.device),
+        }
+
     def artefact(self, name: str) -> Path:
         """A folder for a model, listed in the record."""
         self.artefacts.append(f"models/{name}")
@@ -150,19 +166,14 @@ class Notebook:
             self.artefacts.append(f"figures/{file}")
 
     def finish(self) -> None:
-        """Write the record."""
+        """Write the record; what was kept on the way to it goes."""
         record = {
             "schema": SCHEMA,
             "notebook": self.name,
             "preset": self.preset.name,
-            "parameters": self.preset.to_dict(),
+            **self._reasons(),
             "overrides": self.overrides,
-            "seed": self.seed,
-            "inputs": fingerprints(self.preset.to_dict()),
-            "library": library_hash(),
             "git_commit": _git_commit(),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "device": resolve_device(self.preset.device),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "upstream": self.read,
             "metrics": self.metrics,
@@ -172,6 +183,9 @@ class Notebook:
             "seconds": round(time.monotonic() - self._started, 1),
         }
         write_atomically(self.run_dir / f"{self.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        shutil.rmtree(progress_dir(self.run_dir, self.name), ignore_errors=True)
+        with contextlib.suppress(OSError):  # another notebook's is still there, or there is none
+            progress_dir(self.run_dir, self.name).parent.rmdir()
         print(f"{self.name}: {len(self.metrics)} metrics and {len(self.tables)} tables recorded after {record['seconds']:.0f} s")
 
 

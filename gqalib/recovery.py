@@ -1,18 +1,22 @@
 """LoRA recovery: peft adapts, trl trains, the result merges back into a plain model."""
 
+import dataclasses
 import math
+import shutil
+import time
 import warnings
 from pathlib import Path
 
 import pandas as pd
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from gqalib.errors import InputError
 from gqalib.presets import Recovery
+from gqalib.progress import Progress, digest, library_hash
 
 
 def finetune_lora(
@@ -22,30 +26,86 @@ def finetune_lora(
     settings: Recovery,
     folder: Path,
     seed: int = 0,
+    checkpoint_s: float = 300,
 ) -> tuple[PeftModel, pd.DataFrame]:
     """Train a LoRA adapter on `prompt` / `completion` rows; the loss is on the completion only.
 
-    Every linear module of the layers is adapted (`all-linear`; lm_head never is). The base weights do not change.
+    Every linear module of the layers is adapted (`all-linear`; lm_head never is). The base weights do not change. The state
+    lives in `folder`: the same call goes on where a killed run was saved, and finds the adapter of one that ended; another
+    run begins there anew.
+
+    Args:
+        checkpoint_s: seconds between two checkpoints.
 
     Returns:
-        The model with its adapter, and the training log: `step`, `tokens`, `loss` (nats per token), `learning_rate`.
+        The model with its adapter, and the training log: `step`, `tokens`, `loss` (nats per token), `learning_rate`, `seconds`.
 
     Raises:
         InputError: no rows, or the loss became infinite or NaN.
     """
     if not rows:
         raise InputError("there are no rows to learn from: give instructions with at least one prompt and completion")
+    rows = rows[: settings.num_examples]
+    run = {"settings": dataclasses.asdict(settings), "seed": seed, "start": digest(model, rows), "library": library_hash()}
+    state = Progress(folder / "state", run)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # trl's, about transformers
-        trainer = _trainer(model, tokenizer, rows[: settings.num_examples], settings, folder, seed)
-        trainer.train()
-    log = _log(trainer)
-    if not log["loss"].map(math.isfinite).all():
-        raise InputError(f"the loss became {log['loss'].iloc[-1]}: lower recovery.learning_rate from {settings.learning_rate}")
-    return trainer.model.eval(), log
+        trainer = _trainer(model, tokenizer, rows, settings, state.folder, seed, checkpoint_s)
+        log, adapter = state.load("log"), state.load("adapter")
+        if log is None or adapter is None:
+            _go_on(trainer)
+            log, adapter = _log(trainer), get_peft_model_state_dict(trainer.model)
+            if not all(math.isfinite(row["loss"]) for row in log):
+                raise InputError(f"the loss became {log[-1]['loss']}: lower recovery.learning_rate from {settings.learning_rate}")
+            state.keep("adapter", adapter)
+            state.keep("log", log)
+            for checkpoint in state.folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        else:
+            set_peft_model_state_dict(trainer.model, adapter)
+    return trainer.model.eval(), pd.DataFrame(log)
 
 
-def _trainer(model, tokenizer, rows, settings: Recovery, folder: Path, seed: int) -> SFTTrainer:
+def _go_on(trainer: SFTTrainer) -> None:
+    """Train from the last whole checkpoint, or from the beginning."""
+    checkpoint, state = _last_checkpoint(Path(trainer.args.output_dir))
+    if state is not None:
+        trainer._total_train_tokens = state.log_history[-1]["num_tokens"]  # trl would count from 0 again
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _last_checkpoint(folder: Path) -> tuple[str | None, TrainerState | None]:
+    """The last checkpoint whose state, which is written last, can be read."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            return str(checkpoint), TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        except (OSError, ValueError):
+            continue
+    return None, None
+
+
+class _Checkpoints(TrainerCallback):
+    """Asks for a checkpoint now and then, and notes how long each step took."""
+
+    def __init__(self, every_s: float):
+        self.every_s, self.saved = every_s, time.monotonic()
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seconds = time.perf_counter() - self.begun
+        control.should_save |= time.monotonic() - self.saved >= self.every_s
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        if "loss" in state.log_history[-1]:
+            state.log_history[-1]["seconds"] = self.seconds
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.saved = time.monotonic()
+
+
+def _trainer(model, tokenizer, rows, settings: Recovery, folder: Path, seed: int, checkpoint_s: float) -> SFTTrainer:
     trainer = SFTTrainer(
         model=model,
         args=_arguments(settings, folder, seed),
@@ -54,6 +114,7 @@ def _trainer(model, tokenizer, rows, settings: Recovery, folder: Path, seed: int
         peft_config=lora_config(settings.lora_r, settings.lora_alpha, settings.lora_dropout),
     )
     trainer.remove_callback(PrinterCallback)  # the log is returned, not printed
+    trainer.add_callback(_Checkpoints(checkpoint_s))
     return trainer
 
 
@@ -78,7 +139,8 @@ def _arguments(settings: Recovery, folder: Path, seed: int) -> SFTConfig:
         packing=False,  # right only with FlashAttention
         activation_checkpointing=False,
         bf16=False,  # the weights' own dtype decides
-        save_strategy="no",
+        save_strategy="no",  # by steps; `_Checkpoints` asks by time
+        save_total_limit=1,  # the last one goes when the next is whole
         logging_steps=1,
         disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -86,10 +148,9 @@ def _arguments(settings: Recovery, folder: Path, seed: int) -> SFTConfig:
     )
 
 
-def _log(trainer: SFTTrainer) -> pd.DataFrame:
-    rows = [entry for entry in trainer.state.log_history if "loss" in entry]
-    frame = pd.DataFrame(rows)[["step", "num_tokens", "loss", "learning_rate"]]
-    return frame.rename(columns={"num_tokens": "tokens"})
+def _log(trainer: SFTTrainer) -> list[dict[str, float]]:
+    names = {"step": "step", "num_tokens": "tokens", "loss": "loss", "learning_rate": "learning_rate", "seconds": "seconds"}
+    return [{names[key]: entry[key] for key in names} for entry in trainer.state.log_history if "loss" in entry]
 
 
 def merge(model: PeftModel) -> nn.Module:

@@ -44,8 +44,9 @@ from gqalib import importance
 from gqalib.errors import InputError
 from gqalib.models import decoder_layers, layer_shape
 from gqalib.perplexity import advance, batches
+from gqalib.progress import NOT_KEPT, Progress
 from gqalib.pruning import Plan, check_plan
-from gqalib.surgery import drop_layers, keep_channels, keep_groups, replace_weight, restored_on_error, rows_of_heads
+from gqalib.surgery import drop_layers, keep_channels, keep_groups, replace_weight, restored_on_error, rows_of_heads, take_weights
 
 
 @dataclass(frozen=True)
@@ -429,6 +430,23 @@ def mend(
     return goal, through(current, sublayer, now)
 
 
+def mended(
+    model: nn.Module,
+    index: int,
+    half: int,
+    weights: Mapping[str, torch.Tensor],
+    windows: torch.Tensor,
+    wanted: torch.Tensor,
+    current: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `mend` did, given the weights that it left: the same streams, bit for bit, by one forward pass each."""
+    sublayer = sublayers(decoder_layers(model)[index])[half]
+    dense, now = calls(model, index, half, wanted, windows), calls(model, index, half, current, windows)
+    goal = through(wanted, sublayer, dense)
+    take_weights(model, sublayer.module, weights)
+    return goal, through(current, sublayer, now)
+
+
 # ---------------------------------------------------------------- the sweep
 
 
@@ -442,6 +460,7 @@ def sweep(
     scores: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
     covariances: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     after_layer: Callable[[int], None] | None = None,
+    progress: Progress = NOT_KEPT,
 ) -> None:
     """Prune and refit a model in place, front to back; what it was before is what it is fitted to.
 
@@ -449,13 +468,15 @@ def sweep(
         windows: calibration text, token ids [count, length].
         scores: from `importance.unit_scores`; the units with the largest stay (default: chosen by OBS).
         covariances: from `importance.gradient_covariances`, of the model as it is (default: computed here if they are needed).
-        after_layer: called with the index of each layer when it is done.
+        after_layer: called with the index of each layer when it is done, now or by an earlier run.
+        progress: keeps the mended weights of each sublayer, in at least float32, as they were at work.
 
     Raises:
         InputError: a plan that does not fit, too little text, a singular or non-finite Gram matrix; the model is as before.
     """
     check_plan(plan, model, whole_layers=True)
     check_tokens(model, windows)
+    progress = progress.of("sweep", model, plan, windows, ingredients, scores, covariances)
     if not ingredients.weighted or scores is not None:
         covariances = None
     elif covariances is None:
@@ -471,7 +492,12 @@ def sweep(
             with _at_least_float32(layer):
                 for half, removed in enumerate((plan.groups, plan.channels)):
                     score, covariance = (None if table is None else table[index][half] for table in (scores, covariances))
+                    weights = progress.load(f"layer-{index}-{half}")
+                    if weights is not None:
+                        wanted, current = mended(model, index, half, weights, windows, wanted, current)
+                        continue
                     wanted, current = mend(model, index, half, removed[index], windows, wanted, current, ingredients, score, covariance)
+                    progress.keep(f"layer-{index}-{half}", sublayers(layer)[half].module.state_dict())
             if after_layer is not None:
                 after_layer(index)
         if dropped:

@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,7 @@ from gqalib.errors import InputError
 from gqalib.models import count_parameters, decoder_layers
 from gqalib.perplexity import advance, kl_to
 from gqalib.perplexity import perplexity as perplexity_of
+from gqalib.progress import NOT_KEPT, Progress
 from gqalib.pruning import Plan, uniform_plan, unit_costs
 from gqalib.surgery import take_layers
 
@@ -115,25 +117,28 @@ def cost_table(
     ingredients: refit.Ingredients = refit.RECIPE,
     *,
     multiple: int = 1,
+    progress: Progress = NOT_KEPT,
 ) -> CostTable:
     """The estimates for a model, which stays as it is.
 
     Args:
         windows: calibration text, token ids [count, length]. covariances: from `importance.gradient_covariances` on it.
         multiple: channels go in multiples of it.
+        progress: keeps each module's row.
 
     Raises:
         InputError: too little text, a singular or non-finite Gram matrix.
     """
     refit.check_tokens(model, windows)
+    progress = progress.of("cost_table", model, windows, covariances, ingredients, multiple)
     stream, rows, steps = advance(model, None, windows, 0, 0), [], []
     for index, layer in enumerate(decoder_layers(model)):
         for half, sublayer in enumerate(refit.sublayers(layer)):
             step = multiple * max(1, round(sublayer.num_units / ingredients.cuts / multiple)) if half else 1
             current = refit.calls(model, index, half, stream, windows)
             after = refit.through(stream, sublayer, current)
-            moments = refit.output_moments(sublayer, current, after - stream)
-            rows.append(_costs(sublayer, moments, covariances[index][half], step, ingredients) / (2 * windows.numel()))
+            what = (sublayer, current, after - stream, covariances[index][half], step, ingredients)
+            rows.append(np.array(progress.once(f"layer-{index}-{half}", partial(_costs, *what))) / (2 * windows.numel()))
             stream = after
         steps.append(step)
     layers = decoder_layers(model)
@@ -144,12 +149,15 @@ def cost_table(
     )  # fmt: skip
 
 
-def _costs(sublayer: refit.Sublayer, moments: refit.Moments, covariance, step: int, ingredients: refit.Ingredients) -> np.ndarray:
+def _costs(
+    sublayer: refit.Sublayer, current: Sequence[refit.Call], target: torch.Tensor, covariance, step: int, ingredients: refit.Ingredients
+) -> list[float]:
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
+    moments = refit.output_moments(sublayer, current, target)
     most = (sublayer.num_units - 1) // step * step
     output = refit.damped(covariance, ingredients.output_damping)
     _, rises = refit.removal_order(sublayer.output.weight, moments.gram, most, sublayer.unit, output, ingredients.damping, step)
-    return np.concatenate([[0.0], rises.numpy()])
+    return [0.0, *rises.tolist()]
 
 
 # ---------------------------------------------------------------- trying plans out
@@ -173,14 +181,22 @@ class Trial:
     covariances: Covariances
     ingredients: refit.Ingredients = refit.RECIPE
 
-    def __call__(self, plan: Plan) -> nn.Module:
+    def __call__(self, plan: Plan, progress: Progress = NOT_KEPT) -> nn.Module:
         """The model that the sweep makes of a copy."""
         pruned = copy.deepcopy(self.model)
-        refit.sweep(pruned, plan, self.windows, self.ingredients, covariances=self.covariances)
+        refit.sweep(pruned, plan, self.windows, self.ingredients, covariances=self.covariances, progress=progress)
         return pruned
 
 
-def evolve(trial: Trial, table: CostTable, fraction: float, scoring: torch.Tensor, candidates: int = 24, seed: int = 0) -> Found:
+def evolve(
+    trial: Trial,
+    table: CostTable,
+    fraction: float,
+    scoring: torch.Tensor,
+    candidates: int = 24,
+    seed: int = 0,
+    progress: Progress = NOT_KEPT,
+) -> Found:
     """Search the factors of the table's rows for the plan whose model is nearest to the dense one.
 
     The first candidates are the uniform plan and the cheapest one; a step that helps makes the next 1.5 times as wide, one that
@@ -188,18 +204,25 @@ def evolve(trial: Trial, table: CostTable, fraction: float, scoring: torch.Tenso
 
     Args:
         scoring: windows [count, length] apart from the calibration text. candidates: sweeps in all, at least two.
+        progress: keeps each candidate's score. All else, random numbers included, follows from scores and seed, and is made again;
+            so a run with more candidates goes on as well.
 
     Raises:
         InputError: a fraction that no plan reaches.
     """
+    progress = progress.of("evolve", trial, table, fraction, scoring, seed)
+
+    def score_of(name: str) -> float:
+        return progress.once(name, lambda: kl_to(trial.model, trial(plans[name]), scoring))
+
     generator, width, factors = np.random.default_rng(seed), 0.4, np.ones((2, len(table.steps)))
     plans = {"uniform": uniform_plan(trial.model, fraction), "cheapest": table.plan(fraction)}
-    scores = {name: kl_to(trial.model, trial(plan), scoring) for name, plan in plans.items()}
+    scores = {name: score_of(name) for name in plans}
     centre = scores["cheapest"]
     for number in range(1, candidates - 1):
         tried = factors * np.exp(width * smooth_noise(generator, factors.shape[1]))
-        plan = plans[f"step {number}"] = table.plan(fraction, tried)
-        score = scores[f"step {number}"] = kl_to(trial.model, trial(plan), scoring)
+        plans[f"step {number}"] = table.plan(fraction, tried)
+        score = scores[f"step {number}"] = score_of(f"step {number}")
         width *= 1.5 if score < centre else 1.5**-0.25
         if score < centre:
             centre, factors = score, tried
@@ -217,7 +240,14 @@ def smooth_noise(generator: np.random.Generator, num_layers: int) -> np.ndarray:
 
 
 def prune_to(
-    trial: Trial, table: CostTable, scoring: torch.Tensor, *, kept: float | None = None, perplexity: float | None = None, trials: int = 7
+    trial: Trial,
+    table: CostTable,
+    scoring: torch.Tensor,
+    *,
+    kept: float | None = None,
+    perplexity: float | None = None,
+    trials: int = 7,
+    progress: Progress = NOT_KEPT,
 ) -> pd.DataFrame:
     """Prune `trial.model` in place as far as a target allows, by the cheapest plan and the whole sweep.
 
@@ -225,6 +255,8 @@ def prune_to(
         scoring: windows [count, length] for the perplexities, apart from the calibration text.
         kept: the fraction of all parameters that is to stay; met within one unit, by one sweep.
         perplexity: the most it may become; the fraction that goes is narrowed down in `trials` sweeps.
+        progress: keeps the perplexity of each sweep, and the layers of the one that is `kept`'s. A run that goes on makes the
+            best model of those before it again, by one sweep.
 
     Returns:
         One row per sweep: `fraction` of the backbone removed, `perplexity`. The model is that of the largest fraction
@@ -239,31 +271,38 @@ def prune_to(
     if kept is not None:
         counts = count_parameters(trial.model)
         fraction = (1 - kept) * counts["total"] / counts["backbone"]
-        pruned = trial(table.plan(fraction))
+        pruned = trial(table.plan(fraction), progress)
         rows = [{"fraction": fraction, "perplexity": perplexity_of(pruned, scoring)}]
     else:
-        pruned, rows = _narrow_down(trial, table, scoring, perplexity, trials)
+        progress = progress.of("prune_to", trial, table, scoring, perplexity)
+        pruned, rows = _narrow_down(trial, table, scoring, perplexity, trials, progress)
     take_layers(trial.model, pruned)
     return pd.DataFrame(rows)
 
 
-def _narrow_down(trial: Trial, table: CostTable, scoring: torch.Tensor, limit: float, trials: int) -> tuple[nn.Module, list[dict]]:
+def _narrow_down(
+    trial: Trial, table: CostTable, scoring: torch.Tensor, limit: float, trials: int, progress: Progress
+) -> tuple[nn.Module, list[dict]]:
     """The model of the largest fraction within the limit, and a row per sweep."""
     dense = perplexity_of(trial.model, scoring)
     if limit <= dense:
         raise InputError(f"a perplexity of {limit:.4g} is not above the dense model's {dense:.4g}: give a higher target")
     low, high, best, rows = (0.0, dense), (1.0, math.inf), trial.model, []
-    for _ in range(trials):
-        fraction, reached = _between(low, high, dense, limit), math.inf
-        with suppress(InputError):  # more than the layers can lose
-            pruned = trial(table.plan(fraction))
-            reached = perplexity_of(pruned, scoring)
+    for number in range(trials):
+        fraction, pruned = _between(low, high, dense, limit), None
+        reached = progress.load(f"trial-{number}")
+        if reached is None:
+            reached = math.inf
+            with suppress(InputError):  # more than the layers can lose
+                pruned = trial(table.plan(fraction))
+                reached = perplexity_of(pruned, scoring)
+            progress.keep(f"trial-{number}", reached)
         rows.append({"fraction": fraction, "perplexity": reached})
         if reached <= limit:
             low, best = (fraction, reached), pruned
         else:
             high = (fraction, reached)
-    return best, rows
+    return trial(table.plan(low[0])) if best is None else best, rows  # None: an earlier run's trial
 
 
 def _between(low: tuple[float, float], high: tuple[float, float], dense: float, limit: float) -> float:

@@ -18,8 +18,9 @@ from gqalib.corpora import check_corpus, evaluation_windows
 from gqalib.errors import InputError
 from gqalib.models import REPOSITORY, check_model, load_tokenizer
 from gqalib.presets import load_preset
+from gqalib.progress import library_hash
 from gqalib.publishing import frontier_table, results_table
-from gqalib.records import NOTEBOOKS, default_run_dir, fingerprints, library_hash, numbered_notebooks, read_record, sha256
+from gqalib.records import NOTEBOOKS, default_run_dir, fingerprints, numbered_notebooks, progress_dir, read_record, sha256
 
 PARAMETERS = ("preset", "overrides", "run_dir", "seed")
 KERNEL_ENVIRONMENT = {  # never MPLBACKEND: figures would vanish from the executed notebooks
@@ -92,6 +93,8 @@ class Series:
                 if not force and self.is_finished(path):
                     print("finished before", flush=True)
                     continue
+                if force:
+                    shutil.rmtree(progress_dir(self.run_dir, path.stem), ignore_errors=True)
                 begun = time.monotonic()
                 self.execute(path)
                 spent += time.monotonic() - begun

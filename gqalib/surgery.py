@@ -6,7 +6,7 @@ Nothing here knows why a group goes. After every call the model runs, saves and 
     one KV head, 4 query heads      heads 4g … 4g+3           head g                           heads 4g … 4g+3
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -68,6 +68,17 @@ def drop_layers(model: nn.Module, layers: Sequence[int]) -> None:
 def take_layers(model: nn.Module, pruned: nn.Module) -> None:
     """Give a model the decoder layers of a pruned copy of it, which is not to be used any more."""
     _put_layers(model, list(pruned.get_decoder().layers))
+
+
+@torch.no_grad()
+def take_weights(model: nn.Module, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give a layer's attention or MLP the weights and biases of a cut one: its `state_dict`, of any size and precision."""
+    for name, linear in module.named_children():
+        if isinstance(linear, nn.Linear):
+            replace_weight(linear, weights[f"{name}.weight"].to(linear.weight.device))
+            if linear.bias is not None:
+                _replace(linear, "bias", weights[f"{name}.bias"].to(linear.weight))
+    record_shapes(model)
 
 
 def _put_layers(model: nn.Module, layers: list[nn.Module]) -> None:

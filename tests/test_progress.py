@@ -1,0 +1,502 @@
+"""Killed at any part and run again: the same result, bit for bit, and nothing that was done is done twice."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import small_model
+from peft import get_peft_model_state_dict
+from test_series import write_notebook
+from torch import nn
+from trl import SFTTrainer
+
+from gqalib import frontier, importance, models, progress, pruning, recovery, refit, search, series
+from gqalib.perplexity import perplexity
+from gqalib.presets import load_preset
+from gqalib.progress import NOT_KEPT, Progress, digest
+from gqalib.records import Notebook, progress_dir, read_record
+
+QUICK = refit.Ingredients(newton_rounds=1, newton_steps=1)
+UNTRIED = refit.Ingredients(newton_rounds=0)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def text():
+    return torch.randint(1, 61, (8, 16), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def kept(tmp_path):
+    return lambda key="key": Progress(tmp_path / "progress", key)
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    """What a method of the frontier takes is measured in more than half a second, and is no result that could be the same twice."""
+    monkeypatch.setattr(frontier, "measured", lambda device: nullcontext(frontier.Used()))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts the calls of a function, or of a class' method, from here on."""
+
+    def count(owner, name):
+        calls, original = [], getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
+        return calls
+
+    return count
+
+
+@pytest.fixture
+def killed_after(monkeypatch):
+    """Runs something that dies as soon as so many parts are kept."""
+    original = Progress.keep
+
+    def run(num_parts, compute):
+        names = []
+
+        def keep(self, name, part):
+            original(self, name, part)
+            names.append(name)
+            if len(names) == num_parts:
+                raise Killed
+
+        monkeypatch.setattr(Progress, "keep", keep)
+        with pytest.raises(Killed):
+            compute()
+        monkeypatch.setattr(Progress, "keep", original)
+        return names
+
+    return run
+
+
+# ---------------------------------------------------------------- the functions
+
+
+def with_random_groups(model, text, progress):
+    plan = pruning.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
+    table = pruning.prune(model, plan, text, group_statistic="random", include_o_proj=True, seed=7, progress=progress)
+    return model, table.drop(columns="seconds")
+
+
+def sweep(model, text, progress, plan=None):
+    refit.sweep(model, plan or pruning.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), text, QUICK, progress=progress)
+    return model
+
+
+def sweep_without_a_layer(model, text, progress):
+    return sweep(model, text, progress, pruning.Plan([0.3] * 3, [1, 4, 1], [5, 24, 9]))
+
+
+def sweep_in_bfloat16(model, text, progress):
+    return sweep(model.to(torch.bfloat16), text, progress)
+
+
+def trial_and_table(model, text, progress=NOT_KEPT):
+    covariances = importance.gradient_covariances(model, text)
+    return search.Trial(model, text, covariances, UNTRIED), search.cost_table(model, text, covariances, UNTRIED, progress=progress)
+
+
+def evolve(model, text, progress):
+    return search.evolve(*trial_and_table(model, text), 0.4, text[:4], candidates=6, seed=2, progress=progress)
+
+
+def prune_to(model, text, progress):
+    limit = 1.3 * perplexity(model, text)
+    return search.prune_to(*trial_and_table(model, text), text, perplexity=limit, trials=5, progress=progress), model
+
+
+def prune_to_kept(model, text, progress):
+    return search.prune_to(*trial_and_table(model, text), text, kept=0.7, progress=progress), model
+
+
+def rows(model, text, progress):
+    methods = ["random", "layer removal", "FLAP", "seed Taylor, one shot", "ShortGPT"]
+    found = frontier.frontier(model, [text, text.flip(0)], text[:4], [1 / 3, 0.98], methods, progress)
+    return found.drop(columns=["seconds", "peak_mib"])
+
+
+CASES = {  # what is run, what must not run twice, parts after which it dies
+    "removal": (lambda *args: importance.removal_importance(*args[:2], progress=args[2]), (importance, "_perplexity_without"), (2, 3)),
+    "removal, no cache": (
+        lambda *args: importance.removal_importance(*args[:2], False, progress=args[2]),
+        (importance, "_perplexity_without"),
+        (3,),
+    ),
+    "prune": (with_random_groups, (importance, "unit_scores"), (1, 3, 4)),
+    "sweep": (sweep, (refit, "mend"), (1, 2, 5)),
+    "sweep, a layer goes": (sweep_without_a_layer, (refit, "mend"), (1, 3)),
+    "sweep, bfloat16": (sweep_in_bfloat16, (refit, "mend"), (2, 3)),
+    "cost table": (lambda *args: trial_and_table(*args)[1], (search, "_costs"), (1, 4)),
+    "search": (evolve, (search.Trial, "__call__"), (1, 4)),
+    "prune to kept": (prune_to_kept, (refit, "mend"), (1, 4)),
+    "frontier": (rows, (frontier, "try_method"), (1, 7)),
+}
+
+
+def same(a, b):
+    """Bit for bit."""
+    if isinstance(a, nn.Module):
+        return digest(a) == digest(b)
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, pd.DataFrame):
+        pd.testing.assert_frame_equal(a, b, check_exact=True)
+        return True
+    if dataclasses.is_dataclass(a):
+        return all(same(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    if isinstance(a, tuple | list):
+        return all(same(x, y) for x, y in zip(a, b, strict=True))
+    return np.array_equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "num_parts"), [(name, n) for name, (_, _, parts) in CASES.items() for n in parts])
+def test_a_killed_run_goes_on(name, num_parts, text, kept, counted, killed_after):
+    run, target, _ = CASES[name]
+    calls = counted(*target)
+    expected, total = run(small_model(), text, NOT_KEPT), len(calls)
+    killed_after(num_parts, lambda: run(small_model(), text, kept()))
+    done = len(calls) - total
+    assert 0 < done < total
+    resumed = run(small_model(), text, kept())
+    assert same(resumed, expected) and len(calls) == 2 * total  # with what was done before, each once
+    assert same(run(small_model(), text, kept()), expected) and len(calls) == 2 * total
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+def test_prune_to_goes_on(num_parts, text, kept, counted, killed_after):
+    """The trials before the kill are not run again, but for the best of all if it is one of them: its model is needed."""
+    trials = counted(search.Trial, "__call__")
+    expected, total = prune_to(small_model(), text, NOT_KEPT), len(trials)
+    reached = expected[0]["perplexity"]
+    best = expected[0]["fraction"][reached <= 1.3 * perplexity(small_model(), text)].idxmax()
+    killed_after(num_parts, lambda: prune_to(small_model(), text, kept()))
+    done = len(trials) - total
+    assert len(reached) == 5 and not same(expected[1], small_model()) and done == np.isfinite(reached[:num_parts]).sum() < total
+    assert same(prune_to(small_model(), text, kept()), expected)
+    assert len(trials) == 2 * total + (best < num_parts)
+    assert same(prune_to(small_model(), text, kept()), expected)
+    assert len(trials) == 2 * total + (best < num_parts) + 1
+
+
+def test_seconds_are_those_of_the_run_that_did_it(text, kept, killed_after, monkeypatch):
+    plan, clock = pruning.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), iter([0.0, 100.0, 0.0])
+    monkeypatch.setattr(pruning.time, "perf_counter", lambda: next(clock))
+    killed_after(3, lambda: pruning.prune(small_model(), plan, text, progress=kept()))
+    monkeypatch.undo()
+    seconds = pruning.prune(small_model(), plan, text, progress=kept())["seconds"]
+    assert seconds[0] == 100.0 and (seconds[1:] < 50).all()
+
+
+def test_after_layer_hears_of_every_layer(text, kept, killed_after):
+    for function in (pruning.prune, refit.sweep):
+        plan, heard = pruning.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), []
+        killed_after(3, lambda plan=plan, function=function: function(small_model(), plan, text, progress=kept()))
+        function(small_model(), plan, text, after_layer=heard.append, progress=kept())
+        assert heard == [0, 1, 2]
+
+
+def test_no_part_draws_from_the_global_generators(text):
+    """So it changes nothing that comes later whether a part is computed or read."""
+    for name, (run, _, _) in CASES.items():
+        model = small_model()
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        run(model, text, NOT_KEPT)
+        assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all(), name
+
+
+# ---------------------------------------------------------------- other settings, broken parts
+
+
+@pytest.mark.parametrize("name", ["removal", "prune", "sweep", "cost table", "search", "frontier"])
+def test_other_inputs_find_nothing(name, text, kept, counted):
+    run, target, _ = CASES[name]
+    calls = counted(*target)
+    run(small_model(), text, kept())
+    once = len(calls)
+    expected = run(small_model(seed=5), text.flip(1), NOT_KEPT)
+    assert same(run(small_model(seed=5), text.flip(1), kept()), expected) and len(calls) == 3 * once
+    run(small_model(), text, kept("another key"))
+    assert len(calls) == 4 * once
+    run(small_model(), text, kept())  # what was under the first key is gone
+    assert len(calls) == 5 * once
+
+
+@pytest.mark.parametrize("name", ["removal", "prune", "sweep", "search"])
+@pytest.mark.parametrize("damage", ["empty", "half", "garbage"])
+def test_a_broken_part_is_done_anew(name, damage, text, kept, counted, killed_after, tmp_path):
+    run, target, _ = CASES[name]
+    expected = run(small_model(), text, NOT_KEPT)
+    run(small_model(), text, kept())
+    calls = counted(*target)
+    file = next(file for file in sorted((tmp_path / "progress").rglob("*")) if file.stem.startswith(("layer-1", "step 1")))
+    whole = file.read_bytes()
+    file.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "garbage": b"\xff" * len(whole)}[damage])
+    assert same(run(small_model(), text, kept()), expected)
+    assert len(calls) == 1 and file.read_bytes() == whole
+
+
+def test_a_torn_key_is_no_key(kept, tmp_path):
+    kept().keep("x", 1.5)
+    (tmp_path / "progress" / "key.json").write_bytes(b"\xff")
+    assert kept().load("x") is None
+    kept().keep("x", 2.5)
+    assert kept().load("x") == 2.5
+
+
+# ---------------------------------------------------------------- Progress itself
+
+
+@pytest.mark.parametrize("part", [0.1 + 0.2, math.inf, 0, [], {}, "ä", {"a": [1, None, 5e-324]}])
+def test_what_json_can_say_comes_back(part, kept):
+    kept().keep("a/b: c", part)
+    assert kept().load("a/b: c") == part and kept().load("a") is None
+
+
+def test_tensors_come_back(kept):
+    tensors = {"a": torch.randn(3, 2).T, "b": torch.tensor([math.nan], dtype=torch.bfloat16), "c": torch.zeros(0, dtype=torch.int64)}
+    kept().keep("x", tensors)
+    loaded = kept().load("x")
+    assert loaded.keys() == tensors.keys() and all(digest(loaded[key]) == digest(tensors[key]) for key in tensors)
+
+
+def test_a_part_appears_whole_or_not_at_all(kept, tmp_path, monkeypatch):
+    kept().keep("x", 1)
+    monkeypatch.setattr(progress.os, "replace", lambda *names: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        kept().keep("x", 2)
+    assert kept().load("x") == 1
+    assert sorted(file.name for file in (tmp_path / "progress").iterdir()) == ["key.json", "x.json"]
+
+
+def test_nothing_is_kept_by_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert NOT_KEPT.of(object()).once("x", lambda: 1) == 1 and NOT_KEPT.once("x", lambda: 2) == 2
+    assert NOT_KEPT.load("x") is None and not list(tmp_path.iterdir())
+
+
+def test_digest_tells_things_apart():
+    model, other = small_model(), small_model()
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight[3, 4] *= 1 + 1e-7
+    theta = small_model()
+    theta.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4 + 1}
+    eager = small_model()
+    eager.set_attn_implementation("eager")
+    things = [
+        model, other, theta, eager, [], [[]], None, 0, 0.0, False, "0", [1, 23], [12, 3], ["a", "b"], ["ab"], {"a": 1}, {"b": 1},
+        torch.zeros(2), torch.zeros(2, 1), torch.zeros(2).double(), torch.zeros(()), QUICK, UNTRIED, np.zeros(3), np.ones(3),
+    ]  # fmt: skip
+    digests = [digest(thing) for thing in things]
+    assert len(set(digests)) == len(things) and digests == [digest(copy.deepcopy(thing)) for thing in things]
+    assert digest(1, 2) != digest(2, 1) != digest([2, 1])
+    with pytest.raises(TypeError, match="a function cannot be told"):
+        digest(lambda: 0)
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+@pytest.fixture
+def lora(tokenizer, tmp_path):
+    """`train(folder, **changes)` → adapter and log; with dropout, so that random numbers matter."""
+    base = load_preset("tiny").recovery
+    settings = dataclasses.replace(
+        base,
+        num_epochs=3,
+        num_examples=12,
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        max_length=24,
+        lora_dropout=0.2,
+    )
+    generator = torch.Generator().manual_seed(0)
+    texts = [" ".join(f"w{int(i)}" for i in torch.randint(2, 61, (6,), generator=generator)) for _ in range(12)]
+    examples = [{"prompt": text, "completion": " w9 w4 w5"} for text in texts]
+
+    def train(name, seed=0, **changes):
+        how = dataclasses.replace(settings, **changes)
+        adapted, log = recovery.finetune_lora(small_model(), tokenizer, examples, how, tmp_path / name, seed, checkpoint_s=0)
+        return [*get_peft_model_state_dict(adapted).values()], log.drop(columns="seconds")
+
+    return train
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 7])  # an epoch has three
+def test_lora_goes_on(num_steps, lora, counted, monkeypatch, tmp_path):
+    expected, saves, original = lora("whole"), [], recovery._Checkpoints.on_save
+    assert len(expected[1]) == 9
+
+    def die(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        saves.append(args)
+        if len(saves) == num_steps:
+            raise Killed
+
+    monkeypatch.setattr(recovery._Checkpoints, "on_save", die)
+    with pytest.raises(Killed):
+        lora("killed")
+    monkeypatch.setattr(recovery._Checkpoints, "on_save", original)
+    last = tmp_path / "killed" / "state" / f"checkpoint-{num_steps}"
+    torn = last.with_name(f"checkpoint-{num_steps + 1}")
+    torn.mkdir()
+    (torn / "trainer_state.json").write_bytes((last / "trainer_state.json").read_bytes()[:100])
+    steps = counted(recovery._Checkpoints, "on_step_begin")
+    assert same(lora("killed"), expected) and len(steps) == 9 - num_steps
+    assert {file.name for file in (tmp_path / "killed" / "state").iterdir() if file.suffix != ".md"} == {
+        "key.json", "adapter.safetensors", "log.json",
+    }  # fmt: skip
+
+
+def test_lora_that_ended_is_not_trained_again(lora, monkeypatch):
+    first = lora("folder")
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+        assert same(lora("folder"), first)
+    assert not same(lora("folder", learning_rate=1e-3)[0], first[0])
+    assert same(lora("folder"), first)
+
+
+def test_a_new_library_finds_nothing(lora, monkeypatch, counted):
+    lora("folder")
+    monkeypatch.setattr(recovery, "library_hash", lambda: "another")
+    trained = counted(SFTTrainer, "train")
+    lora("folder")
+    assert len(trained) == 1
+
+
+# ---------------------------------------------------------------- killed for real
+
+
+def test_sigkill_in_the_middle_of_a_sweep(text, kept, counted, tmp_path):
+    """A child process kills itself with the second layer just done; this one goes on."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from conftest import small_model
+from test_progress import QUICK, sweep
+from gqalib import pruning, refit
+from gqalib.progress import Progress
+text = torch.tensor({text.tolist()})
+die = lambda layer: os.kill(os.getpid(), signal.SIGKILL) if layer == 1 else None
+plan = pruning.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
+refit.sweep(small_model(), plan, text, QUICK, after_layer=die, progress=Progress(__import__("pathlib").Path({str(tmp_path)!r}) / "progress", "key"))
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    expected, mended = sweep(small_model(), text, NOT_KEPT), counted(refit, "mend")
+    assert same(sweep(small_model(), text, kept()), expected) and len(mended) == 2
+
+
+SLOW = """
+import os, pathlib, time, torch
+from gqalib import importance, models
+run, original = pathlib.Path(run_dir), importance._perplexity_without
+
+
+def watched(model, windows, layer, hidden_states):
+    with (run / "calls").open("a") as file:
+        file.write(f"{layer} ")
+    if layer == 2 and not (run / "begun").exists():
+        (run / "begun").write_text(str(os.getpid()))
+        time.sleep(600)
+    return original(model, windows, layer, hidden_states)
+
+
+importance._perplexity_without = watched
+model, windows = models.load_model(nb.preset.model, device="cpu"), torch.arange(60).view(3, 20)
+for layer, rise in enumerate(importance.removal_importance(model, windows, progress=nb.progress("removal"))):
+    nb.metric(f"layer_{layer}", rise.item(), "perplexity")
+"""
+
+
+def test_sigkill_in_the_middle_of_a_notebook(tmp_path):
+    """Runner and kernel die while the third layer is at work; the same command goes on with that layer."""
+    small_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "notebooks").mkdir()
+    write_notebook(tmp_path / "notebooks", "01_slow", SLOW)
+    run_dir, how = tmp_path / "run", {"overrides": {"model": str(tmp_path / "model")}, "notebooks": tmp_path / "notebooks"}
+    job = series.Series(**how, run_dir=run_dir)
+    code = f"from pathlib import PosixPath; from gqalib import series; series.Series(**{how!r}, run_dir={str(run_dir)!r}).run()"
+    runner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (run_dir / "begun").exists() or not (run_dir / "begun").read_text():
+        assert time.monotonic() < deadline and runner.poll() is None
+        time.sleep(0.1)
+    for process in (runner.pid, int((run_dir / "begun").read_text())):
+        os.kill(process, signal.SIGKILL)
+    runner.wait()
+    assert progress_dir(run_dir, "01_slow").exists() and not (run_dir / "01_slow.json").exists()
+    job.run()
+    assert (run_dir / "calls").read_text() == "0 1 2 2 "
+    expected = importance.removal_importance(models.load_model(str(tmp_path / "model"), device="cpu"), torch.arange(60).view(3, 20))
+    recorded = read_record(run_dir / "01_slow.json")["metrics"]
+    assert [recorded[f"layer_{layer}"]["value"] for layer in range(3)] == expected.tolist()
+    assert not (run_dir / "progress").exists()
+
+
+# ---------------------------------------------------------------- the notebook's
+
+
+def notebook(tmp_path, name="01_first", **changes):
+    return Notebook(**{"name": name, "preset": "tiny", "overrides": {}, "run_dir": tmp_path, "seed": 0, **changes})
+
+
+def test_progress_of_a_notebook(tmp_path, monkeypatch):
+    notebook(tmp_path).progress("a").keep("x", 1)
+    notebook(tmp_path, "02_second").progress("a").keep("x", 2)
+    assert notebook(tmp_path).progress("a").load("x") == 1 and notebook(tmp_path).progress("b").load("x") is None
+    notebook(tmp_path).finish()
+    assert notebook(tmp_path).progress("a").load("x") is None
+    assert notebook(tmp_path, "02_second").progress("a").load("x") == 2
+    for changes in ({"seed": 1}, {"overrides": {"pruning.alpha": 2.0}}):
+        nb = notebook(tmp_path)
+        nb.progress("a").keep("x", 1)
+        assert notebook(tmp_path, **changes).progress("a").load("x") is None
+
+
+@pytest.mark.parametrize("what", ["library_hash", "fingerprints", "version"])
+def test_progress_is_of_these_files_and_versions(what, tmp_path, monkeypatch):
+    notebook(tmp_path).progress("a").keep("x", 1)
+    monkeypatch.setattr(f"gqalib.records.{what}", lambda *args: "another")
+    assert notebook(tmp_path).progress("a").load("x") is None
+
+
+def test_force_begins_anew(tmp_path, monkeypatch):
+    small_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "notebooks").mkdir()
+    write_notebook(tmp_path / "notebooks", "01_first")
+    job = series.Series(overrides={"model": str(tmp_path / "model")}, run_dir=tmp_path / "run", notebooks=tmp_path / "notebooks")
+    there = []
+    monkeypatch.setattr(series.Series, "execute", lambda self, path: there.append(progress_dir(self.run_dir, path.stem).exists()))
+    for force in (False, True):
+        progress_dir(job.run_dir, "01_first").mkdir(parents=True, exist_ok=True)
+        job.run(force)
+    assert there == [True, False]
+
+
+def test_a_record_says_what_the_results_depend_on(tmp_path):
+    nb = notebook(tmp_path)
+    nb.finish()
+    record = read_record(tmp_path / "01_first.json")
+    assert json.loads(json.dumps(nb._reasons())).items() <= record.items() and record["library"] == progress.library_hash()
