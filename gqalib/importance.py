@@ -11,8 +11,9 @@ loss, summed over the calibration text:
 Nothing here reads or writes files, and nothing here removes anything.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,8 +21,9 @@ from torch import nn
 
 from gqalib.errors import InputError
 from gqalib.models import decoder_layers, layer_shape
-from gqalib.perplexity import advance, batches, layers_between, only_layers, perplexity, token_losses
+from gqalib.perplexity import advance, batches, layers_between, only_layers, perplexity, stream_through, token_losses
 from gqalib.progress import NOT_KEPT, Progress
+from gqalib.streaming import is_streamed
 
 STATISTICS = ("taylor", "magnitude", "random")
 
@@ -53,22 +55,12 @@ def backward(
     for layer in wanted:
         layer.self_attn.requires_grad_(True)
         layer.mlp.requires_grad_(True)
-    loss = _accumulate(model, windows, hidden_states, first_layer)
+    losses, num_predicted = [], windows.shape[0] * (windows.shape[1] - 1)
+    differentiate(model, windows, lambda step: losses.append(step.backward()), hidden_states, first_layer, divisor=num_predicted)
     for index, layer in enumerate(wanted):
         if not all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None):
             raise InputError(f"a gradient of layer {index} is not finite: use dtype float32 or another calibration text")
-    return loss
-
-
-def _accumulate(model: nn.Module, windows: torch.Tensor, hidden_states: torch.Tensor | None, first_layer: int) -> float:
-    num_predicted, total = windows.shape[0] * (windows.shape[1] - 1), 0.0
-    with layers_between(model, first_layer):
-        for rows in batches(windows):
-            stream = None if hidden_states is None else hidden_states[rows]
-            loss = _summed_loss(model, windows[rows], stream) / num_predicted
-            loss.backward()
-            total += loss.item()
-    return total
+    return sum(losses)
 
 
 def _summed_loss(model: nn.Module, input_ids: torch.Tensor, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
@@ -81,19 +73,166 @@ def _summed_loss(model: nn.Module, input_ids: torch.Tensor, hidden_states: torch
     return loss
 
 
-# ---------------------------------------------------------------- gradients of activations; no weight gets one
-
-
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter asks for a gradient; afterwards those that did ask again."""
-    asking = [p for p in model.parameters() if p.requires_grad]
+def _asking(model: nn.Module, modules: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Inside, the parameters of these modules ask for a gradient and no others; afterwards those that did ask again."""
+    asked = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
+    for module in modules:
+        module.requires_grad_(True)
     try:
         yield
     finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
+        for parameter, before in asked.items():
+            parameter.requires_grad_(before)
+
+
+# ---------------------------------------------------------------- passes forward and backward
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of the calibration: some layers, on some windows."""
+
+    layers: range  # those that are run
+    rows: slice  # of the windows
+    backward: Callable[[], float]  # forward and backward through them; returns the loss where they end in it
+
+
+def differentiate(
+    model: nn.Module,
+    windows: torch.Tensor,
+    each: Callable[[Step], object],
+    hidden_states: torch.Tensor | None = None,
+    first_layer: int = 0,
+    lowest: int = 0,
+    by_layer: bool = False,
+    divisor: float = 1.0,
+) -> None:
+    """The gradient of the calibration loss (summed over tokens, over `divisor`), in steps: `each` is called with every one and runs it.
+
+    All layers at once, batch by batch: the activations of all layers are kept, of one batch. `by_layer`: the last layer on all batches,
+    then the one below it, down to `lowest`. Only one layer's activations and gradients are kept at a time, beside the streams
+    before each layer, [layers, count, length, hidden], in host memory; each layer runs forward twice. The gradients are the same.
+    """
+    if by_layer:
+        _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor)
+        return
+    layers = range(first_layer, len(decoder_layers(model)))
+    with layers_between(model, first_layer):
+        for rows in batches(windows):
+            stream = None if hidden_states is None else hidden_states[rows]
+            each(Step(layers, rows, partial(_backward_loss, model, windows[rows], stream, divisor)))
+
+
+def _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor) -> None:
+    count, stream = len(decoder_layers(model)), advance(model, hidden_states, windows, first_layer, lowest)
+    streams = [stream.cpu()]
+    for index in range(lowest, count):
+        stream = advance(model, stream, windows, index, index + 1)
+        streams.append(stream.cpu())
+    gradient, stream = torch.empty_like(stream), None
+    with layers_between(model, count):  # the final norm and lm_head alone
+        for rows in batches(windows):
+            inputs = streams[-1][rows].to(model.device).requires_grad_()
+            _backward_loss(model, windows[rows], inputs, divisor)
+            gradient[rows] = inputs.grad
+    for index in reversed(range(lowest, count)):
+        streams.pop()
+        with stream_through(model, index, index + 1) as run:
+            for rows in batches(windows):
+                backward = partial(_backward_layer, partial(run, windows[rows]), streams[-1][rows], gradient[rows])
+                each(Step(range(index, index + 1), rows, backward))
+
+
+def _backward_loss(model: nn.Module, input_ids: torch.Tensor, hidden_states: torch.Tensor | None, divisor: float) -> float:
+    loss = _summed_loss(model, input_ids, hidden_states) / divisor
+    loss.backward()
+    return loss.item()
+
+
+def _backward_layer(run: Callable[[torch.Tensor], torch.Tensor], stream: torch.Tensor, gradient: torch.Tensor) -> float:
+    """One layer forward and backward; the gradient at its output is overwritten by that at its input."""
+    inputs = stream.to(gradient.device).requires_grad_()
+    outputs = run(inputs)
+    outputs.backward(gradient.to(outputs.device))
+    gradient.copy_(inputs.grad)
+    return 0.0
+
+
+def _one_layer_at_a_time(model: nn.Module, by_layer: bool | None) -> bool:
+    """`by_layer`, or what suits the model: layer by layer where memory is scarcer than time, on a GPU or with streamed layers."""
+    return (model.device.type != "cpu" or is_streamed(model)) if by_layer is None else by_layer
+
+
+# ---------------------------------------------------------------- scores that are taken as gradients appear
+
+
+def taylor_scores(
+    model: nn.Module,
+    windows: torch.Tensor,
+    layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None,
+    first_layer: int = 0,
+    include_o_proj: bool = False,
+    by_layer: bool | None = None,
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Σ |W ⊙ G| of groups and channels of `layers` (default: all), without the model's gradients ever being there together.
+
+    As soon as the last gradient of a layer's attention or MLP has come, hooks take its scores and drop it. The gradient is summed over
+    the text before its magnitude is taken, so with more than one batch (and layer) the text goes through layer by layer, see
+    `differentiate`; `by_layer` True or False decides otherwise. Arguments as in `backward` and `group_scores`; no `.grad` is left behind, and
+    the scores are those of `backward` with `group_scores` and `channel_scores`.
+
+    Raises:
+        InputError: the loss or a gradient is not finite.
+    """
+    decoder, found = decoder_layers(model), {}
+    layers = list(range(len(decoder)) if layers is None else layers)
+    num_batches = len(list(batches(windows)))
+    by_layer = min(num_batches, len(layers)) > 1 if by_layer is None else by_layer
+    scores_of = partial(group_scores, include_o_proj=include_o_proj), channel_scores
+    model.zero_grad(set_to_none=True)
+    with _asking(model, [part for i in layers for part in _halves(decoder[i])]), ExitStack() as hooks:
+        for index in layers:
+            for half, part in enumerate(_halves(decoder[index])):
+                take = partial(_take, found, (index, half), scores_of[half], decoder[index], part)
+                _when_complete(part, num_batches, take, hooks)
+        num_predicted = windows.shape[0] * (windows.shape[1] - 1)
+        lowest = min(layers, default=0)
+        differentiate(model, windows, lambda step: step.backward(), hidden_states, first_layer, lowest, by_layer, num_predicted)
+    return {index: (_finite(found[index, 0], index), _finite(found[index, 1], index)) for index in layers}
+
+
+def _halves(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return layer.self_attn, layer.mlp
+
+
+def _when_complete(part: nn.Module, num_batches: int, then: Callable[[], None], hooks: ExitStack) -> None:
+    """Call `then` when each parameter of a module has got its gradient from the last batch."""
+    parameters = list(part.parameters())
+    outstanding = iter(reversed(range(num_batches * len(parameters))))
+
+    def arrived(_: nn.Parameter) -> None:
+        if next(outstanding) == 0:
+            then()
+
+    for parameter in parameters:
+        hooks.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)
+
+
+def _take(found: dict, key: tuple[int, int], scores_of: Callable, layer: nn.Module, part: nn.Module) -> None:
+    found[key] = scores_of(layer)
+    part.zero_grad(set_to_none=True)
+
+
+def _finite(scores: torch.Tensor, index: int) -> torch.Tensor:
+    if not torch.isfinite(scores).all():
+        raise InputError(f"a gradient of layer {index} is not finite: use dtype float32 or another calibration text")
+    return scores
+
+
+# ---------------------------------------------------------------- gradients of activations; no weight gets one
 
 
 def fisher_scores(
@@ -102,29 +241,35 @@ def fisher_scores(
     layers: Iterable[int] | None = None,
     hidden_states: torch.Tensor | None = None,
     first_layer: int = 0,
+    by_layer: bool | None = None,
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Mask-gradient scores of `layers` (default: all): {layer: (groups [num_key_value_heads], channels [intermediate_size])}.
 
     A mask of ones multiplies each group at `o_proj`'s input and each channel at `down_proj`'s; the score is the mean over
     windows of (∂ window's mean loss / ∂ mask)²: the diagonal Fisher information of the mask (Kwon et al. 2022). Other
-    arguments as in `backward`. Activations and their gradients only: the weights' `.grad` is neither made nor touched.
+    arguments as in `backward` and `differentiate` (`by_layer` None: on a GPU). Activations and their gradients only: the weights' `.grad` is
+    neither made nor touched.
 
     Raises:
         InputError: the loss or a score is not finite.
     """
     layers, decoder = list(range(len(decoder_layers(model))) if layers is None else layers), decoder_layers(model)
-    scores = [[0.0, 0.0] for _ in layers]
-    with _frozen(model), layers_between(model, first_layer):
-        for rows in batches(windows):
-            with _masks([decoder[index] for index in layers], len(windows[rows])) as masks:
-                stream = None if hidden_states is None else hidden_states[rows]
-                _summed_loss(model, windows[rows], stream).backward()
-            for place, mask in enumerate(masks):
-                gradient = mask.grad.double().flatten(1) / (windows.shape[1] - 1)  # [windows, units]
-                scores[place // 2][place % 2] += gradient.square().sum(0) / len(windows)
-    if not all(torch.isfinite(score).all() for pair in scores for score in pair):
+    scores = {index: [0.0, 0.0] for index in layers}
+    by_layer = _one_layer_at_a_time(model, by_layer)
+
+    def add(step: Step) -> None:
+        here = [index for index in layers if index in step.layers]
+        with _masks([decoder[index] for index in here], len(windows[step.rows])) as masks:
+            step.backward()
+        for place, mask in enumerate(masks):
+            gradient = mask.grad.double().flatten(1) / (windows.shape[1] - 1)  # [windows, units]
+            scores[here[place // 2]][place % 2] += gradient.square().sum(0) / len(windows)
+
+    with _asking(model):
+        differentiate(model, windows, add, hidden_states, first_layer, min(layers, default=0), by_layer)
+    if not all(torch.isfinite(score).all() for pair in scores.values() for score in pair):
         raise InputError("a mask gradient is not finite: use dtype float32 or another calibration text")
-    return {index: tuple(pair) for index, pair in zip(layers, scores, strict=True)}
+    return {index: tuple(pair) for index, pair in scores.items()}
 
 
 @contextmanager
@@ -148,11 +293,14 @@ def _apply_mask(mask: torch.Tensor, module: nn.Module, inputs: tuple[torch.Tenso
     return (units * mask).flatten(-2).to(inputs[0].dtype)
 
 
-def gradient_covariances(model: nn.Module, windows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def gradient_covariances(
+    model: nn.Module, windows: torch.Tensor, by_layer: bool | None = None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per layer, the covariances of the gradient at the outputs of `o_proj` and of `down_proj`, each float64 [hidden, hidden].
 
     G = mean over tokens of g gᵀ, g = ∂(summed loss) / ∂(output at that token): K-FAC's output factor (Martens & Grosse
-    2015), in nats² per squared unit of the residual stream. One backward pass in which no weight has a gradient.
+    2015), in nats² per squared unit of the residual stream. No weight has a gradient. `by_layer` (default: on a GPU) as in `differentiate`;
+    then the covariances wait in host memory.
 
     Raises:
         InputError: the loss or a covariance is not finite.
@@ -164,15 +312,21 @@ def gradient_covariances(model: nn.Module, windows: torch.Tensor) -> list[tuple[
         sums[module] = sums.get(module, 0.0) + gradient.T @ gradient
 
     def watch(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        output.register_hook(partial(add, module))
+        if output.requires_grad:
+            output.register_hook(partial(add, module))
+
+    def each(step: Step) -> None:
+        step.backward()
+        if by_layer and step.rows.stop >= len(windows):  # this layer is done
+            sums.update({module: sums[module].cpu() for module in modules[step.layers[0]]})
 
     modules = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in decoder_layers(model)]
-    with _frozen(model), ExitStack() as hooks:
+    by_layer = _one_layer_at_a_time(model, by_layer)
+    with _asking(model), ExitStack() as hooks:
         for module in (module for pair in modules for module in pair):
             hooks.callback(module.register_forward_hook(watch).remove)
-        for rows in batches(windows):
-            embeddings = model.get_input_embeddings()(windows[rows].to(model.device)).requires_grad_()
-            _summed_loss(model, windows[rows], embeddings).backward()
+        hooks.callback(model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_()).remove)
+        differentiate(model, windows, each, by_layer=by_layer)
     if not all(torch.isfinite(total).all() for total in sums.values()):
         raise InputError("a gradient covariance is not finite: use dtype float32 or another calibration text")
     return [tuple(sums[module] / windows.numel() for module in pair) for pair in modules]
@@ -256,17 +410,16 @@ def unit_scores(
     """
     layers = list(range(len(decoder_layers(model))) if layers is None else layers)
     text = (model, windows, layers, hidden_states, first_layer)
-    fisher = fisher_scores(*text) if "fisher" in statistics else None
+    taken = {"fisher": fisher_scores(*text)} if "fisher" in statistics else {}
     if "taylor" in statistics:
-        backward(*text)
+        taken["taylor"] = taylor_scores(*text, include_o_proj)
     scores = {}
     for index in layers:
         layer, (groups, channels) = decoder_layers(model)[index], statistics
         scores[index] = (
-            fisher[index][0] if groups == "fisher" else group_scores(layer, groups, include_o_proj, generator),
-            fisher[index][1] if channels == "fisher" else channel_scores(layer, channels, generator),
+            taken[groups][index][0] if groups in taken else group_scores(layer, groups, include_o_proj, generator),
+            taken[channels][index][1] if channels in taken else channel_scores(layer, channels, generator),
         )
-    model.zero_grad(set_to_none=True)
     return scores
 
 
@@ -286,13 +439,12 @@ def removal_importance(model: nn.Module, windows: torch.Tensor, cached_prefix: b
     the layers' perplexities.
     """
     progress, num_layers = progress.of("removal_importance", model, windows, cached_prefix), len(decoder_layers(model))
-    baseline, rises, hidden_states = progress.once("baseline", partial(perplexity, model, windows)), [], None
-    for layer in range(num_layers):
+    perplexities, hidden_states = [], None
+    for layer in range(num_layers + 1):  # the last one is the model itself, nothing left out
         if cached_prefix:
             hidden_states = advance(model, hidden_states, windows, max(0, layer - 1), layer)
-        without = progress.once(f"layer-{layer}", partial(_perplexity_without, model, windows, layer, hidden_states))
-        rises.append(without - baseline)
-    return torch.tensor(rises, dtype=torch.float64)
+        perplexities.append(progress.once(f"layer-{layer}", partial(_perplexity_without, model, windows, layer, hidden_states)))
+    return torch.tensor(perplexities[:-1], dtype=torch.float64) - perplexities[-1]
 
 
 def _perplexity_without(model: nn.Module, windows: torch.Tensor, layer: int, hidden_states: torch.Tensor | None) -> float:

@@ -46,6 +46,7 @@ from gqalib.models import decoder_layers, layer_shape
 from gqalib.perplexity import advance, batches
 from gqalib.progress import NOT_KEPT, Progress
 from gqalib.pruning import Plan, check_plan
+from gqalib.streaming import at_work
 from gqalib.surgery import drop_layers, keep_channels, keep_groups, replace_weight, restored_on_error, rows_of_heads, take_weights
 
 
@@ -203,8 +204,15 @@ class Call:
     """One batch on its way into a sublayer."""
 
     rows: slice  # of the windows
-    inputs: torch.Tensor  # the normalised stream, [windows, length, hidden]
+    stream: torch.Tensor  # before the sublayer's norm, [windows, length, hidden], wherever it is kept
+    norm: nn.Module
     others: dict[str, Any]  # position embeddings, mask, …
+
+    @property
+    @torch.no_grad()
+    def inputs(self) -> torch.Tensor:
+        """The normalised stream, where the layer is; made when it is asked for: kept, it would be as long as the text."""
+        return self.norm(self.stream.to(self.norm.weight))
 
 
 @dataclass(frozen=True)
@@ -249,9 +257,8 @@ def calls(model: nn.Module, index: int, half: int, stream: torch.Tensor, windows
     """The batches of a residual stream that stands before the attention (half 0) or the MLP (half 1) of a layer."""
     norm, noted = sublayers(decoder_layers(model)[index])[half].norm, []
     for rows in batches(windows):
-        inputs = stream[rows].to(norm.weight.dtype)
-        others = _attention_arguments(model, index, inputs, windows[rows]) if half == 0 else {}
-        noted.append(Call(rows, norm(inputs), others))
+        others = _attention_arguments(model, index, stream[rows].to(norm.weight), windows[rows]) if half == 0 else {}
+        noted.append(Call(rows, stream[rows], norm, others))
     return noted
 
 
@@ -278,7 +285,15 @@ def _attention_arguments(model: nn.Module, index: int, stream: torch.Tensor, win
 
 def through(stream: torch.Tensor, sublayer: Sublayer, current: Sequence[Call]) -> torch.Tensor:
     """The residual stream after the sublayer."""
-    return torch.cat([(stream[call.rows] + sublayer.run(call)).to(stream.dtype) for call in current])
+    after = torch.empty_like(stream)
+    for call in current:
+        after[call.rows] = (_rows(stream, call) + sublayer.run(call)).to(stream)
+    return after
+
+
+def _rows(stream: torch.Tensor, call: Call) -> torch.Tensor:
+    """The rows of a stream that belong to a batch, where the batch is; the stream itself may wait in host memory."""
+    return stream[call.rows].to(call.norm.weight.device)
 
 
 def refit_inputs(sublayer: Sublayer, wanted: Sequence[Call], current: Sequence[Call], damping: float) -> None:
@@ -297,7 +312,7 @@ def output_moments(sublayer: Sublayer, current: Sequence[Call], target: torch.Te
     try:
         for call in current:
             sublayer.run(call)
-            moments.add(seen.pop(), target[call.rows] - bias)
+            moments.add(seen.pop(), _rows(target, call) - bias)
     finally:
         hook.remove()
     return moments
@@ -321,7 +336,7 @@ def cut(
         kept = importance.largest(scores, sublayer.num_units - num_removed)
     else:
         best = solve(weight, moments.gram, moments.cross, damping)
-        output = None if covariance is None else damped(covariance, ingredients.output_damping)
+        output = None if covariance is None else damped(covariance.to(weight.device), ingredients.output_damping)
         per_step = max(1, sublayer.num_units // ingredients.cuts)
         kept = choose(best, moments.gram, num_removed, sublayer.unit, output, damping, per_step)
     columns = rows_of_heads(kept, sublayer.unit).to(weight.device)
@@ -358,7 +373,7 @@ def refit_together(sublayer: Sublayer, current: Sequence[Call], target: torch.Te
         return pull(lambda call, outputs: (sublayer.run(call, moved) - outputs) / width)
 
     factor = cholesky(damped(_gram(current), damping))
-    change = conjugate_gradients(product, pull(lambda call, outputs: target[call.rows] - outputs), factor, num_steps)
+    change = conjugate_gradients(product, pull(lambda call, outputs: _rows(target, call) - outputs), factor, num_steps)
     before = _error(sublayer, current, target, start)
     for scale in (1.0, 0.5, 0.25, 0.125):
         weights = (start + scale * change).to(start.dtype)
@@ -374,7 +389,7 @@ def _gram(current: Sequence[Call]) -> torch.Tensor:
 
 def _error(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor, weights: torch.Tensor | None = None) -> float:
     """Σ‖output − target‖²."""
-    return sum((sublayer.run(call, weights) - target[call.rows]).double().square().sum().item() for call in current)
+    return sum((sublayer.run(call, weights) - _rows(target, call)).double().square().sum().item() for call in current)
 
 
 def conjugate_gradients(
@@ -420,7 +435,7 @@ def mend(
     if ingredients.input_refit:
         refit_inputs(sublayer, dense, now, ingredients.input_damping)
     del dense
-    target = goal - current if ingredients.residual_target else torch.cat([sublayer.run(call) for call in now])
+    target = goal - current if ingredients.residual_target else torch.cat([sublayer.run(call).to(current.device) for call in now])
     kept, weight = cut(sublayer, output_moments(sublayer, now, target), num_removed, ingredients, scores, covariance)
     sublayer.keep(model, index, kept)
     replace_weight(sublayer.output, weight)
@@ -489,7 +504,7 @@ def sweep(
             if index in dropped:  # the next layers' target makes up for it
                 wanted = advance(model, wanted, windows, index, index + 1)
                 continue
-            with _at_least_float32(layer):
+            with at_work(layer), _at_least_float32(layer):
                 for half, removed in enumerate((plan.groups, plan.channels)):
                     score, covariance = (None if table is None else table[index][half] for table in (scores, covariances))
                     weights = progress.load(f"layer-{index}-{half}")

@@ -35,6 +35,7 @@ from gqalib.perplexity import advance, kl_to
 from gqalib.perplexity import perplexity as perplexity_of
 from gqalib.progress import NOT_KEPT, Progress
 from gqalib.pruning import Plan, uniform_plan, unit_costs
+from gqalib.streaming import at_work
 from gqalib.surgery import take_layers
 
 Covariances = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -133,13 +134,14 @@ def cost_table(
     progress = progress.of("cost_table", model, windows, covariances, ingredients, multiple)
     stream, rows, steps = advance(model, None, windows, 0, 0), [], []
     for index, layer in enumerate(decoder_layers(model)):
-        for half, sublayer in enumerate(refit.sublayers(layer)):
-            step = multiple * max(1, round(sublayer.num_units / ingredients.cuts / multiple)) if half else 1
-            current = refit.calls(model, index, half, stream, windows)
-            after = refit.through(stream, sublayer, current)
-            what = (sublayer, current, after - stream, covariances[index][half], step, ingredients)
-            rows.append(np.array(progress.once(f"layer-{index}-{half}", partial(_costs, *what))) / (2 * windows.numel()))
-            stream = after
+        with at_work(layer):
+            for half, sublayer in enumerate(refit.sublayers(layer)):
+                step = multiple * max(1, round(sublayer.num_units / ingredients.cuts / multiple)) if half else 1
+                current = refit.calls(model, index, half, stream, windows)
+                after = refit.through(stream, sublayer, current)
+                what = (sublayer, current, after - stream, covariances[index][half], step, ingredients)
+                rows.append(np.array(progress.once(f"layer-{index}-{half}", partial(_costs, *what))) / (2 * windows.numel()))
+                stream = after
         steps.append(step)
     layers = decoder_layers(model)
     return CostTable(
@@ -155,7 +157,7 @@ def _costs(
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
     moments = refit.output_moments(sublayer, current, target)
     most = (sublayer.num_units - 1) // step * step
-    output = refit.damped(covariance, ingredients.output_damping)
+    output = refit.damped(covariance.to(moments.gram.device), ingredients.output_damping)
     _, rises = refit.removal_order(sublayer.output.weight, moments.gram, most, sublayer.unit, output, ingredients.damping, step)
     return [0.0, *rises.tolist()]
 
