@@ -243,8 +243,8 @@ def _pick(table: pd.DataFrame, pattern: re.Pattern) -> list[str]:
 def report(table: pd.DataFrame, jobs: list[Series], folder: Path) -> str:
     """Means over seeds, which runs were retried and why, which failed, and where everything lies."""
     means = over_seeds(table, [*_pick(table, SHOWN), "seconds"])
-    shown = pd.DataFrame({name: [_plus_minus(*row) for row in means[name].to_numpy()] for name in means.columns.levels[0]}, means.index)
-    lines = ["", shown.reset_index().to_string(index=False, line_width=140), ""]
+    shown = pd.DataFrame({name: [_plus_minus(*row) for row in means[name].to_numpy()] for name in means.columns.unique(0)}, means.index)
+    lines = ["", shown.to_string(sparsify=False, line_width=140), ""]
     for job in jobs:
         attempts = tasks.read_attempts(job.run_dir)
         if len(attempts) > 1:
@@ -279,7 +279,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         _panel(ax, means[metric].reset_index(), _settings(table), metric) if metric else ax.remove()
     handles, labels = axes[0].get_legend_handles_labels()
     if len(labels) > 1:
-        fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), fontsize=9)
+        fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), fontsize=9, frameon=False)
     if table["seed"].nunique() > 1:
         fig.suptitle(f"mean and standard deviation over {table['seed'].nunique()} seeds", fontsize=9)
     temporary = path.with_name(f".{path.name}")

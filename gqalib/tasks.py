@@ -2,12 +2,14 @@
 
 A worker leaves `attempts.json` and `log.txt` in its run's folder. What it executes needs the standard library and Ray alone and is sent
 to it by value, so that no worker loads torch only to wait for a process. On a cluster the project, its environment and the sweep's folder
-must lie at the same place on every machine, and `ray start` wants RAY_process_group_cleanup_enabled=1.
+must lie at the same place on every machine, and `ray start` wants RAY_process_group_cleanup_enabled=1; a cluster that asks for a token is
+reached with RAY_AUTH_MODE=token.
 """
 
 import contextlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -71,6 +73,8 @@ def _arguments(job: Series) -> list[str]:
 def _ray(address: str | None) -> Iterator[Any]:
     """Ray on this machine, in a folder that goes with it, or on a running cluster; without dashboard, reporting and messages of its own."""
     os.environ.update(RAY_ENVIRONMENT)
+    if not address:  # a password for this sweep alone; Ray would leave one in the home folder
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
@@ -78,7 +82,8 @@ def _ray(address: str | None) -> Iterator[Any]:
         try:
             ray.init(address or "local", logging_level="ERROR", log_to_driver=False, **({} if address else local))
         except (ConnectionError, ValueError) as error:
-            raise InputError(f"no Ray cluster answers at {address}: give the host:port that `ray start --head` printed") from error
+            hint = "give the host:port that `ray start --head` printed, and set RAY_AUTH_MODE=token if it asks for one"
+            raise InputError(f"no Ray cluster answers at {address}: {hint}") from error
         ray._private.worker._worker_logs_enabled = False  # of a dead worker Ray tells in a paragraph, the sweep in a line
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         try:

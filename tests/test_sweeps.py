@@ -1,5 +1,6 @@
 """Sweeps: a grid is checked before anything starts; six runs survive a killed worker; one that fails does not stop the others."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -206,9 +207,22 @@ def test_names_that_two_notebooks_use():
     assert sweeps._metrics(records) == {"same": 1, "differs": 1, "02.differs": 2}
 
 
+def test_no_cluster_at_the_address(jobs):
+    with pytest.raises(InputError, match="no Ray cluster answers at nowhere"):
+        list(tasks.run_all(jobs, address="nowhere"))
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """Started once for all tests: it takes longer than they do."""
+    with tasks._ray(None) as started:
+        yield started
+
+
 @pytest.fixture
-def stand_in(jobs, tmp_path, monkeypatch):
+def stand_in(jobs, tmp_path, monkeypatch, ray):
     """Makes runs light: `finish` has prepared what each leaves behind; the named ones hang at first, fail, or are killed each time."""
+    monkeypatch.setattr(tasks, "_ray", lambda address: contextlib.nullcontext(ray))
     for job in jobs:
         finish(job, tmp_path / "ready" / job.run_dir.name, perplexity_v3=perplexity(job))
 
@@ -289,8 +303,3 @@ def test_more_than_any_machine_has():
         InputError, match=r"no machine has num_cpus = 4 and num_gpus = 1 for a run \(there are 4 and 0; 1 and 2\): lower them"
     ):
         tasks._check_resources(ray, 4, 1)
-
-
-def test_no_cluster_at_the_address(jobs):
-    with pytest.raises(InputError, match="no Ray cluster answers at nowhere"):
-        list(tasks.run_all(jobs, address="nowhere"))
