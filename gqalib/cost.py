@@ -36,15 +36,14 @@ def count_flops(model: nn.Module, batch_size: int, num_tokens: int) -> int:
     return counter.get_total_flops()
 
 
-def closed_form_flops(model: nn.Module, num_tokens: int, num_logits: int | None = None) -> int:
-    """The same on paper, for n tokens of one sequence: Σ_l 2n(2·d·h + 2·d·k + 3·d·f) + 4n²h, plus 2·m·d·vocabulary for lm_head.
+def closed_form_flops(model: nn.Module, num_tokens: int) -> int:
+    """The same on paper, for n tokens: Σ_l 2n(2·d·h + 2·d·k + 3·d·f) + 4n²h, plus 2·n·d·vocabulary for lm_head.
 
-    h, k, f: query, KV and MLP width of layer l; d: hidden size; m: `num_logits`, the tokens that lm_head sees (None: all).
-    The full n × n score matrix is counted, as eager attention computes it. Norms, softmax, rotary embedding and activations
-    (no matrix products) are left out by both.
+    h, k, f: query, KV and MLP width of layer l; d: hidden size. The full n × n score matrix is counted, as eager attention computes it.
+    Norms, softmax, rotary embedding and activations (no matrix products) are left out by both.
     """
     n, d, head_dim = num_tokens, model.config.hidden_size, model.config.head_dim
-    total = 2 * (n if num_logits is None else num_logits) * d * model.config.vocab_size
+    total = 2 * n * d * model.config.vocab_size
     for shape in layer_shapes(model).itertuples():
         h, k, f = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim, shape.intermediate_size
         total += 2 * n * (2 * d * h + 2 * d * k + 3 * d * f) + 4 * n * n * h
@@ -82,12 +81,19 @@ def decode_ceiling(dense: nn.Module, pruned: nn.Module, batch_size: int = 1, con
     return step_bytes(dense, batch_size, context) / step_bytes(pruned, batch_size, context)
 
 
-def prefill_ceiling(dense: nn.Module, pruned: nn.Module, context: int) -> float:
-    """The largest speed-up of reading a prompt of `context` tokens that the arithmetic allows: the ratio of `closed_form_flops`.
+def prefill_flops(model: nn.Module, context: int) -> int:
+    """FLOPs of reading a prompt of n tokens as generation does it: `closed_form_flops` − Σ_l 2n²h − 2(n − 1)·d·vocabulary.
 
-    lm_head sees the last token only, as in generation. The batch size cancels out.
+    A causal kernel computes half of the score matrix, and lm_head sees the last token only.
     """
-    return closed_form_flops(dense, context, 1) / closed_form_flops(pruned, context, 1)
+    n, config = context, model.config
+    widths = int(layer_shapes(model)["num_attention_heads"].sum()) * config.head_dim
+    return closed_form_flops(model, n) - 2 * n * n * widths - 2 * (n - 1) * config.hidden_size * config.vocab_size
+
+
+def prefill_ceiling(dense: nn.Module, pruned: nn.Module, context: int) -> float:
+    """The largest speed-up of reading a prompt that the arithmetic allows: the ratio of `prefill_flops`. The batch size cancels out."""
+    return prefill_flops(dense, context) / prefill_flops(pruned, context)
 
 
 # ---------------------------------------------------------------- memory

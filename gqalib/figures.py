@@ -103,7 +103,9 @@ def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
         reach = [own["speedup"] - own["speedup_low"], own["speedup_high"] - own["speedup"]]
         ax.bar(x, own["speedup"] - 1, width * 0.9, bottom=1, color=_colour_of(name), label=name)
         ax.errorbar(x, own["speedup"], reach, fmt="none", ecolor=COLORS["dense"], lw=1, capsize=2)
-        ax.scatter(x, own["ceiling"], marker="_", s=1500 * width / len(points), color=COLORS["v2"], lw=2, label=None if index else "ceiling")
+        ax.scatter(
+            x, own["ceiling"], marker="_", s=1500 * width / len(points), color=COLORS["v2"], lw=2, label=None if index else "ceiling"
+        )
         for place in x[own["speedup"].isna()]:
             ax.text(place, 1.03, "not measured", rotation=90, ha="center", va="bottom", fontsize=8)
     ax.axhline(1, color=COLORS["dense"], lw=0.8)

@@ -47,7 +47,9 @@ def cost_block(results: Path) -> str:
     try:
         record = read_record(results / AT_SIZE / "07_cost_analysis.json")
     except InputError:
-        return f"Speed at this size: not measured. `make run PRESET={AT_SIZE}` on a GPU, then `make publish PRESET={AT_SIZE}`, fills this in."
+        return (
+            f"Speed at this size: not measured. `make run PRESET={AT_SIZE}` on a GPU, then `make publish PRESET={AT_SIZE}`, fills this in."
+        )
     p = record["parameters"]
     under = f"Measured, times dense, *of* the ceiling: {p['model']} with random weights in {p['dtype']}, {record['device']}, {record['machine']}."
     return f"{_markdown(cost_table(record))}\n\n{under}"

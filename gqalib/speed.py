@@ -80,7 +80,12 @@ def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.holds = step  # a graph knows addresses only: the cache and the token that lie there have to outlive it
+    return replay
 
 
 def _prefill(model: nn.Module, batch_size: int, context: int) -> Callable[[], object]:

@@ -1,9 +1,10 @@
+import itertools
 import json
 
 import pytest
 import torch
 
-from gqalib import InputError, corpora
+from gqalib import InputError, corpora, models
 
 
 class Words:
@@ -142,3 +143,16 @@ def test_samples_share_no_row():
 def test_source_is_split_like_its_docstrings():
     first = next(corpora.read_corpus("python-source", "test"))
     assert "import" in first or "def " in first or '"""' in first
+
+
+def test_random_tokens_are_words_of_every_shape_and_the_same_each_time():
+    """Cost-only runs take the same path: words through the tokenizer, windows, instructions."""
+    first = list(itertools.islice(corpora.read_corpus("random-tokens", "train"), 40))
+    assert first == list(itertools.islice(corpora.read_corpus("random-tokens", "train"), 40))
+    assert len(set(first)) == 40 and not set(first) & set(itertools.islice(corpora.read_corpus("random-tokens", "test"), 40))
+    tokenizer = models.load_tokenizer("shape:tiny")
+    windows = corpora.evaluation_windows("random-tokens", "test", tokenizer, 64, 640)
+    counts = windows.flatten().bincount(minlength=512)
+    assert windows.shape == (10, 64) and windows.max() < 512 and (counts[:2] <= 10).all() and (counts > 0).sum() > 300
+    (row,) = corpora.instructions("corpus", "train", "random-tokens", 1)
+    assert len(tokenizer(row["prompt"])["input_ids"]) == 8 and row["prompt"].strip().endswith(".") and len(row["completion"].split()) == 504

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import kv_heads, small_model
+from conftest import kv_heads, small_config, small_model
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -130,6 +132,103 @@ def test_folders_that_are_no_model(tmp_path, config, files, says):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(InputError, match=says):
         models.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": 40}, r"embed_tokens.weight is \[61, 32\] instead of \[61, 40\]"),
+        ({"num_hidden_layers": 4}, "layers.3.input_layernorm.weight is missing"),
+        ({"num_hidden_layers": 2}, "layers.2.input_layernorm.weight is left over"),
+    ],
+)
+def test_weights_of_another_configuration(changes, says, tokenizer, tmp_path):
+    models.save_model(small_model(), tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"per_layer_config": None} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"of another configuration .*{says}.*: give the config.json that was saved with them"):
+        models.load_model(str(tmp_path))
+
+
+def hub_error(kind):
+    response = SimpleNamespace(headers={}, status_code=403, request=None, url="", reason="", text="")
+    return kind("403", response=response)
+
+
+@pytest.mark.parametrize(
+    ("cause", "says"),
+    [
+        (hub_error(GatedRepoError), "model a/b is gated: ask for access on its page, then log in with `hf auth login`, or give a folder"),
+        (hub_error(RepositoryNotFoundError), "model a/b is not on the hub, or private: check the name, log in with `hf auth login`"),
+        (ConnectionError("no route"), r"model a/b cannot be loaded \(first line\): connect, log in with `hf auth login` if it is gated"),
+    ],
+)
+def test_hub_models_that_cannot_be_had(cause, says, monkeypatch):
+    """Whether the configuration is refused, or only the weights are."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("first line.\nsecond line") from cause
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.GqaLlamaForCausalLM, "from_pretrained", refuse)
+        patch.setattr(models.AutoConfig, "from_pretrained", lambda source: small_config())
+        with pytest.raises(InputError, match=says):
+            models.load_model("a/b")
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(InputError, match=says) as caught:
+        models.load_model("a/b")
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def test_a_shape_is_a_model_of_random_weights():
+    model = models.load_model("shape:tiny", "bfloat16", "cpu")
+    assert model.dtype == torch.bfloat16 and not model.training and model.device.type == "cpu"
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    shape = {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 224}
+    assert models.layer_shapes(model).to_dict("records") == [shape] * 4
+    assert 0.01 < model.model.layers[0].mlp.up_proj.weight.float().std() < 0.04
+
+
+def test_a_shape_has_the_same_weights_every_time_and_leaves_the_generator_alone():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second = (models.load_model("shape:tiny", device="cpu").state_dict() for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    other = models.random_model(models.shape_config("tiny"), device="cpu", seed=1).state_dict()
+    assert not torch.equal(other["lm_head.weight"], first["lm_head.weight"])
+
+
+def test_weights_are_made_in_the_dtype_and_on_the_device_asked(monkeypatch):
+    """Never in float32 first, never on the CPU first: 8B parameters would not fit."""
+    made = set()
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: made.add((self.weight.dtype, self.weight.device.type)))
+    models.random_model(models.shape_config("tiny"), "bfloat16", "meta")
+    assert made == {(torch.bfloat16, "meta")}
+
+
+def test_a_pruned_shape_saves_and_loads(tmp_path):
+    model, tokenizer = models.load_model("shape:tiny", device="cpu"), models.load_tokenizer("shape:tiny")
+    surgery.keep_groups(model, 1, [0, 5])
+    models.save_model(model, tokenizer, tmp_path)
+    loaded = models.load_model(str(tmp_path), device="cpu")
+    ids = torch.arange(20)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert models.load_tokenizer(str(tmp_path))("w7 . w9")["input_ids"] == [7, 1, 9]
+
+
+def test_the_tokenizer_of_a_shape():
+    tokenizer = models.load_tokenizer("shape:tiny")
+    assert len(tokenizer) == models.shape_config("tiny").vocab_size and tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    assert tokenizer("w2 w511 w512 .")["input_ids"] == [2, 511, 0, 1] and tokenizer.decode([3, 1]) == "w3 ."
+
+
+def test_unknown_shapes():
+    with pytest.raises(InputError, match="unknown shape 'shape:huge': use shape:llama-3-8b, shape:tiny"):
+        models.check_model("shape:huge")
 
 
 def test_missing_folder():

@@ -1,12 +1,16 @@
 import pytest
+import torch
+import yaml
+from conftest import small_model
 
-from gqalib import InputError
+from gqalib import InputError, models, presets, pruning, speed
 from gqalib.__main__ import overrides
-from gqalib.presets import dotted_names, load_preset, preset_names
+from gqalib.perplexity import window_losses
+from gqalib.presets import FOLDER, dotted_names, load_preset, preset_names
 
 
 def test_every_preset_loads():
-    assert {"tiny", "llama3-8b"} <= set(preset_names())
+    assert {"tiny", "llama3-8b", "llama3-8b-shape", "llama3.2-1b", "smollm2-135m"} <= set(preset_names())
     for name in preset_names():
         assert load_preset(name).name == name
 
@@ -18,6 +22,49 @@ def test_the_seed_numbers_of_llama3_8b():
     assert (p.pruning.mean_rate, p.pruning.alpha, p.pruning.min_rate, p.pruning.max_rate) == (0.25, 1.0, 0.15, 0.5)
     assert (p.recovery.learning_rate, p.recovery.lora_r, p.recovery.lora_alpha, p.recovery.num_epochs) == (5e-5, 8, 16, 2)
     assert (p.corpus, p.instructions, p.dtype) == ("wikitext2", "alpaca-cleaned", "bfloat16")
+    assert (p.model, p.pruning.strategy) == ("meta-llama/Meta-Llama-3-8B-Instruct", "inverse")
+    assert (p.evaluation.short_window, p.evaluation.long_window) == (128, 2048)
+    assert (p.cost.batch_sizes, p.cost.contexts) == ([1, 8, 32], [128, 2048, 8192])
+
+
+def test_the_shape_differs_from_llama3_8b_in_weights_and_words_alone():
+    real, shape = load_preset("llama3-8b").to_dict(), load_preset("llama3-8b-shape").to_dict()
+    differ = {key for key in real if real[key] != shape[key]}
+    assert differ == {"name", "model", "corpus", "instructions", "frontier", "recovery"}
+    assert {key for key in real["frontier"] if real["frontier"][key] != shape["frontier"][key]} == {"other_corpus"}
+    assert {key for key in real["recovery"] if real["recovery"][key] != shape["recovery"][key]} == {"num_examples"}
+    assert (shape["model"], shape["corpus"]) == ("shape:llama-3-8b", "random-tokens")
+
+
+def test_a_preset_on_top_of_a_base(tmp_path, monkeypatch):
+    """Values of sections are replaced one by one; an unknown name in the file is still an error."""
+    monkeypatch.setattr(presets, "FOLDER", tmp_path)
+    base = yaml.safe_load((FOLDER / "tiny.yaml").read_text())
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "b.yaml").write_text("base: a\nmodel: x/y\nfrontier: {test: {length: 64}}\n")
+    (tmp_path / "c.yaml").write_text("base: b\npruning: {alpha: 2.0, alhpa: 1.0}\n")
+    a, b = load_preset("a"), load_preset("b")
+    assert (b.model, b.frontier.test.length, b.frontier.test.num_examples) == ("x/y", 64, a.frontier.test.num_examples)
+    assert b.pruning == a.pruning
+    with pytest.raises(InputError, match="unknown parameter 'pruning.alhpa'"):
+        load_preset("c")
+
+
+def test_the_whole_path_with_9_query_and_3_kv_heads(tmp_path, tokenizer, windows):
+    """SmolLM2's heads and the preset's settings on a small random model: importance, rates, surgery, saving, perplexity, speed."""
+    p = load_preset("smollm2-135m", {"pruning.channel_multiple": 8})
+    model = small_model(num_attention_heads=9, num_key_value_heads=3, intermediate_size=96, hidden_size=36)
+    counts, layers = models.count_parameters(model), models.layer_shapes(model)
+    plan = pruning.make_plan(model, torch.tensor([3.0, 1.0, 2.0]), p.pruning)
+    table = pruning.prune(model, plan, windows)
+    assert (table["num_attention_heads"] == 3 * table["num_key_value_heads"]).all() and (table["intermediate_size"] % 8 == 0).all()
+    assert (table["num_key_value_heads"] < layers["num_key_value_heads"]).any()
+    assert models.size_of(model, counts)["backbone_removed_percent"] == pytest.approx(25, abs=2)
+    models.save_model(model, tokenizer, tmp_path)
+    loaded = models.load_model(str(tmp_path), p.dtype, "cpu")
+    assert window_losses(loaded, windows).mean() > 0
+    speeds = speed.compare_speed({"dense": small_model(), "pruned": loaded}, [1], [16], 0.01, 1)
+    assert (speeds["ms"] > 0).all()
 
 
 def test_overrides():
@@ -45,6 +92,7 @@ def test_another_corpus_brings_its_own_instructions():
         ({"recovery.lora_r": True}, "is a bool"),
         ({"evaluation.num_tokens": -1}, "a positive number"),
         ({"cost.batch_sizes": []}, "a list of positive batch sizes"),
+        ({"cost.contexts": [128, 1]}, "a list of numbers of tokens, at least 2 each"),
         ({"pruning.alpha": float("nan")}, "cannot be"),
         ({"cost.prices.usd_per_gpu_hour": -2}, "cannot be"),
     ],

@@ -1,7 +1,13 @@
+import contextlib
+import gc
+import json
 import re
 import sys
+import weakref
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,7 +15,7 @@ from conftest import kv_heads, small_config, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from gqalib import InputError, cost, models, speed, surgery
+from gqalib import InputError, cost, figures, models, publishing, speed, surgery
 
 
 @pytest.fixture
@@ -64,13 +70,32 @@ class NoLookingAtValues(TorchDispatchMode):
 def test_a_decoding_step_looks_at_no_value_and_needs_no_mask(uneven, monkeypatch):
     masks = []
     attend = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: masks.append(k["attn_mask"]) or attend(*a, **k))
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: masks.append(k["attn_mask"]) or attend(*a, **k)
+    )
     step = speed.decode_step(uneven, 2, 9)
     with NoLookingAtValues():
         assert step().shape == (2, 1, 61)
     assert masks == [None] * 3
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoLookingAtValues():
         torch.ones(1).item()
+
+
+def test_a_captured_step_keeps_its_tensors(monkeypatch):
+    """A CUDA graph holds addresses: were the cache given back, a replay would read what took its place."""
+    calls, stream = [], SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda what: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
+    cache = torch.ones(3)
+    alive = weakref.ref(cache)
+    replay = speed._captured(lambda cache=cache: calls.append("step"), torch.device("cuda"))
+    del cache
+    replay()
+    gc.collect()
+    assert calls == ["step"] * 4 + ["replay"] and alive() is not None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -220,3 +245,43 @@ def test_compare_alignment():
     assert table["model"].nunique() == 3 and (table["speedup"] > 0).all()
     first = table[table["model"] == table["model"][0]]
     assert int(first["model"].iloc[0].split()[1]) % 2 == 1 and (first["speedup"] == 1).all() and (first["ceiling"] == 1).all()
+
+
+# ---------------------------------------------------------------- what is drawn and published
+
+
+@pytest.fixture
+def record():
+    """Two points of a run at real size, the second without memory."""
+    row = {"phase": "decode", "batch_size": 1, "context": 128, "note": ""}
+    measured = {"speedup": 1.123, "speedup_low": 1.1, "speedup_high": 1.2, "ceiling": 1.25}
+    missing = row | {"batch_size": 32, "context": 8192, "note": "not measured: needs 90 GiB, 20 GiB are free", "ceiling": 1.3}
+    dense = {"model": "dense", "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0, "ceiling": 1.0}
+    rows = [row | dense, row | measured | {"model": "v3"}, missing | {"model": "dense"}, missing | {"model": "v3"}]
+    parameters = {"model": "shape:llama-3-8b", "dtype": "bfloat16"}
+    names = {"schema": 1, "notebook": "07_cost_analysis", "device": "cuda", "machine": "Linux"}
+    return names | {"parameters": parameters, "tables": {"speed": rows}}
+
+
+def test_readme_says_not_measured_until_there_is_a_record(record, tmp_path):
+    assert publishing.cost_block(tmp_path).startswith("Speed at this size: not measured.")
+    folder = tmp_path / "llama3-8b-shape"
+    folder.mkdir()
+    (folder / "07_cost_analysis.json").write_text(json.dumps(record))
+    block = publishing.cost_block(tmp_path)
+    assert "| phase | batch | context | v3 |" in block
+    assert "| decode | 1 | 128 | 1.12 (1.10–1.20) of 1.25 |" in block
+    assert "| decode | 32 | 8192 | not measured: needs 90 GiB, 20 GiB are free |" in block
+    assert "shape:llama-3-8b with random weights in bfloat16, cuda, Linux" in block
+
+
+def test_speedup_bars_start_at_one_and_name_what_is_missing(record):
+    fig, ax = plt.subplots()
+    figures.speedup_bars(ax, pd.DataFrame(record["tables"]["speed"]), "decode")
+    bars = [(bar.get_y(), bar.get_height()) for bar in ax.patches]
+    assert bars[0] == pytest.approx((1, 0.123)) and np.isnan(bars[1][1]) and len(bars) == 2
+    assert [text.get_text() for text in ax.texts] == ["not measured"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1 × 128", "32 × 8,192"]
+    ticks = ax.collections[-1].get_offsets()
+    assert ticks[:, 1].tolist() == [1.25, 1.3] and ax.get_yscale() == "log"
+    plt.close(fig)
