@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -118,9 +119,15 @@ def evolve(model, text, progress):
     return search.evolve(*trial_and_table(model, text), 0.4, text[:4], candidates=6, seed=2, progress=progress)
 
 
+def spoken(model, text):
+    """What a random model says is a text that it can read, and that a pruned one cannot."""
+    return model.generate(text[:, :4], attention_mask=torch.ones_like(text[:, :4]), min_new_tokens=12, max_new_tokens=12, do_sample=False)
+
+
 def prune_to(model, text, progress):
-    limit = 1.3 * perplexity(model, text)
-    return search.prune_to(*trial_and_table(model, text), text, perplexity=limit, trials=5, progress=progress), model
+    scoring = spoken(model, text)
+    limit = 1.05 * perplexity(model, scoring)
+    return search.prune_to(*trial_and_table(model, text), scoring, perplexity=limit, trials=5, progress=progress), model
 
 
 def prune_to_kept(model, text, progress):
@@ -187,7 +194,7 @@ def test_prune_to_goes_on(num_parts, text, kept, counted, killed_after):
     trials = counted(search.Trial, "__call__")
     expected, total = prune_to(small_model(), text, NOT_KEPT), len(trials)
     reached = expected[0]["perplexity"]
-    best = expected[0]["fraction"][reached <= 1.3 * perplexity(small_model(), text)].idxmax()
+    best = expected[0]["fraction"][reached <= 1.05 * perplexity(small_model(), spoken(small_model(), text))].idxmax()
     killed_after(num_parts, lambda: prune_to(small_model(), text, kept()))
     done = len(trials) - total
     assert len(reached) == 5 and not same(expected[1], small_model()) and done == np.isfinite(reached[:num_parts]).sum() < total
@@ -238,6 +245,59 @@ def test_other_inputs_find_nothing(name, text, kept, counted):
     assert len(calls) == 4 * once
     run(small_model(), text, kept())  # what was under the first key is gone
     assert len(calls) == 5 * once
+
+
+PLAN, OTHER_PLAN = pruning.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), pruning.Plan([0.3] * 3, [2, 2, 1], [5, 3, 9])
+
+
+def prune_with(model, text, progress, plan=PLAN, **how):
+    return model, pruning.prune(model, plan, text, progress=progress, **how).drop(columns="seconds")
+
+
+def sweep_with(model, text, progress, plan=PLAN, ingredients=UNTRIED, scored=False, weight=None):
+    scores = importance.unit_scores(model, text, ("magnitude", "magnitude")) if scored else None
+    covariances = None if weight is None else [(weight @ weight.T,) * 2] * 3
+    refit.sweep(model, plan, text, ingredients, scores=scores, covariances=covariances, progress=progress)
+    return model
+
+
+def evolve_with(model, text, progress, fraction=0.4, scored=4, seed=0, candidates=3, ingredients=UNTRIED, times=1):
+    trial, table = trial_and_table(model, text)
+    trial, table = dataclasses.replace(trial, ingredients=ingredients), dataclasses.replace(table, groups=[times * x for x in table.groups])
+    return search.evolve(trial, table, fraction, text[:scored], candidates, seed, progress)
+
+
+def targets_with(model, text, progress, times=1.2, scored=8):
+    goal = times * perplexity(model, spoken(model, text))
+    return search.prune_to(*trial_and_table(model, text), spoken(model, text)[:scored], perplexity=goal, trials=3, progress=progress)
+
+
+def rows_with(model, text, progress, test=4, fractions=(0.3,), flipped=False, method="random"):
+    found = frontier.frontier(model, [text.flip(1) if flipped else text], text[:test], fractions, [method], progress)
+    return found.drop(columns=["seconds", "peak_mib"])
+
+
+ARGUMENTS = {
+    prune_with: [{}, {"plan": OTHER_PLAN}, {"include_o_proj": True}, *({"group_statistic": "random", "seed": seed} for seed in (0, 1))],
+    sweep_with: [
+        {}, {"plan": OTHER_PLAN}, {"ingredients": QUICK}, {"scored": True}, {"weight": torch.eye(32).double()}, {"weight": torch.arange(32.0).double().diag()},
+    ],
+    evolve_with: [{}, {"fraction": 0.3}, {"scored": 5}, {"seed": 1}, {"candidates": 4}, {"ingredients": QUICK}, {"times": 5}],
+    targets_with: [{}, {"times": 1.05}, {"scored": 4}],
+    rows_with: [{}, {"test": 5}, {"fractions": (0.2,)}, {"flipped": True, "method": "FLAP"}, {"method": "FLAP"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", ARGUMENTS, ids=lambda run: run.__name__)
+def test_calls_with_other_arguments_share_one_progress(run, text, kept):
+    """As calls in one notebook do: none finds what another one kept."""
+    alone = [run(small_model(), text, NOT_KEPT, **arguments) for arguments in ARGUMENTS[run]]
+    together = [run(small_model(), text, kept(), **arguments) for arguments in ARGUMENTS[run]]
+    again = [run(small_model(), text, kept(), **arguments) for arguments in ARGUMENTS[run]]
+    assert same(together, alone) and same(again, alone)
+    for one, other in itertools.combinations(alone, 2):
+        with pytest.raises(AssertionError):
+            assert same(one, other)
 
 
 @pytest.mark.parametrize("name", ["removal", "prune", "sweep", "search"])
