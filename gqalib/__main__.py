@@ -1,4 +1,4 @@
-"""`python -m gqalib`: run the series, sweep a grid of runs, publish a run into the repository, make its report."""
+"""`python -m gqalib`: run the series, sweep a grid of runs, score a model on several devices, publish a run, make its report."""
 
 import argparse
 import sys
@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from gqalib import publishing, series, sweeps
+from gqalib import publishing, scoring, series, sweeps
 from gqalib.errors import InputError
-from gqalib.presets import number_or_text, preset_names
+from gqalib.presets import load_preset, number_or_text, preset_names
 from gqalib.records import NOTEBOOKS, default_run_dir
 
 
@@ -18,13 +18,10 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m gqalib", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the numbered notebooks through papermill; finished ones are kept")
-    run.add_argument("--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)")
+    scores = commands.add_parser("scores", help="Taylor scores, layer removal and gradient covariances into a file; also under torchrun")
+    scores.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="where they go")
     run.add_argument("--from", dest="first", metavar="NN", help="start with this notebook")
     run.add_argument("--only", metavar="NN", help="run this notebook alone, or several: 01,05")
-    run.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help="e.g. pruning.mean_rate=0.5; repeatable"
-    )
-    run.add_argument("--seed", type=int, default=0)
     sweep = commands.add_parser("sweep", help="run a grid of presets × overrides × seeds as Ray tasks; finished runs are kept")
     sweep.add_argument("grid", type=Path, help="a YAML file: preset, notebooks, seeds, overrides, num_cpus, num_gpus")
     sweep.add_argument("--run-dir", type=Path, help="where the runs and their table go (default: runs/sweep-<name of the grid>)")
@@ -32,6 +29,12 @@ def parser() -> argparse.ArgumentParser:
     for command in (run, sweep):
         command.add_argument("--force", action="store_true", help="run finished notebooks again")
         command.add_argument("--notebooks-dir", type=Path, default=NOTEBOOKS, help="a series of your own (default: the workbook's)")
+    for command in (run, scores):
+        command.add_argument("--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)")
+        command.add_argument(
+            "--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help="e.g. pruning.mean_rate=0.5; repeatable"
+        )
+        command.add_argument("--seed", type=int, default=0)
     for command in (run, commands.add_parser("publish", help="copy a finished run into notebooks/, figures/, data/results/, README"),
                     commands.add_parser("report", help="HTML pages of a run")):  # fmt: skip
         command.add_argument("--run-dir", type=Path, help="where results go (default: runs/<preset>)")
@@ -68,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(job.summary())
         elif options.command == "sweep":
             return 1 if sweeps.sweep(options.grid, options.run_dir, options.force, options.address, options.notebooks_dir) else 0
+        elif options.command == "scores":
+            scoring.write(load_preset(options.preset, overrides(options.overrides)), options.seed, options.out)
         elif options.command == "publish":
             publishing.publish(options.run_dir or default_run_dir(options.preset), options.preset)
         else:

@@ -8,7 +8,8 @@ loss, summed over the calibration text:
     magnitude   Σ W²        no data at all
     fisher      mean over windows of (Σ_t a ⊙ ∂L/∂a)²   a: the unit's activations; needs no gradient of any weight
 
-Nothing here reads or writes files, and nothing here removes anything.
+Nothing here reads or writes files, and nothing here removes anything. Within `parallel.processes` each process gives its share of the
+windows to `taylor_scores`, `fisher_scores`, `gradient_covariances` and `removal_importance`, and gets what all windows together give.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,8 @@ from torch import nn
 
 from gqalib.errors import InputError
 from gqalib.models import decoder_layers, layer_shape
-from gqalib.perplexity import advance, batches, layers_between, only_layers, perplexity, stream_through, token_losses
+from gqalib.parallel import mean_over_ranks, sum_over_ranks, total_over_ranks
+from gqalib.perplexity import advance, batches, exponential, layers_between, only_layers, stream_through, token_losses, window_losses
 from gqalib.progress import NOT_KEPT, Progress
 from gqalib.streaming import is_streamed
 
@@ -198,7 +200,7 @@ def taylor_scores(
             for half, part in enumerate(_halves(decoder[index])):
                 take = partial(_take, found, (index, half), scores_of[half], decoder[index], part)
                 _when_complete(part, num_batches, take, hooks)
-        num_predicted = windows.shape[0] * (windows.shape[1] - 1)
+        num_predicted = total_over_ranks(windows.shape[0]) * (windows.shape[1] - 1)
         lowest = min(layers, default=0)
         differentiate(model, windows, lambda step: step.backward(), hidden_states, first_layer, lowest, by_layer, num_predicted)
     return {index: (_finite(found[index, 0], index), _finite(found[index, 1], index)) for index in layers}
@@ -222,6 +224,7 @@ def _when_complete(part: nn.Module, num_batches: int, then: Callable[[], None], 
 
 
 def _take(found: dict, key: tuple[int, int], scores_of: Callable, layer: nn.Module, part: nn.Module) -> None:
+    sum_over_ranks(p.grad for p in part.parameters())
     found[key] = scores_of(layer)
     part.zero_grad(set_to_none=True)
 
@@ -254,7 +257,7 @@ def fisher_scores(
         InputError: the loss or a score is not finite.
     """
     layers, decoder = list(range(len(decoder_layers(model))) if layers is None else layers), decoder_layers(model)
-    scores = {index: [0.0, 0.0] for index in layers}
+    scores, count = {index: [0.0, 0.0] for index in layers}, total_over_ranks(len(windows))
     by_layer = _one_layer_at_a_time(model, by_layer)
 
     def add(step: Step) -> None:
@@ -263,10 +266,11 @@ def fisher_scores(
             step.backward()
         for place, mask in enumerate(masks):
             gradient = mask.grad.double().flatten(1) / (windows.shape[1] - 1)  # [windows, units]
-            scores[here[place // 2]][place % 2] += gradient.square().sum(0) / len(windows)
+            scores[here[place // 2]][place % 2] += gradient.square().sum(0) / count
 
     with _asking(model):
         differentiate(model, windows, add, hidden_states, first_layer, min(layers, default=0), by_layer)
+    sum_over_ranks(score for pair in scores.values() for score in pair)
     if not all(torch.isfinite(score).all() for pair in scores.values() for score in pair):
         raise InputError("a mask gradient is not finite: use dtype float32 or another calibration text")
     return {index: tuple(pair) for index, pair in scores.items()}
@@ -293,9 +297,7 @@ def _apply_mask(mask: torch.Tensor, module: nn.Module, inputs: tuple[torch.Tenso
     return (units * mask).flatten(-2).to(inputs[0].dtype)
 
 
-def gradient_covariances(
-    model: nn.Module, windows: torch.Tensor, by_layer: bool | None = None
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def gradient_covariances(model: nn.Module, windows: torch.Tensor, by_layer: bool | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per layer, the covariances of the gradient at the outputs of `o_proj` and of `down_proj`, each float64 [hidden, hidden].
 
     G = mean over tokens of g gᵀ, g = ∂(summed loss) / ∂(output at that token): K-FAC's output factor (Martens & Grosse
@@ -327,9 +329,12 @@ def gradient_covariances(
             hooks.callback(module.register_forward_hook(watch).remove)
         hooks.callback(model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_()).remove)
         differentiate(model, windows, each, by_layer=by_layer)
+    num_tokens = total_over_ranks(windows.numel())
+    for pair in modules:
+        sum_over_ranks(sums[module] for module in pair)
     if not all(torch.isfinite(total).all() for total in sums.values()):
         raise InputError("a gradient covariance is not finite: use dtype float32 or another calibration text")
-    return [tuple(sums[module] / windows.numel() for module in pair) for pair in modules]
+    return [tuple(sums[module] / num_tokens for module in pair) for pair in modules]
 
 
 # ---------------------------------------------------------------- units of one layer
@@ -448,10 +453,11 @@ def removal_importance(model: nn.Module, windows: torch.Tensor, cached_prefix: b
 
 
 def _perplexity_without(model: nn.Module, windows: torch.Tensor, layer: int, hidden_states: torch.Tensor | None) -> float:
+    """Without a layer, and with `hidden_states`, the stream before it, without those in front of it; of all processes' windows."""
     if hidden_states is not None:
-        return perplexity(model, windows, hidden_states, first_layer=layer + 1)
+        return exponential(mean_over_ranks(window_losses(model, windows, hidden_states, first_layer=layer + 1)))
     with only_layers(model, [i for i in range(len(decoder_layers(model))) if i != layer]):
-        return perplexity(model, windows)
+        return exponential(mean_over_ranks(window_losses(model, windows)))
 
 
 def activation_importance(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,11 @@ def perplexity(model: nn.Module, windows: torch.Tensor, hidden_states: torch.Ten
     With `hidden_states` [count, length, hidden], the stream before layer `first_layer`, only the layers from there on
     are run. A model so broken that the exponential overflows has perplexity infinity.
     """
-    mean = window_losses(model, windows, hidden_states, first_layer).mean().item()
+    return exponential(window_losses(model, windows, hidden_states, first_layer).mean().item())
+
+
+def exponential(mean: float) -> float:
+    """Perplexity of a mean loss in nats; infinity where a float ends."""
     return math.exp(mean) if mean < 700 else math.inf
 
 

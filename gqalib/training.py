@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -25,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gqalib import attention  # noqa: F401  (registers attn_implementation="blocked")
 from gqalib.corpora import HELD_OUT_ONE_IN
 from gqalib.errors import InputError
+from gqalib.parallel import rank_and_size, sum_over_ranks
 
 END_OF_TEXT = "<|endoftext|>"
 NO_LABEL = -100  # what transformers and torch leave out of a loss
@@ -244,7 +244,7 @@ def descend(
         started = time.monotonic()
         terms = step(model, opts, batches, rate_at(recipe, tokens_seen), loss_of)
         tokens_seen += sum(map(num_tokens_of, batches))
-        if dist.is_initialized() and dist.get_rank() > 0:
+        if rank_and_size()[0] > 0:
             continue
         _log(folder, tokens=tokens_seen, **terms, learning_rate=opts[0].param_groups[0]["lr"], seconds=time.monotonic() - started)
         if time.monotonic() - saved_at > checkpoint_s or tokens_seen >= recipe.num_tokens:
@@ -272,7 +272,7 @@ def step(
         InputError: no token of the batches has a label.
         FloatingPointError: the loss or its gradient is not finite; the weights are as they were.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_size()
     counts, totals = [num_predicted(batch) for batch in batches], {}
     if not sum(counts):
         raise InputError("a batch has no token to learn from: give rows of at least 2 tokens, with labels")
@@ -281,8 +281,7 @@ def step(
             terms = {name: term * (count / sum(counts)) for name, term in loss_of(model, batch).items()}
         terms["loss"].backward()
         totals = {name: totals.get(name, 0) + term.detach() for name, term in terms.items()}
-    if world_size > 1:
-        _sum_over_processes(model, totals)
+    sum_over_ranks([*(p.grad for p in model.parameters() if p.grad is not None), *totals.values()])
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not (torch.isfinite(totals["loss"]) and torch.isfinite(norm)):
         raise FloatingPointError("the training loss is not finite: lower the learning rates")
@@ -291,15 +290,6 @@ def step(
         optimizer.step()
         optimizer.zero_grad()
     return {name: total.item() for name, total in totals.items()}
-
-
-def _sum_over_processes(model: nn.Module, totals: dict[str, torch.Tensor]) -> None:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    vector = nn.utils.parameters_to_vector(gradients)
-    dist.all_reduce(vector)
-    nn.utils.vector_to_parameters(vector, gradients)
-    for total in totals.values():
-        dist.all_reduce(total)
 
 
 @torch.no_grad()

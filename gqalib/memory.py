@@ -1,0 +1,353 @@
+"""How much memory a stage needs: on paper before it starts, refused if it does not fit, measured when it is done.
+
+    with memory.stage("sweep", memory.expected("sweep", model, 128, 2048), model.device) as used:
+        refit.sweep(model, plan, windows)
+
+Symbols: s bytes per weight; L layers; d hidden size; q, k query and KV width, f MLP width of the widest layer; V vocabulary; n = num_examples ·
+length calibration tokens; B tokens of a batch (`perplexity.batches`). Bytes, GB = 1e9. A term is what is there at the stage's peak;
+what never is there together is not added up.
+
+Llama-3-8B in bf16 on a GPU, in GB, `report(models.empty_llama_3_8b(), …)`; nothing here is measured:
+
+{estimates}
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import torch
+from torch import nn
+
+from gqalib import perplexity
+from gqalib.cost import Used, measured, weight_bytes
+from gqalib.errors import InputError
+from gqalib.models import decoder_layers, layer_shapes
+from gqalib.presets import Distillation, Recovery
+from gqalib.streaming import at_work, is_streamed, streamed  # noqa: F401  (memory.streamed is where one looks for it)
+
+Terms = dict[str, int]  # bytes by what they are for; `weights` are there before the stage begins
+SHORT_WINDOW = 128  # tokens; for the table only
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formulas read off a model."""
+
+    s: int
+    L: int
+    d: int
+    q: int
+    k: int
+    f: int
+    V: int
+    weights: int  # bytes, all of them
+    layer: int  # parameters of the widest layer
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Shape":
+        shapes, layers, config = layer_shapes(model), decoder_layers(model), model.config
+        heads, kv_heads, width = (int(shapes[name].max()) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"))
+        layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+        s = next(layers.parameters()).element_size()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        return cls(s, len(layers), hidden, heads * head_dim, kv_heads * head_dim, width, config.vocab_size, weight_bytes(model), layer)
+
+    @property
+    def not_streamed(self) -> int:
+        """Bytes of embedding, lm_head and norm (and, roughly, of layers narrower than the widest)."""
+        return max(0, self.weights - self.L * self.layer * self.s)
+
+    def saved(self, trained: bool) -> int:
+        """Bytes per token that a layer keeps for the backward pass.
+
+        8d (the streams at both norms, in float32) + s·(2q + 2k) (attention) + 3sf (MLP); and if its weights have gradients
+        s·(2d + q + f), what the projections read.
+        """
+        fixed = 8 * self.d + self.s * (2 * self.q + 2 * self.k + 3 * self.f)
+        return fixed + trained * self.s * (2 * self.d + self.q + self.f)
+
+    @property
+    def forward(self) -> int:
+        """Bytes per token of a layer at work without a backward pass: s·3f of the MLP, s·2d + 8d of stream and norm."""
+        return self.s * (3 * self.f + 2 * self.d) + 8 * self.d
+
+    def logits(self, backward: bool) -> int:
+        """Bytes per token of the logits: V·(s + 8), themselves and twice in float32; 12·V with a backward pass."""
+        return self.V * (12 if backward else self.s + 8)
+
+    @property
+    def gradients(self) -> int:
+        """s·3df, the MLP's weights' gradients, and 17·df to 20·df of float64 while one of them is scored."""
+        return self.d * self.f * (3 * self.s + 16 + self.s)
+
+
+def expected(
+    stage: str,
+    model: nn.Module,
+    num_examples: int,
+    length: int,
+    *,
+    device: str | torch.device | None = None,
+    streams: bool | None = None,
+    settings: Recovery | Distillation | None = None,
+    teacher: nn.Module | None = None,
+) -> Terms:
+    """Bytes that a stage needs at its peak, by term; one formula per stage, in its function in `STAGES`.
+
+    Args:
+        stage: `layer removal`, `one-shot Taylor`, `sequential Taylor` (and surgery), `gradient covariances`, `cost table`, `sweep`, `LoRA` or
+            `distillation`.
+        model: any Llama; one on the meta device will do.
+        num_examples, length: of the calibration text; for LoRA and distillation what goes through the model at once.
+        device: what it will run on (default: where it is). On a CPU, what waits in host memory counts too.
+        streams: whether the layers are streamed (default: whether they are now).
+        settings: of LoRA or distillation. teacher: of distillation.
+
+    Raises:
+        InputError: an unknown stage.
+    """
+    if stage not in STAGES:
+        raise InputError(f"unknown stage {stage!r}: use one of {', '.join(STAGES)}")
+    streams = is_streamed(model) if streams is None else streams
+    case = _Case(Shape.of(model), num_examples, length, torch.device(device or model.device).type, streams, settings, teacher)
+    terms = STAGES[stage](case)
+    return {name: int(size) for name, size in terms.items() if size}
+
+
+@dataclass(frozen=True)
+class _Case:
+    shape: Shape
+    num_examples: int
+    length: int
+    device: str
+    streams: bool
+    settings: Recovery | Distillation | None
+    teacher: nn.Module | None
+
+    @property
+    def n(self) -> int:
+        return self.num_examples * self.length
+
+    @property
+    def batch(self) -> int:
+        return min(self.n, max(1, perplexity.BATCH_TOKENS // self.length) * self.length)
+
+    @property
+    def in_host(self) -> int:
+        """1 if what waits in host memory counts: on a CPU."""
+        return int(self.device == "cpu")
+
+    @property
+    def by_layer(self) -> bool:
+        return self.streams or not self.in_host
+
+    def buffers(self, count: float) -> float:
+        """Streams of n·d·s bytes; of a streamed model they are in host memory."""
+        return 0 if self.streams and not self.in_host else count * self.n * self.shape.d * self.shape.s
+
+    def weights(self) -> Terms:
+        """All weights; of a streamed model embedding, norm and lm_head, and one layer."""
+        m = self.shape
+        if self.streams and not self.in_host:
+            return {"weights": m.not_streamed, "layer at work": m.layer * m.s}
+        return {"weights": m.weights}
+
+
+def _layer_removal(case: _Case) -> Terms:
+    """Two streams of n·d·s; the larger of logits, B·V·(s + 8), and a layer at work."""
+    m = case.shape
+    return {**case.weights(), "streams": case.buffers(2), "batch": case.batch * max(m.logits(False), m.forward)}
+
+
+def _taylor_one_shot(case: _Case) -> Terms:
+    """One batch: what all L layers save for it, logits 12·B·V, and the gradients of one layer's MLP while they are scored.
+
+    More than one batch: layer by layer; a stream and its gradient, 2n·d·s, the larger of logits and of one layer's activations with its
+    gradients; and in host memory (L + 1) streams.
+    """
+    m = case.shape
+    if case.batch == case.n and not case.streams:
+        return _whole_pass(case, case.batch * m.L * m.saved(trained=True), gradients=m.gradients)
+    return _by_layer(case, case.batch * m.saved(trained=True), m.gradients)
+
+
+def _taylor_sequential(case: _Case) -> Terms:
+    """As one batch of the one-shot scores, but only the layer in work saves what its weights' gradients need; two streams more."""
+    m = case.shape
+    saved = case.batch * (m.saved(trained=True) + (m.L - 1) * m.saved(trained=False))
+    return {**_whole_pass(case, saved, m.gradients + m.layer * m.s), "streams": case.buffers(2)}
+
+
+def _gradient_covariances(case: _Case) -> Terms:
+    """On a CPU one pass per batch: what all layers save, logits, and 2L covariances of 8d²; on a GPU (or streamed) layer by layer."""
+    m = case.shape
+    if not case.by_layer:
+        return {**_whole_pass(case, case.batch * m.L * m.saved(trained=False), 0), "covariances": _covariances(case)}
+    return {**_by_layer(case, case.batch * m.saved(trained=False), 3 * 8 * m.d**2), "covariances": _covariances(case)}
+
+
+def _covariances(case: _Case) -> int:
+    return case.in_host * 2 * case.shape.L * 8 * case.shape.d**2
+
+
+def _whole_pass(case: _Case, saved: float, gradients: float) -> Terms:
+    """Logits are gone before the first gradients of weights come."""
+    m = case.shape
+    return {**case.weights(), "activations": saved, "logits or gradients": max(case.batch * m.logits(True), gradients)}
+
+
+def _by_layer(case: _Case, saved: float, gradients: float) -> Terms:
+    m = case.shape
+    work = max(case.batch * m.logits(True), saved + gradients)
+    kept = case.in_host * (m.L + 1) * case.n * m.d * m.s
+    return {**case.weights(), "streams": case.buffers(2), "streams kept in host memory": kept, "batch": work}
+
+
+def _statistics(case: _Case) -> float:
+    """3·8f² of `down_proj`'s XᵀX, its factor and its inverse (or the matrix of a solve), and 4·8df of YᵀX, weights and solutions."""
+    m = case.shape
+    return 8 * (3 * m.f**2 + 4 * m.d * m.f)
+
+
+def _cost_table(case: _Case) -> Terms:
+    """Three streams; `_statistics` of one sublayer; a batch of `down_proj`'s inputs in the weights' dtype and float64, B·f·(4s + 8)."""
+    m = case.shape
+    batch = case.batch * m.f * (4 * m.s + 8)
+    return {**case.weights(), "streams": case.buffers(3), "statistics": max(_statistics(case), 8 * 2 * m.f**2 + batch), **_held(case)}
+
+
+def _held(case: _Case) -> Terms:
+    return {"covariances": _covariances(case) or 2 * 8 * case.shape.d**2}
+
+
+def _sweep(case: _Case) -> Terms:
+    """Five streams; the layer in float32; the larger of `_statistics` and Gauss–Newton's seven vectors like gate and up in float64, 7 · 16df, with
+    three in float32, 3 · 8df, and a batch's activations in float32, B·(4 · 7f); on a CPU the weights as they were, for an error."""
+    m = case.shape
+    newton = m.d * m.f * (7 * 16 + 3 * 8) + case.batch * 4 * 7 * m.f
+    return {
+        **case.weights(),
+        "layer in float32": 4 * m.layer if m.s != 4 else 0,
+        "streams": case.buffers(5),
+        "statistics or Gauss-Newton": max(_statistics(case), newton),
+        "weights before the cut": case.in_host * m.L * m.layer * m.s,
+        **_held(case),
+    }
+
+
+def _lora(case: _Case) -> Terms:
+    """r·(inputs + outputs) of all projections, with gradient and AdamW's two moments 4s each; what all layers save for a batch; logits
+    in float32, four times."""
+    m, settings = case.shape, case.settings
+    adapter = settings.lora_r * m.L * (2 * (m.d + m.q) + 2 * (m.d + m.k) + 3 * (m.d + m.f))
+    saved = case.n * m.L * m.saved(trained=True) * (1 + (settings.lora_dropout > 0))
+    return {**case.weights(), "adapter": 4 * m.s * adapter, "activations": saved, "logits": 16 * case.n * m.V}
+
+
+def _distillation(case: _Case) -> Terms:
+    """Gradients; Muon's momentum s per weight of the layers, AdamW's two moments for the rest; the teacher; bf16 copies of the weights, 2 bytes each;
+    what all layers save for a batch, in bf16 where matrix products are; six times the logits in float32; on a CPU a checkpoint's bytes."""
+    m, by_muon = case.shape, case.shape.L * case.shape.layer * case.shape.s
+    state = by_muon + 2 * (m.weights - by_muon) if case.settings is None or case.settings.muon_lr else 2 * m.weights
+    return {
+        **case.weights(),
+        "teacher": 0 if case.teacher is None else weight_bytes(case.teacher),
+        "gradients": m.weights,
+        "optimisers": state,
+        "weights in bf16": 2 * m.weights / m.s,
+        "activations": case.n * m.L * (8 * m.d + 2 * (2 * m.d + 3 * m.q + 2 * m.k + 4 * m.f)),
+        "logits": 24 * case.n * m.V,
+    }
+
+
+STAGES: dict[str, Callable[[_Case], Terms]] = {
+    "layer removal": _layer_removal,
+    "one-shot Taylor": _taylor_one_shot,
+    "sequential Taylor": _taylor_sequential,
+    "gradient covariances": _gradient_covariances,
+    "cost table": _cost_table,
+    "sweep": _sweep,
+    "LoRA": _lora,
+    "distillation": _distillation,
+}
+
+
+def sweep_flops(model: nn.Module, num_tokens: int, newton_rounds: int = 1, newton_steps: int = 3) -> dict[str, float]:
+    """FLOPs of `refit.sweep` over all layers, by precision, n = num_tokens.
+
+    float64, per layer: moments 2n(q² + f² + d² + dq + df) for the output projections and 2n·2d² for the inputs, again after each round;
+    choice and solves 5(q³ + f³) at most. Others, per layer with P parameters: three forward passes of 2nP, and per round 5 + 4·steps passes.
+    """
+    m = Shape.of(model)
+    moments = 2 * num_tokens * ((1 + newton_rounds) * (m.q**2 + m.f**2 + m.d * (m.q + m.f)) + (2 + newton_rounds) * 2 * m.d**2)
+    passes = 3 + newton_rounds * (5 + 4 * newton_steps)
+    return {"float64": m.L * (moments + 5.0 * (m.q**3 + m.f**3)), "others": m.L * passes * 2.0 * num_tokens * m.layer}
+
+
+def report(model: nn.Module, cases: dict[str, tuple[str, int, int, dict]]) -> pd.DataFrame:
+    """One row per case, name → (stage, num_examples, length, options of `expected`): terms and `total` in GB."""
+    rows = {name: expected(stage, model, examples, length, **options) for name, (stage, examples, length, options) in cases.items()}
+    frame = pd.DataFrame({name: {**terms, "total": sum(terms.values())} for name, terms in rows.items()}).T / 1e9
+    return frame.rename_axis("stage")
+
+
+# ---------------------------------------------------------------- before and after
+
+
+@dataclass
+class Peak:
+    """A stage's memory; `peak_gb` and `seconds` are known when it is done."""
+
+    expected_gb: float
+    free_gb: float
+    peak_gb: float = 0.0
+    seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def stage(
+    name: str, terms: Terms, device: torch.device | str, knob: str = "give fewer or shorter examples", say: Callable = print
+) -> Iterator[Peak]:
+    """States the peak that `terms` (see `expected`) come to, runs the block, states the peak that it had.
+
+    On a GPU the peak is the allocator's; on a CPU the weights and what the process' resident set grew by.
+
+    Args:
+        knob: what lowers the need, for the refusal. say: gets each line.
+
+    Raises:
+        InputError: more is needed than is free; the block is not begun.
+    """
+    total, weights, free = sum(terms.values()), terms.get("weights", 0), free_bytes(device)
+    if total - weights > free:
+        needed = f"{(total - weights) / 1e9:.1f} GB beside the weights' {weights / 1e9:.1f} GB"
+        raise InputError(f"{name} needs {needed}, but {free / 1e9:.1f} GB are free on {device}: {knob}")
+    parts = ", ".join(f"{term} {size / 1e9:.2f}" for term, size in sorted(terms.items(), key=lambda item: -item[1]))
+    say(f"{name}: {total / 1e9:.2f} GB expected ({parts}), {free / 1e9:.1f} GB free on {device}")
+    peak, before = Peak(total / 1e9, free / 1e9), weights
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+    used = Used()
+    try:
+        with measured(device) as used:
+            yield peak
+    finally:
+        peak.peak_gb, peak.seconds = (before + used.peak_bytes) / 1e9, used.seconds
+    say(f"{name}: {peak.peak_gb:.2f} GB at its peak, {peak.seconds:.0f} s")
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """What an allocation can still get: on a GPU the driver's free memory and the allocator's own, on a CPU what the machine and the
+    control group leave."""
+    if torch.device(device).type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, free)
