@@ -33,6 +33,7 @@ from gqalib.recovery import lora_config, merge
 from gqalib.training import NO_LABEL, Batch, as_inputs
 
 COLUMNS = ["tokens", "loss", "kl", "cross_entropy", "learning_rate", "seconds"]
+MICRO_TOKENS = 2048  # that go through student and teacher at once
 Batches = torch.Tensor | Callable[[int], Batch]
 
 
@@ -42,7 +43,7 @@ def distill(
     train_batches: Batches,
     settings: Distillation,
     folder: Path,
-    micro_tokens: int = 2048,
+    micro_tokens: int = MICRO_TOKENS,
     checkpoint_s: float = 300,
 ) -> pd.DataFrame:
     """Teach a pruned model, in place, until `settings.num_tokens` are seen (the last step is a whole one).

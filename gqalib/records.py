@@ -14,6 +14,8 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ import datasets
 import matplotlib.pyplot as plt
 import pandas as pd
 import transformers
+from torch import nn
 
-from gqalib import figures
+from gqalib import figures, memory
 from gqalib.corpora import corpus_path
+from gqalib.cost import weight_bytes
 from gqalib.errors import InputError
 from gqalib.models import REPOSITORY, check_model, resolve_device
 from gqalib.presets import load_preset
@@ -100,6 +104,7 @@ class Notebook:
         self.run_dir = Path(run_dir).absolute() if run_dir else default_run_dir(preset)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.metrics, self.tables, self.texts, self.artefacts, self.read = {}, {}, {}, [], {}
+        self.stages: list[dict[str, Any]] = []
         self._started = time.monotonic()
         transformers.set_seed(seed)
         transformers.utils.logging.disable_progress_bar()
@@ -118,6 +123,22 @@ class Notebook:
             raise InputError(f"{path} was made with other parameters: run {name} again with these")
         self.read[name] = sha256(path)
         return record
+
+    @contextlib.contextmanager
+    def stage(
+        self, name: str, model: nn.Module, shape: tuple[int, int], knob: str, copies: int = 0, **options: Any
+    ) -> Iterator[memory.Peak]:
+        """A long step: states the memory that it needs before it begins, or refuses; states what it took, and lists it in the record.
+
+        Args:
+            name: one of `memory.STAGES`. shape: (windows, length) that go through it. knob: the parameter that lowers the need.
+            copies: of the model that it makes. options: as in `memory.expected`.
+        """
+        terms = memory.expected(name, model, *shape, **options)
+        terms |= {"copies": copies * weight_bytes(model)} if copies else {}
+        with memory.stage(name, terms, model.device, f"lower {knob}") as peak:
+            yield peak
+        self.stages.append({"stage": name, **asdict(peak)})
 
     def metric(self, name: str, value: float, unit: str) -> None:
         """A number for the record; it must be finite."""
