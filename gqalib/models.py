@@ -61,8 +61,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` becomes `cuda` where there is one, else `cpu`."""
-    if device == "auto":
+    """`auto` and `all` become `cuda` where there is one, else `cpu`."""
+    if device in ("auto", "all"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
 
@@ -103,12 +103,15 @@ def _why_not(model: str, error: BaseException) -> str:
 def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwargs) -> GqaLlamaForCausalLM:
     """A Llama, pruned or not, ready to be scored: weights in `dtype` on `device`, evaluation mode.
 
-    Other arguments (`attn_implementation`, `device_map`, …) go to `from_pretrained`; a shape has no use for a `device_map`.
+    Other arguments (`attn_implementation`, `device_map`, …) go to `from_pretrained`; a shape has no use for a `device_map`. Device `all` is
+    `device_map="auto"`: layers are spread over all cards, and what they cannot hold over the host's memory.
 
     Raises:
         InputError: the model cannot be had, is no Llama, or its weights are of another configuration.
     """
     source, config = check_model(str(model)), load_config(model)
+    if device == "all":
+        kwargs.setdefault("device_map", "auto")
     if source.startswith(SHAPE):
         kwargs.pop("device_map", None)
         return random_model(config, dtype, device, **kwargs)

@@ -187,7 +187,9 @@ class Notebook:
             self.artefacts.append(f"figures/{file}")
 
     def finish(self) -> None:
-        """Write the record; what was kept on the way to it goes."""
+        """Write the record, the stages as a table of it; what was kept on the way to it goes."""
+        if self.stages:
+            self.table("stages", pd.DataFrame(self.stages))
         record = {
             "schema": SCHEMA,
             "notebook": self.name,
