@@ -32,7 +32,7 @@ overrides:
 STAND_IN = """  # instead of `python -m gqalib run`, which takes ten seconds to load: the same arguments, files and exit status
 import json, os, pathlib, shutil, sys, time
 place, ready = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1]), pathlib.Path(sys.argv[0]).parent / "ready"
-(place / "environment.json").write_text(json.dumps(dict(os.environ)))
+(place / "environment.json").write_text(json.dumps(os.environ | {"nice": os.nice(0)}))
 if place.name == slow and not (place / "begun").exists():  # the first attempt at this one is killed
     (place / "begun").write_text(str(os.getpid()))
     time.sleep(600)
@@ -202,9 +202,49 @@ def test_figure_of_any_grid(tmp_path):
         assert (tmp_path / "sweep.png").exists() == (rows is not grids[-1])
 
 
+def test_force_starts_from_nothing(jobs, grid, notebooks, tmp_path, monkeypatch, capsys):
+    started = []
+
+    def run_all(jobs, *_):
+        for job in jobs:
+            started.append((job.run_dir.name, job.run_dir.exists()))
+            finish(job, job.run_dir, perplexity_v3=perplexity(job))
+            yield job, None
+
+    monkeypatch.setattr(tasks, "run_all", run_all)
+    command = ["sweep", str(grid()), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]
+    for arguments, count in (([], 6), ([], 6), (["--force"], 12)):
+        assert main([*command, *arguments]) == 0 and len(started) == count
+    assert started == [(job.run_dir.name, False) for job in jobs] * 2
+
+
+def test_what_changed_while_it_ran_does_not_count(jobs, grid, notebooks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tasks, "run_all", lambda jobs, *_: ((job, None) for job in jobs))  # all end well, and leave nothing
+    assert main(["sweep", str(grid()), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]) == 1
+    assert "0 of 6 runs complete" in capsys.readouterr().out
+
+
 def test_names_that_two_notebooks_use():
     records = [{"notebook": f"0{n}_x", "metrics": {"same": {"value": 1}, "differs": {"value": n}}} for n in (1, 2)]
     assert sweeps._metrics(records) == {"same": 1, "differs": 1, "02.differs": 2}
+
+
+def test_a_start_that_takes_too_long_is_tried_again():
+    class Ray:
+        starts, fails, shutdown = 0, 2, staticmethod(lambda: None)
+
+        def init(self, *_, **__):
+            self.starts += 1
+            if self.starts <= self.fails:
+                raise Exception("The current node timed out during startup.")
+
+    ray = Ray()
+    tasks._start(ray, None, "")
+    assert ray.starts == 3
+    ray.starts, ray.fails = 0, 3
+    with pytest.raises(Exception, match="timed out"):
+        tasks._start(ray, None, "")
+    assert ray.starts == 3
 
 
 def test_no_cluster_at_the_address(jobs):
@@ -259,7 +299,7 @@ def test_six_runs_with_a_worker_killed(jobs, grid, notebooks, tmp_path, stand_in
     assert re.findall(r"retried   (\S+) \(attempt 1 on \S+: its worker died\)", out) == [jobs[2].run_dir.name]
     assert "6 of 6 runs complete" in out and "raylet" not in out
     environment = json.loads((jobs[0].run_dir / "environment.json").read_text())
-    assert environment["OMP_NUM_THREADS"] == "1" and environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"], environment["nice"]) == ("1", "", os.nice(0))
     monkeypatch.setattr(tasks, "PROGRAM", ("/never",))
     assert main(command) == 0 and "6 runs, 6 finished before" in capsys.readouterr().out
 
