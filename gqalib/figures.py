@@ -103,14 +103,14 @@ def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
         reach = [own["speedup"] - own["speedup_low"], own["speedup_high"] - own["speedup"]]
         ax.bar(x, own["speedup"] - 1, width * 0.9, bottom=1, color=_colour_of(name), label=name)
         ax.errorbar(x, own["speedup"], reach, fmt="none", ecolor=COLORS["dense"], lw=1, capsize=2)
-        ax.scatter(
-            x, own["ceiling"], marker="_", s=1500 * width / len(points), color=COLORS["v2"], lw=2, label=None if index else "ceiling"
-        )
+        ceiling = own["ceiling"].where(own["speedup"].notna())
+        ax.scatter(x, ceiling, marker="_", s=1500 * width / len(points), color=COLORS["v2"], lw=2, label=None if index else "ceiling")
         for place in x[own["speedup"].isna()]:
             ax.text(place, 1.03, "not measured", rotation=90, ha="center", va="bottom", fontsize=8)
     ax.axhline(1, color=COLORS["dense"], lw=0.8)
     ax.set_xticks(range(len(points)), [f"{size} × {context:,}" for size, context in points])
-    ax.set(title=phase, xlabel="sequences × tokens", ylabel="speed-up over dense (×)", yscale="log")
+    ax.set_title(phase, loc="left")
+    ax.set(xlabel="sequences × tokens", ylabel="speed-up over dense (×)", yscale="log")
     readable_log_axis(ax.yaxis, steps=(1, 1.5, 2, 3, 5, 7))
     ax.grid(axis="x", visible=False)
 

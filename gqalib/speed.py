@@ -106,7 +106,7 @@ def compare_speed(
     batch_sizes: Sequence[int],
     contexts: Sequence[int],
     min_run_s: float = 0.5,
-    rounds: int = 3,
+    rounds: int = 5,
     phases: Sequence[str] = tuple(PHASES),
 ) -> pd.DataFrame:
     """Prefill and decode of several models on one device, at every batch size and context; the first is what the others are compared with.
