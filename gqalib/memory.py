@@ -7,9 +7,20 @@ Symbols: s bytes per weight; L layers; d hidden size; q, k query and KV width, f
 length calibration tokens; B tokens of a batch (`perplexity.batches`). Bytes, GB = 1e9. A term is what is there at the stage's peak;
 what never is there together is not added up.
 
-Llama-3-8B in bf16 on a GPU, in GB, `report(models.empty_llama_3_8b(), …)`; nothing here is measured:
+Llama-3-8B in bf16 on a GPU, in GB, by these formulas; none of it is measured:
 
-{estimates}
+    stage                    tokens        resident                                                     layers streamed
+    layer removal            50 × 128      18.8 = weights 16.1, logits of 2,048 tokens 2.6               5.2
+    one-shot Taylor          10 × 128      25.9 = weights, activations 7.9, gradients 2.0
+    one-shot Taylor         128 × 2048     23.5 = weights, stream and its gradient 4.3, logits 3.2       5.7, and 33 × 2.1 in host memory
+    sequential Taylor        10 × 128      23.8 = weights, activations 5.8, gradients 2.0
+    gradient covariances    128 × 2048     23.5 = as the Taylor scores                                   5.7, likewise
+    cost table              128 × 2048     29.6 = weights, three streams 6.4, statistics 6.8             9.6
+    sweep                   128 × 2048     36.7 = weights, five streams 10.7, Gauss–Newton 8.8, …       12.5
+    LoRA, r 8                16 × 256      85.6 = weights, activations 50.5, logits 18.9;  33.6 with a batch of 4
+    distillation              1 × 2048    151.6 = float32 weights 32.1, gradients 32.1, optimisers 36.3, teacher 16.1, …: more than one card
+
+Forward passes take larger batches where there is room (`perplexity.tokens_at_once`): then the peak is higher and the need is not.
 """
 
 import contextlib
@@ -113,7 +124,8 @@ def expected(
     if stage not in STAGES:
         raise InputError(f"unknown stage {stage!r}: use one of {', '.join(STAGES)}")
     streams = is_streamed(model) if streams is None else streams
-    case = _Case(Shape.of(model), num_examples, length, torch.device(device or model.device).type, streams, settings, teacher)
+    at_once = perplexity.tokens_at_once(model)
+    case = _Case(Shape.of(model), num_examples, length, torch.device(device or model.device).type, streams, at_once, settings, teacher)
     terms = STAGES[stage](case)
     return {name: int(size) for name, size in terms.items() if size}
 
@@ -125,6 +137,7 @@ class _Case:
     length: int
     device: str
     streams: bool
+    at_once: int  # tokens of a batch that goes forward only; on a GPU more than the least, where there is room
     settings: Recovery | Distillation | None
     teacher: nn.Module | None
 
@@ -134,7 +147,11 @@ class _Case:
 
     @property
     def batch(self) -> int:
-        return min(self.n, max(1, perplexity.BATCH_TOKENS // self.length) * self.length)
+        return self.tokens(perplexity.BATCH_TOKENS)
+
+    def tokens(self, at_once: int) -> int:
+        """Of a batch: whole windows."""
+        return min(self.n, max(1, at_once // self.length) * self.length)
 
     @property
     def in_host(self) -> int:
@@ -160,7 +177,7 @@ class _Case:
 def _layer_removal(case: _Case) -> Terms:
     """Two streams of n·d·s; the larger of logits, B·V·(s + 8), and a layer at work."""
     m = case.shape
-    return {**case.weights(), "streams": case.buffers(2), "batch": case.batch * max(m.logits(False), m.forward)}
+    return {**case.weights(), "streams": case.buffers(2), "batch": case.tokens(case.at_once) * max(m.logits(False), m.forward)}
 
 
 def _taylor_one_shot(case: _Case) -> Terms:
@@ -241,11 +258,11 @@ def _sweep(case: _Case) -> Terms:
 
 def _lora(case: _Case) -> Terms:
     """r·(inputs + outputs) of all projections, with gradient and AdamW's two moments 4s each; what all layers save for a batch; logits
-    in float32, four times."""
+    in float32, nine times (loss, entropy and accuracy, as trl takes them)."""
     m, settings = case.shape, case.settings
     adapter = settings.lora_r * m.L * (2 * (m.d + m.q) + 2 * (m.d + m.k) + 3 * (m.d + m.f))
     saved = case.n * m.L * m.saved(trained=True) * (1 + (settings.lora_dropout > 0))
-    return {**case.weights(), "adapter": 4 * m.s * adapter, "activations": saved, "logits": 16 * case.n * m.V}
+    return {**case.weights(), "adapter": 4 * m.s * adapter, "activations": saved, "logits": 36 * case.n * m.V}
 
 
 def _distillation(case: _Case) -> Terms:

@@ -14,20 +14,13 @@ sublayer also repairs what those in front of it broke. The *input refit* does th
 the pruned stream they are to give what they gave on the dense one. After the cut they are refitted together, by Gauss–Newton,
 for the one thing that counts, the sublayer's output against Y; that and the refit of the output projection take turns.
 
-On paper, Llama-3-8B in bf16 with n calibration tokens, one sublayer at a time (f = 14,336, the width of `down_proj`, decides):
+On paper, one sublayer at a time (f, the width of `down_proj`, decides): beside the weights five residual streams of n tokens, one layer in float32,
+and the larger of three matrices of 8f² bytes and seven vectors like gate and up in float64. `memory.expected` has the terms, `memory` the sum for
+Llama-3-8B: 36.7e9 bytes at n = 262,144, and 12.5e9 with `memory.streamed`, where the streams and all layers but the one at work wait in host
+memory. The normalised streams are made when they are needed. The weights of the layers done wait in host memory as well, so that an error
+leaves the model as it was. FLOPs: `memory.sweep_flops`.
 
-    bytes    weights 16.1e9; the layer at work in float32 0.9e9; four streams of 8,192·n and the normalised ones, 32,768·n, or
-             2.1e9 at n = 32,768; H of `down_proj` and two matrices of its size in a solve, 3 · 8f² = 4.9e9, with YᵀX, W, G and
-             their solutions in float64 at most 3.2e9. Gauss–Newton comes when H is gone: seven vectors like gate and up in
-             float64, 6.6e9. Together 27.2e9: more than a 24 GiB GPU (25.8e9) holds, unless embedding and lm_head (2.1e9) are
-             elsewhere. The weights of the layers done wait in host memory (at most 14.0e9), so that an error leaves the model as it was.
-    FLOPs    per layer 2n(f² + hidden² + 2·hidden·f) for the moments and 5f³ at most for choice and solves, in float64: 3.6e13 at
-             n = 32,768; three forward passes, 1.3e9·n; Gauss–Newton, a round of three steps, each a forward pass and a product
-             with Jᵀ: as much as 17 forward passes, 7.4e9·n = 2.4e14 in float32, 7.8e15 for all layers.
-
-The weighted choice (and `importance.fisher_scores`) needs one backward pass over the whole model, without weight gradients: 16.1e9
-of weights, about 14e9 of activations and 3e9 of logits per batch of 2,048 tokens, and 64 covariances of 8 · 4096² = 8.6e9.
-The seed's Taylor scores need 14.0e9 of weight gradients more when taken at once, and 0.4e9 layer by layer.
+The weighted choice needs `importance.gradient_covariances`, a backward pass without weight gradients.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

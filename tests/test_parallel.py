@@ -33,7 +33,17 @@ def arguments(tokenizer, tmp_path):
 
 
 def under_torchrun(arguments, folder, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "gqalib", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "-m",
+        "gqalib",
+        *arguments,
+    ]
     return subprocess.run(command, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=300)
 
 

@@ -1,0 +1,80 @@
+"""Run by test_memory in a process of its own: measured over expected, the weights apart, of every stage at one size."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from conftest import small_config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from gqalib import distillation, importance, memory, perplexity, pruning, recovery, refit, search
+from gqalib.modeling_gqa_llama import GqaLlamaForCausalLM
+from gqalib.presets import Distillation, Recovery
+
+SIZES = {
+    "small": {"vocab_size": 16_000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "large": {"vocab_size": 24_000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 6},
+}
+
+
+def random_model(size):
+    config = small_config(**SIZES[size], num_key_value_heads=2, head_dim=64, max_position_embeddings=128, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    return GqaLlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+
+
+def ratio(stage, model, num_examples, work, **options):
+    """Peak over expectation, both without the weights, which were there before."""
+    terms = memory.expected(stage, model, num_examples, 128, **options)
+    windows = torch.randint(1, model.config.vocab_size, (num_examples, 128))
+    with memory.stage(stage, terms, "cpu", say=lambda line: None) as peak:
+        work(windows)
+    weights = terms["weights"] / 1e9
+    return (peak.peak_gb - weights) / (peak.expected_gb - weights)
+
+
+def tokenizer():
+    words = Tokenizer(WordLevel({"<e>": 0, "<u>": 1, "a": 2}, "<u>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", pad_token="<e>", unk_token="<u>")
+
+
+def measure(size):
+    ratios, enough = {}, {"small": 6, "large": 9}[size]  # windows: as many tokens as the MLP is wide
+    model = random_model(size)
+    first = [int(i == 0) for i in range(len(model.model.layers))]
+    plan = pruning.Plan([0.3 * i for i in first], first, [300 * i for i in first])
+    covariances = [(torch.eye(model.config.hidden_size, dtype=torch.float64),) * 2] * len(first)
+    rows = [{"prompt": "a " * 20, "completion": "a " * 120}] * 4
+    lora = Recovery(1e-4, 8, 16, 0.0, 1, None, 4, 1, 128, 0.0, "linear", "none")
+    ratios["layer removal"] = ratio("layer removal", model, 4, lambda w: importance.removal_importance(model, w))
+    ratios["one-shot Taylor"] = ratio("one-shot Taylor", model, 4, lambda w: importance.taylor_scores(model, w))
+    ratios["gradient covariances"] = ratio("gradient covariances", model, 4, lambda w: importance.gradient_covariances(model, w))
+    ratios["cost table"] = ratio("cost table", model, enough, lambda w: search.cost_table(model, w, covariances))
+    perplexity.BATCH_TOKENS = 512
+    ratios["one-shot Taylor, by layer"] = ratio("one-shot Taylor", model, 8, lambda w: importance.taylor_scores(model, w))
+    ratios["sequential Taylor"] = ratio("sequential Taylor", model, 4, lambda w: pruning.prune(model, plan, w))
+    model = random_model(size)
+    ratios["LoRA"] = ratio(
+        "LoRA", model, 4, lambda w: recovery.finetune_lora(model, tokenizer(), rows, lora, Path(tempfile.mkdtemp())), settings=lora
+    )
+    model = random_model(size)
+    plan = pruning.uniform_plan(model, 0.3)
+    ratios["sweep"] = ratio("sweep", model, enough, lambda w: refit.sweep(model, plan, w, covariances=covariances))
+    if "distillation" in sys.argv:
+        student, teacher, settings = random_model(size), random_model(size), Distillation(num_tokens=256, batch_tokens=256)
+        with tempfile.TemporaryDirectory() as folder:
+            ratios["distillation"] = ratio(
+                "distillation", student, 2,
+                lambda w: distillation.distill(student, teacher, w, settings, Path(folder)), settings=settings,
+            )  # fmt: skip
+    return ratios
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1])))

@@ -1,0 +1,216 @@
+"""What a stage is said to need, what it takes, and that what lowers it changes no result."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import small_model
+
+from gqalib import InputError, importance, memory, models, pruning, refit, search
+from gqalib.cost import weight_bytes
+from gqalib.models import REPOSITORY
+from gqalib.perplexity import hidden_states_before, window_losses
+
+# A small threshold: what is freed goes back to the system, so that the resident set shows what is in use.
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+}
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_peaks_are_as_expected(size):
+    """10M and 24M parameters in float32; what a stage adds to the weights, measured over expected."""
+    command = [sys.executable, str(REPOSITORY / "tests" / "peaks.py"), size]
+    finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=600)
+    ratios = json.loads(finished.stdout.splitlines()[-1])
+    assert len(ratios) == 8 and all(0.6 < ratio < 1.25 for ratio in ratios.values()), ratios
+
+
+def test_llama_3_8b_on_paper():
+    """The sizes that the plan for a GPU rests on."""
+    model = models.empty_llama_3_8b().to(torch.bfloat16)
+
+    def total(stage, examples, length, **options):
+        return sum(memory.expected(stage, model, examples, length, device="cuda", **options).values())
+
+    assert weight_bytes(model) == 16_060_522_496
+    assert total("sweep", 128, 2048, streams=True) <= 16e9 and total("cost table", 128, 2048, streams=True) <= 16e9
+    for stage in ("one-shot Taylor", "sequential Taylor", "gradient covariances"):
+        assert total(stage, 10, 128) <= 40e9
+    assert total("one-shot Taylor", 128, 2048) <= 40e9 and total("gradient covariances", 128, 2048) <= 40e9
+    flops = memory.sweep_flops(model, 128 * 2048)
+    assert 0.5e16 < flops["float64"] < 2e16 and 5e16 < flops["others"] < 1e17
+
+
+def test_refused_before_the_work(model, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2_000_000_000)
+    begun = []
+    with pytest.raises(InputError, match=r"sweep needs 3\.0 GB beside the weights' 1\.0 GB, but 2\.0 GB are free on cpu: raise less"):
+        with memory.stage("sweep", {"weights": 10**9, "streams": 3 * 10**9}, "cpu", knob="raise less"):
+            begun.append(True)
+    assert not begun
+
+
+def test_stage_says_before_and_after(model, windows):
+    said = []
+    with memory.stage("scores", memory.expected("one-shot Taylor", model, *windows.shape), "cpu", say=said.append) as peak:
+        assert len(said) == 1 and "expected" in said[0] and peak.peak_gb == 0
+        held = torch.ones(20_000_000)
+    assert "at its peak" in said[1] and peak.peak_gb >= held.nbytes / 1e9 and peak.seconds > 0
+    with pytest.raises(InputError, match="unknown stage 'surgery'"):
+        memory.expected("surgery", model, 1, 2)
+
+
+def test_free_memory_minds_the_control_group(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    monkeypatch.setattr(memory, "Path", lambda name: tmp_path)
+    assert memory.free_bytes("cpu") == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes("cpu") > 10**6
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def plain_scores(model, windows, include_o_proj=False):
+    """All gradients at once, then the scores."""
+    importance.backward(model, windows)
+    layers = model.model.layers
+    scores = {i: (importance.group_scores(x, "taylor", include_o_proj), importance.channel_scores(x)) for i, x in enumerate(layers)}
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(True)
+    return scores
+
+
+def equal(first, second):
+    pairs = (zip(first[key], second[key], strict=True) for key in first)
+    return first.keys() == second.keys() and all(torch.equal(a, b) for pair in pairs for a, b in pair)
+
+
+@pytest.mark.parametrize("batch_tokens", [2048, 40], ids=["one batch", "three batches"])
+@pytest.mark.parametrize("by_layer", [None, True, False])
+@pytest.mark.parametrize("include_o_proj", [False, True])
+def test_taylor_scores_are_those_of_all_gradients(model, windows, monkeypatch, batch_tokens, by_layer, include_o_proj):
+    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", batch_tokens)
+    expected = plain_scores(model, windows, include_o_proj)
+    assert equal(importance.taylor_scores(model, windows, include_o_proj=include_o_proj, by_layer=by_layer), expected)
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_taylor_scores_of_one_layer_from_its_stream(model, windows, by_layer):
+    stream = hidden_states_before(model, windows, 1)
+    scores = importance.taylor_scores(model, windows, [2], stream, 1, by_layer=by_layer)
+    assert equal(scores, {2: plain_scores(model, windows)[2]})
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_no_gradient_stays_and_few_are_there_together(model, windows, by_layer, monkeypatch):
+    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 40 if by_layer else 2048)
+    model.model.layers[0].mlp.requires_grad_(False)
+    asking, most = [p.requires_grad for p in model.parameters()], [0]
+
+    def count(_):
+        most[0] = max(most[0], sum(p.numel() for p in model.parameters() if p.grad is not None))
+
+    for layer in model.model.layers:  # before taylor_scores' own hooks, so that nothing is dropped yet
+        for part in (layer.self_attn, layer.mlp):
+            for parameter in part.parameters():
+                parameter.requires_grad_(True).register_post_accumulate_grad_hook(count)
+    model.model.layers[0].mlp.requires_grad_(False)
+    importance.taylor_scores(model, windows, by_layer=by_layer)
+    assert all(p.grad is None for p in model.parameters()) and [p.requires_grad for p in model.parameters()] == asking
+    assert 0 < most[0] <= pruning.layer_sizes(model).max()
+
+
+@pytest.mark.parametrize("batch_tokens", [2048, 40])
+def test_layer_by_layer_changes_nothing(model, windows, monkeypatch, batch_tokens):
+    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", batch_tokens)
+    assert equal(importance.fisher_scores(model, windows, by_layer=True), importance.fisher_scores(model, windows, by_layer=False))
+    whole, parts = (dict(enumerate(importance.gradient_covariances(model, windows, by_layer))) for by_layer in (False, True))
+    assert equal(whole, parts) and all(p.grad is None for p in model.parameters())
+
+
+def test_an_error_leaves_all_layers(model, windows):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    for by_layer in (True, False):
+        with pytest.raises(InputError, match="loss is nan"):
+            importance.taylor_scores(model, windows, by_layer=by_layer)
+        assert len(model.model.layers) == 3 and all(p.requires_grad for p in model.parameters())
+
+
+# ---------------------------------------------------------------- streaming
+
+
+def test_streamed_results_are_the_same(model, windows, monkeypatch):
+    """Layers come and go through the same code as with a GPU, though here both places are the CPU."""
+    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 40)
+    pruned = copy.deepcopy(model)
+    covariances, plan = importance.gradient_covariances(model, windows), pruning.uniform_plan(model, 0.3)
+    results = [
+        window_losses(model, windows), importance.removal_importance(model, windows),
+        search.cost_table(model, windows, covariances).channels[1], importance.taylor_scores(model, windows),
+    ]  # fmt: skip
+    refit.sweep(model, plan, windows, covariances=covariances)
+    with memory.streamed(pruned, "cpu"):
+        assert memory.is_streamed(pruned)
+        covariances = importance.gradient_covariances(pruned, windows)
+        streamed = [
+            window_losses(pruned, windows), importance.removal_importance(pruned, windows),
+            search.cost_table(pruned, windows, covariances).channels[1], importance.taylor_scores(pruned, windows),
+        ]  # fmt: skip
+        refit.sweep(pruned, plan, windows, covariances=covariances)
+    assert torch.equal(results[0], streamed[0]) and torch.equal(results[1], streamed[1])
+    assert (results[2] == streamed[2]).all() and equal(results[3], streamed[3])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pruned.parameters(), strict=True))
+    assert not memory.is_streamed(pruned) and not any(layer._forward_hooks for layer in pruned.model.layers)
+
+
+def test_one_layer_is_away_from_home_at_a_time(model, windows, monkeypatch):
+    """And it is fetched once per pass over the text, not once per batch."""
+    from gqalib import streaming
+
+    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 40)
+    fetched, most, arrive = [], [0], streaming._arrive
+
+    def noted(layer, *arguments):
+        fetched.extend([] if hasattr(layer, "host") else [layer])
+        arrive(layer, *arguments)
+        most[0] = max(most[0], sum(hasattr(x, "host") for x in model.model.layers))
+
+    monkeypatch.setattr(streaming, "_arrive", noted)
+    with memory.streamed(model, "cpu"):
+        layers = list(model.model.layers)
+        window_losses(model, windows)
+        assert fetched == layers and not any(hasattr(layer, "host") for layer in layers)
+        with pytest.raises(RuntimeError):
+            with memory.at_work(layers[1]):
+                raise RuntimeError
+        assert not any(hasattr(layer, "host") or hasattr(layer, "held") for layer in layers)
+    assert most[0] == 1
+
+
+def test_what_is_changed_at_work_comes_back_changed(model):
+    weight, expected = model.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight.detach() * 2
+    with memory.streamed(model, "cpu"), memory.at_work(model.model.layers[1]), torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(weight, expected)
+
+
+def test_device_map_models_work(tmp_path, tokenizer, windows):
+    """accelerate's hooks and the runs from any layer on get along."""
+    models.save_model(small_model(), tokenizer, tmp_path)
+    plain, mapped = models.load_model(tmp_path, device="cpu"), models.load_model(tmp_path, device_map={"": "cpu"})
+    plan = pruning.uniform_plan(plain, 0.3)
+    assert torch.equal(importance.removal_importance(plain, windows), importance.removal_importance(mapped, windows))
+    for model in (plain, mapped):
+        refit.sweep(model, plan, windows)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), mapped.parameters(), strict=True))
