@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -21,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gqalib.attention import attention_implementation
 from gqalib.models import layer_shapes
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # what a container may use; of Linux
 
 
 def count_flops(model: nn.Module, batch_size: int, num_tokens: int) -> int:
@@ -118,11 +121,17 @@ def prefill_bytes(model: nn.Module, batch_size: int, context: int) -> int:
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Bytes that could be taken on a device now: a GPU's free memory and what torch's allocator keeps for reuse, or a host's available memory."""
-    if torch.device(device).type != "cuda":
-        return psutil.virtual_memory().available
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """What an allocation can still get: on a GPU the driver's free memory and what torch's allocator keeps for reuse, on a CPU what the
+    machine and the control group leave, whose file cache gives way."""
+    if torch.device(device).type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, or no limit
+        limit, used, stat = ((CONTROL_GROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+        cache = dict(line.split() for line in stat.splitlines())["inactive_file"]
+        free = min(free, int(limit) - int(used) + int(cache))
+    return max(0, free)
 
 
 def peak_memory_gb(device: torch.device | str) -> float:

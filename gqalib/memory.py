@@ -26,15 +26,13 @@ Forward passes take larger batches where there is room (`perplexity.tokens_at_on
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
-import psutil
 import torch
 from torch import nn
 
 from gqalib import perplexity
-from gqalib.cost import Used, measured, weight_bytes
+from gqalib.cost import Used, free_bytes, measured, weight_bytes
 from gqalib.errors import InputError
 from gqalib.models import decoder_layers, layer_shapes
 from gqalib.presets import Distillation, Recovery
@@ -355,16 +353,3 @@ def stage(
     finally:
         peak.peak_gb, peak.seconds = (before + used.peak_bytes) / 1e9, used.seconds
     say(f"{name}: {peak.peak_gb:.2f} GB at its peak, {peak.seconds:.0f} s")
-
-
-def free_bytes(device: torch.device | str) -> int:
-    """What an allocation can still get: on a GPU the driver's free memory and the allocator's own, on a CPU what the machine and the
-    control group leave."""
-    if torch.device(device).type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, free)

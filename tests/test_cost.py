@@ -105,6 +105,16 @@ def test_free_bytes_of_a_gpu(monkeypatch):
     assert cost.free_bytes("cuda:0") == 120
 
 
+def test_free_bytes_minds_the_control_group(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 600\n")
+    monkeypatch.setattr(cost, "CONTROL_GROUP", tmp_path)
+    assert cost.free_bytes("cpu") == 3600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert cost.free_bytes("cpu") > 10**6
+
+
 def test_measured_sees_the_peak_and_the_seconds():
     with cost.measured("cpu") as used:
         block = torch.ones(50_000_000)  # 200 MB

@@ -68,15 +68,6 @@ def test_stage_says_before_and_after(model, windows):
         memory.expected("surgery", model, 1, 2)
 
 
-def test_free_memory_minds_the_control_group(tmp_path, monkeypatch):
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("2000\n")
-    monkeypatch.setattr(memory, "Path", lambda name: tmp_path)
-    assert memory.free_bytes("cpu") == 3000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes("cpu") > 10**6
-
-
 # ---------------------------------------------------------------- gradients
 
 
