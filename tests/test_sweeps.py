@@ -10,9 +10,9 @@ import signal
 import threading
 import time
 import types
-from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from conftest import small_model
 from test_series import write_series
@@ -20,6 +20,7 @@ from test_series import write_series
 from gqalib import InputError, sweeps, tasks
 from gqalib.__main__ import main, overrides, parser
 from gqalib.records import Notebook
+from gqalib.series import locked
 
 GRID = """
 preset: tiny
@@ -236,13 +237,13 @@ def test_a_start_that_takes_too_long_is_tried_again():
         def init(self, *_, **__):
             self.starts += 1
             if self.starts <= self.fails:
-                raise Exception("The current node timed out during startup.")
+                raise RuntimeError("The current node timed out during startup.")
 
     ray = Ray()
     tasks._start(ray, None, "")
     assert ray.starts == 3
     ray.starts, ray.fails = 0, 3
-    with pytest.raises(Exception, match="timed out"):
+    with pytest.raises(RuntimeError, match="timed out"):
         tasks._start(ray, None, "")
     assert ray.starts == 3
 
@@ -285,6 +286,25 @@ def kill_worker(run_dir, killed):
     os.kill(killed[0], signal.SIGKILL)
 
 
+def is_running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_an_attempt_waits_for_what_the_last_one_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "PROGRAM", ("-c", ""))
+    with locked(tmp_path / "run"):
+        attempt = threading.Thread(target=tasks._attempt, args=([], str(tmp_path / "run"), str(tmp_path), 1, 0))
+        attempt.start()
+        attempt.join(0.5)
+        assert attempt.is_alive() and not tasks.read_attempts(tmp_path / "run")
+        (tmp_path / "run" / "result").touch()
+    attempt.join(30)
+    assert [a["ended"] for a in tasks.read_attempts(tmp_path / "run")] == ["finished"]
+
+
 def test_six_runs_with_a_worker_killed(jobs, grid, notebooks, tmp_path, stand_in, monkeypatch, capsys):
     """The issue's check: six complete results, and which was retried is said; finished ones are kept when the sweep is started again."""
     stand_in(slow=jobs[2])
@@ -292,7 +312,7 @@ def test_six_runs_with_a_worker_killed(jobs, grid, notebooks, tmp_path, stand_in
     threading.Thread(target=kill_worker, args=(jobs[2].run_dir, killed), daemon=True).start()
     command = ["sweep", str(grid()), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]
     assert main(command) == 0
-    assert len(killed) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in killed)  # nothing runs on beside the second attempt
+    assert len(killed) == 2 and not any(is_running(pid) for pid in killed)
     table, out = pd.read_csv(tmp_path / "sweep" / "sweep.csv"), capsys.readouterr().out
     assert table["perplexity_v3"].tolist() == [perplexity(job) for job in jobs] and table["error"].isna().all()
     assert table["attempts"].tolist() == [1, 1, 2, 1, 1, 1]
