@@ -85,8 +85,8 @@ class Shape:
         return self.s * (3 * self.f + 2 * self.d) + 8 * self.d
 
     def logits(self, backward: bool) -> int:
-        """Bytes per token of the logits: V·(s + 8), themselves and twice in float32; 12·V with a backward pass."""
-        return self.V * (12 if backward else self.s + 8)
+        """Bytes per token of the logits: themselves and up to twice in float32, V·(4 + s or 8); 12·V with a backward pass."""
+        return self.V * (12 if backward else 8 if self.s == 4 else self.s + 8)
 
     @property
     def gradients(self) -> int:
@@ -236,14 +236,14 @@ def _cost_table(case: _Case) -> Terms:
 
 
 def _held(case: _Case) -> Terms:
-    return {"covariances": _covariances(case) or 2 * 8 * case.shape.d**2}
+    return {"covariance at work": 3 * 8 * case.shape.d**2}
 
 
 def _sweep(case: _Case) -> Terms:
-    """Five streams; the layer in float32; the larger of `_statistics` and Gauss–Newton's seven vectors like gate and up in float64, 7 · 16df, with
-    three in float32, 3 · 8df, and a batch's activations in float32, B·(4 · 7f); on a CPU the weights as they were, for an error."""
+    """Five streams; the layer in float32; the larger of `_statistics` and Gauss–Newton's five vectors like gate and up in float64, 5 · 16df, with
+    two in float32, 2 · 8df, and a batch's activations in float32, B·(4 · 4f); on a CPU the weights as they were, for an error."""
     m = case.shape
-    newton = m.d * m.f * (7 * 16 + 3 * 8) + case.batch * 4 * 7 * m.f
+    newton = m.d * m.f * (5 * 16 + 2 * 8) + case.batch * 4 * 4 * m.f
     return {
         **case.weights(),
         "layer in float32": 4 * m.layer if m.s != 4 else 0,

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from gqalib.streaming import at_work, is_streamed
 
 BATCH_TOKENS = 2048  # tokens per pass: what two cores like, and what a backward pass through all layers of an 8B model has room for
+NO_LABEL = -100
 MOST_TOKENS = 65_536  # per forward pass on a GPU: beyond it nothing gets faster
 
 
@@ -64,7 +65,9 @@ def ratio_with_error(losses: torch.Tensor, reference: torch.Tensor) -> tuple[flo
 
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """−log p of each token but the first of a window, float32 [count × (length − 1)]."""
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten().to(logits.device), reduction="none")
+    labels = pad(input_ids[:, 1:], (0, 1), value=NO_LABEL).to(logits.device)  # logits without their last row would be a copy of them
+    losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=NO_LABEL)
+    return losses.view_as(labels)[:, :-1].flatten()
 
 
 def kl_divergence(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -52,9 +52,12 @@ def test_llama_3_8b_on_paper():
 def test_refused_before_the_work(model, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2_000_000_000)
     begun = []
-    with pytest.raises(InputError, match=r"sweep needs 3\.0 GB beside the weights' 1\.0 GB, but 2\.0 GB are free on cpu: raise less"):
-        with memory.stage("sweep", {"weights": 10**9, "streams": 3 * 10**9}, "cpu", knob="raise less"):
-            begun.append(True)
+    terms, message = (
+        {"weights": 10**9, "streams": 3 * 10**9},
+        r"sweep needs 3\.0 GB beside the weights' 1\.0 GB, but 2\.0 GB are free on cpu: raise less",
+    )
+    with pytest.raises(InputError, match=message), memory.stage("sweep", terms, "cpu", knob="raise less"):
+        begun.append(True)
     assert not begun
 
 
@@ -182,9 +185,8 @@ def test_one_layer_is_away_from_home_at_a_time(model, windows, monkeypatch):
         layers = list(model.model.layers)
         window_losses(model, windows)
         assert fetched == layers and not any(hasattr(layer, "host") for layer in layers)
-        with pytest.raises(RuntimeError):
-            with memory.at_work(layers[1]):
-                raise RuntimeError
+        with pytest.raises(RuntimeError), memory.at_work(layers[1]):
+            raise RuntimeError
         assert not any(hasattr(layer, "host") or hasattr(layer, "held") for layer in layers)
     assert most[0] == 1
 

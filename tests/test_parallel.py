@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import small_model
 
-from gqalib import InputError, scoring
+from gqalib import InputError, importance, parallel, pruning, refit, scoring
 from gqalib.__main__ import main
-from gqalib.models import REPOSITORY, save_model
+from gqalib.corpora import evaluation_windows
+from gqalib.models import REPOSITORY, load_tokenizer, save_model
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TEXT = " ".join(f"w{2 + (i * i + 7 * i) % 59}" for i in range(6000))
@@ -24,9 +25,8 @@ def arguments(tokenizer, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(TEXT[i : i + 400] for i in range(0, len(TEXT), 400)))
     values = {
         "model": tmp_path / "model", "corpus": f"file:{tmp_path / 'text.txt'}", "device": "cpu",
-        "calibration": None, "removal": None,
     }  # fmt: skip
-    pairs = [f"{name}={value}" for name, value in values.items() if value is not None]
+    pairs = [f"{name}={value}" for name, value in values.items()]
     pairs += ["calibration.num_examples=7", "calibration.length=16", "removal.num_examples=5", "removal.length=16"]
     pairs += ["frontier.calibration.num_examples=6", "frontier.calibration.length=32"]
     return ["scores", *(part for pair in pairs for part in ("--set", pair))]
@@ -44,7 +44,7 @@ def under_torchrun(arguments, folder, processes=2):
         "gqalib",
         *arguments,
     ]
-    return subprocess.run(command, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_two_processes_find_the_same(arguments, tmp_path):
@@ -59,11 +59,11 @@ def test_two_processes_find_the_same(arguments, tmp_path):
     assert not [path for path in Path(tmp_path).glob(".*.tmp")]
 
 
-def test_too_few_windows_for_the_processes(arguments, tmp_path):
-    out = tmp_path / "scores.safetensors"
-    finished = under_torchrun([*arguments, "--set", "removal.num_examples=1", "--out", str(out)], tmp_path)
-    assert finished.returncode != 0 and "1 windows are too few for 2 processes: start at most 1" in finished.stderr
-    assert not out.exists()
+def test_too_few_windows_for_the_processes(windows, monkeypatch):
+    monkeypatch.setattr(parallel, "rank_and_size", lambda: (0, 2))
+    with pytest.raises(InputError, match="1 windows are too few for 2 processes: start at most 1"):
+        scoring.scores_of(small_model(), windows, windows[:1], windows)
+    assert torch.equal(parallel.share(windows), windows[::2])
 
 
 def test_scores_that_cannot_be(arguments, tmp_path, capsys):
@@ -74,13 +74,16 @@ def test_scores_that_cannot_be(arguments, tmp_path, capsys):
         scoring.read(tmp_path / "other.safetensors")
 
 
-def test_scores_are_what_a_sweep_takes(arguments, tmp_path, windows, clone):
-    from gqalib import importance, pruning, refit
-
+def test_the_file_holds_what_the_library_finds(arguments, tmp_path, windows):
     assert main([*arguments, "--out", str(tmp_path / "scores.safetensors")]) == 0
     found, model = scoring.read(tmp_path / "scores.safetensors"), small_model()
-    assert torch.equal(found.removal, found.removal.double()) and len(found.taylor) == len(found.covariances) == 3
-    before = clone(model)
-    refit.sweep(model, pruning.uniform_plan(model, 0.3), windows, covariances=found.covariances)
-    refit.sweep(before, pruning.uniform_plan(before, 0.3), windows, scores=found.taylor)
-    assert importance.largest(found.taylor[0][1], 3) == sorted(found.taylor[0][1].topk(3).indices.tolist())
+    tokenizer = load_tokenizer(tmp_path / "model")
+    text = evaluation_windows(f"file:{tmp_path / 'text.txt'}", "train", tokenizer, 16, 7 * 16, 0)
+    expected = importance.taylor_scores(model, text)
+    assert len(text) == 7 and all(torch.equal(a, b) for i in range(3) for a, b in zip(found.taylor[i], expected[i], strict=True))
+    kept = importance.largest(expected[1][1], 14)
+    dense = model.model.layers[1].mlp.up_proj.weight.detach()
+    plan = pruning.Plan([0.0, 0.4, 0.0], [0] * 3, [0, 10, 0])
+    bare = refit.Ingredients(input_refit=False, newton_rounds=0)
+    refit.sweep(model, plan, windows, bare, scores=found.taylor, covariances=found.covariances)
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, dense[kept])
