@@ -26,11 +26,11 @@ from transformers import PreTrainedTokenizerBase
 from gqalib import training
 from gqalib.attention import attention_implementation
 from gqalib.errors import InputError
-from gqalib.perplexity import kl_divergence
+from gqalib.perplexity import NO_LABEL, kl_divergence
 from gqalib.presets import Distillation
 from gqalib.progress import digest, library_hash
 from gqalib.recovery import lora_config, merge
-from gqalib.training import NO_LABEL, Batch, as_inputs
+from gqalib.training import Batch, as_inputs
 
 COLUMNS = ["tokens", "loss", "kl", "cross_entropy", "learning_rate", "seconds"]
 MICRO_TOKENS = 2048  # that go through student and teacher at once

@@ -15,8 +15,8 @@ Llama-3-8B in bf16 on a GPU, in GB, by these formulas; none of it is measured:
     one-shot Taylor         128 × 2048     23.5 = weights, stream and its gradient 4.3, logits 3.2       5.7, and 33 × 2.1 in host memory
     sequential Taylor        10 × 128      23.8 = weights, activations 5.8, gradients 2.0
     gradient covariances    128 × 2048     23.5 = as the Taylor scores                                   5.7, likewise
-    cost table              128 × 2048     29.6 = weights, three streams 6.4, statistics 6.8             9.6
-    sweep                   128 × 2048     36.7 = weights, five streams 10.7, Gauss–Newton 8.8, …       12.5
+    cost table              128 × 2048     29.7 = weights, three streams 6.4, statistics 6.8, …          9.8
+    sweep                   128 × 2048     34.9 = weights, five streams 10.7, statistics 6.8, …         10.6
     LoRA, r 8                16 × 256      85.6 = weights, activations 50.5, logits 18.9;  33.6 with a batch of 4
     distillation              1 × 2048    151.6 = float32 weights 32.1, gradients 32.1, optimisers 36.3, teacher 16.1, …: more than one card
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, pad
 from gqalib.streaming import at_work, is_streamed
 
 BATCH_TOKENS = 2048  # tokens per pass: what two cores like, and what a backward pass through all layers of an 8B model has room for
-NO_LABEL = -100
+NO_LABEL = -100  # what transformers and torch leave out of a loss
 MOST_TOKENS = 65_536  # per forward pass on a GPU: beyond it nothing gets faster
 
 

@@ -25,9 +25,9 @@ from gqalib import attention  # noqa: F401  (registers attn_implementation="bloc
 from gqalib.corpora import HELD_OUT_ONE_IN
 from gqalib.errors import InputError
 from gqalib.parallel import rank_and_size, sum_over_ranks
+from gqalib.perplexity import NO_LABEL
 
 END_OF_TEXT = "<|endoftext|>"
-NO_LABEL = -100  # what transformers and torch leave out of a loss
 Batch = torch.Tensor | dict[str, torch.Tensor]  # token ids [rows, length], or with `labels` (and `attention_mask`) beside `input_ids`
 
 

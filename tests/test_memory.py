@@ -35,7 +35,7 @@ def test_peaks_are_as_expected(size):
 
 def test_llama_3_8b_on_paper():
     """The sizes that the plan for a GPU rests on."""
-    model = models.empty_llama_3_8b().to(torch.bfloat16)
+    model = models.random_model(models.shape_config("llama-3-8b"), "bfloat16", "meta")
 
     def total(stage, examples, length, **options):
         return sum(memory.expected(stage, model, examples, length, device="cuda", **options).values())
