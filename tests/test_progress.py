@@ -507,7 +507,7 @@ def test_sigkill_in_the_middle_of_a_notebook(tmp_path):
     runner.wait()
     assert progress_dir(run_dir, "01_slow").exists() and not (run_dir / "01_slow.json").exists()
     job.run()
-    assert (run_dir / "calls").read_text() == "0 1 2 2 "
+    assert (run_dir / "calls").read_text() == "0 1 2 2 3 "  # the last one is the whole model
     expected = importance.removal_importance(models.load_model(str(tmp_path / "model"), device="cpu"), torch.arange(60).view(3, 20))
     recorded = read_record(run_dir / "01_slow.json")["metrics"]
     assert [recorded[f"layer_{layer}"]["value"] for layer in range(3)] == expected.tolist()
