@@ -1,21 +1,34 @@
-"""LoRA recovery: peft adapts, trl trains, the result merges back into a plain model."""
+"""LoRA recovery: peft adapts, trl trains, the result merges back into a plain model.
+
+`recover` does it from folder to folder, which is `python -m gqalib recover`: alone, under `torchrun` or under `accelerate launch`, whose
+settings (plain data parallel, FSDP) reach trl by themselves.
+"""
 
 import dataclasses
 import math
+import os
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+import torch
+from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from gqalib.corpora import instructions
 from gqalib.errors import InputError
-from gqalib.presets import Recovery
+from gqalib.models import load_model, load_tokenizer, resolve_device, save_model
+from gqalib.parallel import total_over_ranks
+from gqalib.presets import Preset, Recovery
 from gqalib.progress import Progress, digest, library_hash
 
 
@@ -34,6 +47,11 @@ def finetune_lora(
     lives in `folder`: the same call goes on where a killed run was saved, and finds the adapter of one that ended; another
     run begins there anew.
 
+    Several processes (`torchrun`, `accelerate launch`) call it with the same arguments and one `folder` that all see. They share the
+    micro-batches of each step, so a step sees the same rows as in one process and differs by rounding (and by the dropout masks, if there
+    is dropout); where a pass ends with fewer micro-batches than processes, the others repeat its first rows. trl's DDP or FSDP wraps the
+    model. Under FSDP the model that comes back is in shards: the whole adapter is what `trained_adapter` reads.
+
     Args:
         checkpoint_s: seconds between two checkpoints.
 
@@ -41,29 +59,55 @@ def finetune_lora(
         The model with its adapter, and the training log: `step`, `tokens`, `loss` (nats per token), `learning_rate`, `seconds`.
 
     Raises:
-        InputError: no rows, or the loss became infinite or NaN.
+        InputError: no rows, accumulation that the number of processes does not divide, or the loss became infinite or NaN.
     """
     if not rows:
         raise InputError("there are no rows to learn from: give instructions with at least one prompt and completion")
     rows = rows[: settings.num_examples]
+    args = _arguments(settings, _state(folder), seed)
+    args.gradient_accumulation_steps = _share(settings.gradient_accumulation_steps, args.world_size)
     run = {"settings": dataclasses.asdict(settings), "seed": seed, "start": digest(model, rows), "library": library_hash()}
-    state = Progress(folder / "state", run)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # trl's, about transformers
-        trainer = _trainer(model, tokenizer, rows, settings, state.folder, seed, checkpoint_s)
+    with args.main_process_first(local=False):
+        state = Progress(_state(folder), run | {"processes": args.world_size})
+    with _quiet():
+        trainer = _trainer(model, tokenizer, rows, settings, args, checkpoint_s)
         log, adapter = state.load("log"), state.load("adapter")
         if log is None or adapter is None:
             _go_on(trainer)
-            log, adapter = _log(trainer), get_peft_model_state_dict(trainer.model)
+            whole = trainer.accelerator.get_state_dict(trainer.model)  # from all processes' shards, in the main one
+            log, adapter = _log(trainer), get_peft_model_state_dict(trainer.model, whole)
             if not all(math.isfinite(row["loss"]) for row in log):
                 raise InputError(f"the loss became {log[-1]['loss']}: lower recovery.learning_rate from {settings.learning_rate}")
-            state.keep("adapter", adapter)
-            state.keep("log", log)
-            for checkpoint in state.folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+            if trainer.accelerator.is_main_process:
+                state.keep("adapter", adapter)
+                state.keep("log", log)
+                for checkpoint in state.folder.glob("checkpoint-*"):
+                    shutil.rmtree(checkpoint)
         else:
             set_peft_model_state_dict(trainer.model, adapter)
+        trainer.accelerator.wait_for_everyone()
     return trainer.model.eval(), pd.DataFrame(log)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # trl's and peft's, about transformers
+        yield
+
+
+def _state(folder: Path) -> Path:
+    return folder / "state"
+
+
+def _share(steps: int, processes: int) -> int:
+    """Accumulation steps of each process, so that together they take the batch of one."""
+    if steps % processes:
+        raise InputError(
+            f"recovery.gradient_accumulation_steps {steps} cannot be shared by {processes} processes: "
+            f"start a number that divides it, or make it a multiple of {processes} and recovery.batch_size smaller by as much"
+        )
+    return steps // processes
 
 
 def _go_on(trainer: SFTTrainer) -> None:
@@ -95,7 +139,7 @@ class _Checkpoints(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.seconds = time.perf_counter() - self.begun
-        control.should_save |= time.monotonic() - self.saved >= self.every_s
+        control.should_save |= total_over_ranks(int(time.monotonic() - self.saved >= self.every_s)) > 0  # all or none: saving waits for all
 
     def on_log(self, args, state, control, **kwargs) -> None:
         if "loss" in state.log_history[-1]:
@@ -105,10 +149,10 @@ class _Checkpoints(TrainerCallback):
         self.saved = time.monotonic()
 
 
-def _trainer(model, tokenizer, rows, settings: Recovery, folder: Path, seed: int, checkpoint_s: float) -> SFTTrainer:
+def _trainer(model, tokenizer, rows, settings: Recovery, args: SFTConfig, checkpoint_s: float) -> SFTTrainer:
     trainer = SFTTrainer(
         model=model,
-        args=_arguments(settings, folder, seed),
+        args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(settings.lora_r, settings.lora_alpha, settings.lora_dropout),
@@ -127,6 +171,7 @@ def _arguments(settings: Recovery, folder: Path, seed: int) -> SFTConfig:
     return SFTConfig(
         output_dir=str(folder),
         seed=seed,
+        use_cpu=not torch.cuda.is_available(),  # several processes meet through gloo then
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=settings.warmup_ratio,  # below 1 transformers reads it as a ratio
@@ -156,3 +201,50 @@ def _log(trainer: SFTTrainer) -> list[dict[str, float]]:
 def merge(model: PeftModel) -> nn.Module:
     """Fold the adapter into the weights: a plain model again, with the same logits, that saves and loads as before."""
     return model.merge_and_unload()
+
+
+def trained_adapter(folder: Path) -> dict[str, torch.Tensor] | None:
+    """The adapter of a `finetune_lora` that ended in this folder, by peft's names, on the CPU; None if there is none."""
+    file = _state(folder) / "adapter.safetensors"
+    return load_file(file) if file.exists() else None
+
+
+def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
+    """Train an adapter on a model with a preset's instructions and `recovery`, and save the two merged, whole or not at all.
+
+    In several processes every one calls it; the main one merges and writes. The training lives in a folder beside `out` until then, so
+    the same call goes on where a killed run was saved.
+
+    Args:
+        source: a pruned model's folder.
+
+    Raises:
+        InputError: `out` is there, its parent is not, the model cannot be had, or as `finetune_lora`.
+    """
+    out = out.absolute()
+    if out.exists():
+        raise InputError(f"{out} exists: give another --out, or remove it")
+    if not out.parent.is_dir():
+        raise InputError(f"folder {out.parent} does not exist: make it, or give another --out")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # then the trainer places the model, as the launcher's settings say
+    model, tokenizer = load_model(source, preset.dtype, "cpu" if several else resolve_device(preset.device)), load_tokenizer(source)
+    rows = instructions(preset.instructions, "train", preset.corpus, preset.recovery.num_examples)
+    training = out.with_name(f"{out.name}.training")
+    _, log = finetune_lora(model, tokenizer, rows, preset.recovery, training, seed)
+    state = PartialState()
+    state.destroy_process_group()
+    if state.is_main_process:
+        merged = _merged(load_model(source, preset.dtype, "cpu"), trained_adapter(training), preset.recovery)
+        shutil.rmtree(training / "merged", ignore_errors=True)  # of one that was killed
+        save_model(merged, tokenizer, training / "merged")
+        os.rename(training / "merged", out)
+        shutil.rmtree(training)
+        steps, loss = len(log), log["loss"]
+        print(f"{steps} steps, {log['tokens'].iloc[-1]:,.0f} tokens: loss {loss.iloc[0]:.4f} → {loss.iloc[-1]:.4f} nats per token")
+
+
+def _merged(model: nn.Module, adapter: dict[str, torch.Tensor], settings: Recovery) -> nn.Module:
+    with _quiet():
+        adapted = get_peft_model(model, lora_config(settings.lora_r, settings.lora_alpha))
+    set_peft_model_state_dict(adapted, adapter)
+    return merge(adapted)

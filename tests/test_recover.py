@@ -1,0 +1,147 @@
+"""`gqalib recover`: one process and two end at the same model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from conftest import small_model
+
+from gqalib import InputError, recovery, surgery
+from gqalib.__main__ import main, overrides
+from gqalib.corpora import instructions
+from gqalib.models import REPOSITORY, load_model, load_tokenizer, save_model
+from gqalib.presets import load_preset
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SETTINGS = ["num_epochs=2", "num_examples=16", "batch_size=2", "gradient_accumulation_steps=2", "learning_rate=1e-2", "max_length=24"]
+
+
+@pytest.fixture
+def pairs(tokenizer, tmp_path):
+    """A pruned model and instructions of different lengths, in a folder."""
+    model = small_model()
+    surgery.keep_groups(model, 0, [0])
+    surgery.keep_channels(model, 1, range(7))
+    save_model(model, tokenizer, tmp_path / "model")
+    rows = [{"instruction": f"w{2 + i}", "output": " ".join(f"w{2 + (i * j) % 59}" for j in range(2 + i % 5))} for i in range(60)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return [f"instructions=file:{tmp_path / 'rows.json'}", "device=cpu", *(f"recovery.{pair}" for pair in SETTINGS)]
+
+
+@pytest.fixture
+def arguments(pairs, tmp_path):
+    return ["recover", "--model", str(tmp_path / "model"), "--seed", "3", *(part for pair in pairs for part in ("--set", pair))]
+
+
+def in_two(arguments, folder, *options, environment=ENVIRONMENT):
+    """`accelerate launch` with two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2", "--mixed_precision", "no"]
+    command += ["--num_machines", "1", "--dynamo_backend", "no", "-m", "gqalib", *arguments]
+    finished = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return finished.stdout
+
+
+def weights(folder):
+    return dict(load_model(folder, device="cpu").named_parameters())
+
+
+def check_same(folder, tolerance):
+    start, one, two = (weights(folder / name) for name in ("model", "one", "two"))
+    for name, tensor in one.items():
+        assert torch.allclose(two[name], tensor, rtol=0, atol=tolerance), name
+    assert sum(not torch.allclose(one[name], tensor, atol=1e-3) for name, tensor in start.items()) == 3 * 7
+    assert {path.name for path in folder.iterdir()} == {"model", "rows.json", "one", "two"}
+
+
+def test_two_processes_train_as_one(arguments, tmp_path):
+    """Each takes every other micro-batch of a step, so a step sees the same rows."""
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    in_two([*arguments, "--out", str(tmp_path / "two")], tmp_path, "--multi_gpu")
+    check_same(tmp_path, 1e-6)
+
+
+FSDP_ON_CPU = """
+import os
+import torch.distributed as dist
+from accelerate import state
+from accelerate.utils import DistributedType, fsdp_utils
+
+def backend(self, *args):
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return "gloo", DistributedType.MULTI_GPU
+
+def report(accelerator, model):
+    model = prepare(accelerator, model)
+    whole, shards = (sum(p.numel() for p in side) for side in (model.parameters(), (p.to_local() for p in model.parameters())))
+    print("shards", shards / whole, flush=True)
+    return model
+
+prepare, fsdp_utils.fsdp2_prepare_model, state.PartialState._prepare_backend = fsdp_utils.fsdp2_prepare_model, report, backend
+import accelerate.accelerator
+accelerate.accelerator.fsdp2_prepare_model = report
+"""
+
+
+def test_shards_train_as_one(arguments, tmp_path, tmp_path_factory):
+    """accelerate has FSDP for accelerators only: here it takes CPU and gloo for two of them. The settings are those that trl ships."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(FSDP_ON_CPU)
+    path = os.pathsep.join([str(folder), ENVIRONMENT["PYTHONPATH"]])
+    config = Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml"
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    out = in_two(
+        [*arguments, "--out", str(tmp_path / "two")], tmp_path, "--config_file", str(config),
+        environment=ENVIRONMENT | {"PYTHONPATH": path, "ACCELERATE_TORCH_DEVICE": "cpu"},
+    )  # fmt: skip
+    shards = [float(line.split()[1]) for line in out.splitlines() if line.startswith("shards")]
+    assert len(shards) == 2 and sum(shards) == pytest.approx(1) and max(shards) < 0.6
+    check_same(tmp_path, 1e-5)
+
+
+def test_merged_is_what_was_trained(pairs, arguments, tmp_path):
+    preset = load_preset("tiny", overrides(pairs))
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    rows = instructions(preset.instructions, "train", preset.corpus, preset.recovery.num_examples)
+    model, tokenizer = load_model(tmp_path / "model", device="cpu"), load_tokenizer(tmp_path / "model")
+    adapted, _ = recovery.finetune_lora(model, tokenizer, rows, preset.recovery, tmp_path / "training", seed=3)
+    found = weights(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in recovery.merge(adapted).named_parameters())
+    assert load_tokenizer(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_killed_merge_leaves_nothing_and_is_done_again(arguments, tmp_path, monkeypatch):
+    out = ["--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*arguments, *out]) == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.json", "out.training"}
+    monkeypatch.setattr(recovery.SFTTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert main([*arguments, *out]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.json", "out"}
+
+
+def test_what_cannot_be(arguments, tmp_path, capsys):
+    for extra, reason in (
+        (["--out", str(tmp_path / "model")], "exists: give another --out"),
+        (["--out", str(tmp_path / "missing" / "out")], "does not exist: make it"),
+        (["--out", str(tmp_path / "out"), "--model", str(tmp_path / "none")], "none does not exist: give a folder"),
+        (["--out", str(tmp_path / "out"), "--model", "owner/none"], "owner/none cannot be loaded"),
+    ):
+        assert main([*arguments, *extra]) == 2
+        error = capsys.readouterr().err
+        assert reason in error and error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.json"}
+
+
+def test_accumulation_is_shared():
+    assert [recovery._share(16, processes) for processes in (1, 2, 8)] == [16, 8, 2]
+    with pytest.raises(InputError, match="gradient_accumulation_steps 16 cannot be shared by 3 processes: start a number that divides it"):
+        recovery._share(16, 3)
