@@ -40,7 +40,7 @@ CLAIMS = (
     Claim("5–6× faster, 84.64 % removed", "decoding, smallest batch", "decode_removed_reading", 5, math.inf, "×"),
     Claim("84.64 % removed with rates of 15–50 %", "backbone of Llama-3-8B that must go", "backbone_to_remove", 15, 50, "%", "counting"),
     Claim("freezing avoids a shape mismatch", "gradients, frozen ÷ unfrozen − 1 (04)", "frozen_gradient_difference", 1e-3, math.inf, "", "counting"),
-    Claim("pays 110–220 times a month", "saving of a month ÷ investment (section 5)", "monthly_return", 110, 220, "×", "nothing"),
+    Claim("pays 110–220 times a month", "saving of a month ÷ investment (section 9)", "monthly_return", 110, 220, "×", "nothing"),
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gqalib import attention  # noqa: F401  (registers attn_implementation="blocked")
@@ -261,7 +263,7 @@ def step(
     rate: float,
     loss_of: Callable[[nn.Module, Batch], dict[str, torch.Tensor]] = language_model_loss,
 ) -> dict[str, float]:
-    """One optimiser step; matrix products in bf16. Returns the terms of the loss, in nats per predicted token.
+    """One optimiser step; matrix products in bf16, where that is fast. Returns the terms of the loss, in nats per predicted token.
 
     Under `torchrun` each process takes its share of the batches and the gradients are summed over processes.
 
@@ -277,7 +279,7 @@ def step(
     if not sum(counts):
         raise InputError("a batch has no token to learn from: give rows of at least 2 tokens, with labels")
     for batch, count in list(zip(batches, counts, strict=True))[rank::world_size]:
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with fast_products(model.device):
             terms = {name: term * (count / sum(counts)) for name, term in loss_of(model, batch).items()}
         terms["loss"].backward()
         totals = {name: totals.get(name, 0) + term.detach() for name, term in terms.items()}
@@ -285,17 +287,37 @@ def step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not (torch.isfinite(totals["loss"]) and torch.isfinite(norm)):
         raise FloatingPointError("the training loss is not finite: lower the learning rates")
-    for optimizer in opts:
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["base_lr"] * rate
-        optimizer.step()
-        optimizer.zero_grad()
+    with nullcontext() if bf16_is_fast(model.device) else _InFloat32():
+        for optimizer in opts:
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["base_lr"] * rate
+            optimizer.step()
+            optimizer.zero_grad()
     return {name: total.item() for name, total in totals.items()}
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the processor has instructions for it: without, as on many a laptop, products in bf16 are 40 times slower than in float32."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def fast_products(device: torch.device) -> torch.autocast:
+    """Matrix products in bf16, where that is fast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device))
+
+
+class _InFloat32(TorchFunctionMode):
+    """Inside, nothing becomes bf16: torch's Muon orthogonalises in bf16 wherever it runs."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.bfloat16:
+            return args[0].float().clone()  # a copy, as it would have been
+        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, windows: torch.Tensor) -> float:
-    """Mean loss in nats per token over windows [count, window], in bf16 like the training."""
-    with torch.autocast(model.device.type, torch.bfloat16):
+    """Mean loss in nats per token over windows [count, window], in the precision of the training."""
+    with fast_products(model.device):
         losses = [model(input_ids=w, labels=w, use_cache=False).loss for w in windows.to(model.device).split(8)]
     return torch.stack(losses).mean().item()
 

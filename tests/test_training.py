@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gqalib import training
 from gqalib.models import load_model
@@ -79,6 +80,24 @@ def test_a_shipped_model_is_trained_further(recipe, ids, tmp_path):
     further = run(longer, ids, tmp_path / "further", start_from=tmp_path / "shipped")
     shipped = load_model(str(tmp_path / "shipped"))
     assert not same(further, shipped) and (tmp_path / "further" / "log.jsonl").read_text().count('"loss"') == 2
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_no_bf16_where_it_is_slow(fast, recipe, ids, monkeypatch):
+    """On a CPU without instructions for it neither the model's products nor Muon's are in bf16."""
+    monkeypatch.setattr(training, "bf16_is_fast", lambda device: fast)
+    model, seen = training.initial_model(training.reference_config(1), 0), set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.update(x.dtype for x in args if isinstance(x, torch.Tensor))
+            return function(*args, **(kwargs or {}))
+
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with Watch():
+        training.step(model, training.optimizers(model, recipe), [ids[:64].view(2, 32)], 1.0)
+    assert (torch.bfloat16 in seen) == fast
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_a_loss_that_is_not_finite_is_an_error(recipe, ids):
