@@ -50,18 +50,17 @@ def backward(
     Raises:
         InputError: the loss or a gradient is not finite.
     """
-    all_layers = decoder_layers(model)
-    wanted = [all_layers[i] for i in (range(len(all_layers)) if layers is None else layers)]
+    decoder = decoder_layers(model)
+    layers = list(range(len(decoder)) if layers is None else layers)
     model.requires_grad_(False)
     model.zero_grad(set_to_none=True)
-    for layer in wanted:
-        layer.self_attn.requires_grad_(True)
-        layer.mlp.requires_grad_(True)
+    for part in (part for index in layers for part in _halves(decoder[index])):
+        part.requires_grad_(True)
     losses, num_predicted = [], windows.shape[0] * (windows.shape[1] - 1)
     differentiate(model, windows, lambda step: losses.append(step.backward()), hidden_states, first_layer, divisor=num_predicted)
-    for index, layer in enumerate(wanted):
-        if not all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None):
-            raise InputError(f"a gradient of layer {index} is not finite: use dtype float32 or another calibration text")
+    for index in layers:
+        for parameter in (p for p in decoder[index].parameters() if p.grad is not None):
+            _finite(parameter.grad, index)
     return sum(losses)
 
 
@@ -229,10 +228,11 @@ def _take(found: dict, key: tuple[int, int], scores_of: Callable, layer: nn.Modu
     part.zero_grad(set_to_none=True)
 
 
-def _finite(scores: torch.Tensor, index: int) -> torch.Tensor:
-    if not torch.isfinite(scores).all():
+def _finite(values: torch.Tensor, index: int) -> torch.Tensor:
+    """Gradients of a layer, or scores that were taken of them."""
+    if not torch.isfinite(values).all():
         raise InputError(f"a gradient of layer {index} is not finite: use dtype float32 or another calibration text")
-    return scores
+    return values
 
 
 # ---------------------------------------------------------------- gradients of activations; no weight gets one

@@ -36,7 +36,7 @@ from gqalib.cost import Used, free_bytes, measured, weight_bytes
 from gqalib.errors import InputError
 from gqalib.models import decoder_layers, layer_shapes
 from gqalib.presets import Distillation, Recovery
-from gqalib.streaming import at_work, is_streamed, streamed  # noqa: F401  (memory.streamed is where one looks for it)
+from gqalib.streaming import is_streamed
 
 Terms = dict[str, int]  # bytes by what they are for; `weights` are there before the stage begins
 SHORT_WINDOW = 128  # tokens; for the table only

@@ -16,7 +16,7 @@ for the one thing that counts, the sublayer's output against Y; that and the ref
 
 On paper, one sublayer at a time (f, the width of `down_proj`, decides): beside the weights five residual streams of n tokens, one layer in float32,
 and the larger of three matrices of 8f² bytes and five vectors like gate and up in float64. `memory.expected` has the terms, `memory` the sum for
-Llama-3-8B: 34.9e9 bytes at n = 262,144, and 10.6e9 with `memory.streamed`, where the streams and all layers but the one at work wait in host
+Llama-3-8B: 34.9e9 bytes at n = 262,144, and 10.6e9 with `streaming.streamed`, where the streams and all layers but the one at work wait in host
 memory. The normalised streams are made when they are needed. The weights of the layers done wait in host memory as well, so that an error
 leaves the model as it was. FLOPs per layer, by `memory.sweep_flops`: 3.8e14 in float64, 2.3e15 in float32.
 

@@ -6,7 +6,6 @@ covariances, [hidden, hidden]), all float64; its metadata name preset, seed and 
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from gqalib.corpora import evaluation_windows
 from gqalib.errors import InputError
 from gqalib.models import load_model, load_tokenizer, resolve_device
 from gqalib.presets import Preset, Sample
+from gqalib.progress import replacing
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,8 @@ def write(preset: Preset, seed: int, path: Path) -> None:
         scores = scores_of(model, text(preset.calibration), text(preset.removal), text(preset.frontier.calibration))
         if parallel.rank_and_size()[0] == 0:
             metadata = {"format": "pt", "preset": json.dumps(preset.to_dict()), "seed": str(seed)}
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            try:
+            with replacing(path) as temporary:
                 save_file(scores.tensors(), temporary, metadata)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Scores:

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Hashable
@@ -26,6 +25,7 @@ from gqalib import tasks
 from gqalib.errors import InputError
 from gqalib.figures import readable_log_axis
 from gqalib.presets import check_name, dotted_names, number_or_text
+from gqalib.progress import replacing
 from gqalib.records import NOTEBOOKS, default_run_dir, numbered_notebooks, read_record, write_atomically
 from gqalib.series import Series, locked
 
@@ -282,9 +282,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), fontsize=9, frameon=False)
     if table["seed"].nunique() > 1:
         fig.suptitle(f"mean and standard deviation over {table['seed'].nunique()} seeds", fontsize=9)
-    temporary = path.with_name(f".{path.name}")
-    fig.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        fig.savefig(temporary, format="png", dpi=150)
 
 
 def _panel(ax: plt.Axes, means: pd.DataFrame, settings: list[str], metric: str) -> None:

@@ -113,8 +113,9 @@ def test_errors(model, windows):
 
 def test_infinite_gradient_is_an_error(model, windows):
     model.model.layers[2].mlp.up_proj.weight.register_hook(lambda g: g * float("inf"))
-    with pytest.raises(InputError, match="gradient of layer"):
-        importance.backward(model, windows)
+    for layers in (None, [2]):
+        with pytest.raises(InputError, match="gradient of layer 2 is not finite"):
+            importance.backward(model, windows, layers)
 
 
 def test_perplexity_is_that_of_the_loss(model, windows):

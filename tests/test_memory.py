@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import small_model
 
-from gqalib import InputError, importance, memory, models, pruning, refit, search
+from gqalib import InputError, importance, memory, models, pruning, refit, search, streaming
 from gqalib.cost import weight_bytes
 from gqalib.models import REPOSITORY
 from gqalib.perplexity import hidden_states_before, window_losses
@@ -154,8 +154,8 @@ def test_streamed_results_are_the_same(model, windows, monkeypatch):
         search.cost_table(model, windows, covariances).channels[1], importance.taylor_scores(model, windows),
     ]  # fmt: skip
     refit.sweep(model, plan, windows, covariances=covariances)
-    with memory.streamed(pruned, "cpu"):
-        assert memory.is_streamed(pruned)
+    with streaming.streamed(pruned, "cpu"):
+        assert streaming.is_streamed(pruned)
         covariances = importance.gradient_covariances(pruned, windows)
         streamed = [
             window_losses(pruned, windows), importance.removal_importance(pruned, windows),
@@ -165,7 +165,7 @@ def test_streamed_results_are_the_same(model, windows, monkeypatch):
     assert torch.equal(results[0], streamed[0]) and torch.equal(results[1], streamed[1])
     assert (results[2] == streamed[2]).all() and equal(results[3], streamed[3])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pruned.parameters(), strict=True))
-    assert not memory.is_streamed(pruned) and not any(layer._forward_hooks for layer in pruned.model.layers)
+    assert not streaming.is_streamed(pruned) and not any(layer._forward_hooks for layer in pruned.model.layers)
 
 
 def test_one_layer_is_away_from_home_at_a_time(model, windows, monkeypatch):
@@ -181,11 +181,11 @@ def test_one_layer_is_away_from_home_at_a_time(model, windows, monkeypatch):
         most[0] = max(most[0], sum(hasattr(x, "host") for x in model.model.layers))
 
     monkeypatch.setattr(streaming, "_arrive", noted)
-    with memory.streamed(model, "cpu"):
+    with streaming.streamed(model, "cpu"):
         layers = list(model.model.layers)
         window_losses(model, windows)
         assert fetched == layers and not any(hasattr(layer, "host") for layer in layers)
-        with pytest.raises(RuntimeError), memory.at_work(layers[1]):
+        with pytest.raises(RuntimeError), streaming.at_work(layers[1]):
             raise RuntimeError
         assert not any(hasattr(layer, "host") or hasattr(layer, "held") for layer in layers)
     assert most[0] == 1
@@ -193,7 +193,7 @@ def test_one_layer_is_away_from_home_at_a_time(model, windows, monkeypatch):
 
 def test_what_is_changed_at_work_comes_back_changed(model):
     weight, expected = model.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight.detach() * 2
-    with memory.streamed(model, "cpu"), memory.at_work(model.model.layers[1]), torch.no_grad():
+    with streaming.streamed(model, "cpu"), streaming.at_work(model.model.layers[1]), torch.no_grad():
         weight.mul_(2)
     assert torch.equal(weight, expected)
 

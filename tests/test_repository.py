@@ -101,6 +101,7 @@ def test_nothing_of_anybodys_machine():
 def test_no_pickles_and_no_remote_code():
     banned = ["torch" + ".load(", "trust_remote_code" + "=True", "pickle" + ".load"]
     for path in tracked():
-        if path.suffix == ".py" and path.name != "test_models.py":
-            assert not [word for word in banned if word in path.read_text(encoding="utf-8").replace(" ", "")], path
+        if path.suffix == ".py":  # one place must: that a saved folder loads without gqalib can be tested in no other way
+            found = [word for word in banned for _ in range(path.read_text(encoding="utf-8").replace(" ", "").count(word))]
+            assert found == (banned[1:2] if path.name == "test_models.py" else []), path
         assert path.suffix not in {".bin", ".pt", ".pth", ".pkl"}, path
