@@ -83,6 +83,7 @@ PREPARATIONS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {  # the 
     "refit, uniform": importance.gradient_covariances,
     OWN: covariances_and_table,
 }
+STAGES = "all gradients", "gradient covariances", "sweep"  # of `memory`: what the methods need most for
 PEERS = [name for name in METHODS if not name.startswith(("seed Taylor", "refit"))]
 DEPTH = ["ShortGPT", "layer removal"]  # they remove whole layers, so they meet a fraction as closely as layers allow
 MEASURED = ["seconds", "peak_mib", "parameters_kept_percent", "backbone_removed_percent", "perplexity", "ratio", "error"]

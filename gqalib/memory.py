@@ -13,6 +13,7 @@ Llama-3-8B in bf16 on a GPU, in GB, by these formulas; none of it is measured:
     layer removal            50 × 128      18.8 = weights 16.1, logits of 2,048 tokens 2.6               5.2
     one-shot Taylor          10 × 128      25.9 = weights, activations 7.9, gradients 2.0
     one-shot Taylor         128 × 2048     23.5 = weights, stream and its gradient 4.3, logits 3.2       5.7, and 33 × 2.1 in host memory
+    all gradients            10 × 128      40.0 = weights, activations 7.9, gradients 14.0, logits 2.0
     sequential Taylor        10 × 128      23.8 = weights, activations 5.8, gradients 2.0
     gradient covariances    128 × 2048     23.5 = as the Taylor scores                                   5.7, likewise
     cost table              128 × 2048     29.7 = weights, three streams 6.4, statistics 6.8, …          9.8
@@ -21,10 +22,13 @@ Llama-3-8B in bf16 on a GPU, in GB, by these formulas; none of it is measured:
     distillation              1 × 2048    151.6 = float32 weights 32.1, gradients 32.1, optimisers 36.3, teacher 16.1, …: more than one card
 
 Forward passes take larger batches where there is room (`perplexity.tokens_at_once`): then the peak is higher and the need is not.
+
+The formulas say what is in use. A process' resident set, the measured peak on a CPU, also has what the C library keeps of what was freed:
+up to half as much again in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for more time; the tests measure like that.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -37,6 +41,7 @@ from gqalib.errors import InputError
 from gqalib.models import decoder_layers, layer_shapes
 from gqalib.presets import Distillation, Recovery
 from gqalib.streaming import is_streamed
+from gqalib.training import bf16_is_fast
 
 Terms = dict[str, int]  # bytes by what they are for; `weights` are there before the stage begins
 SHORT_WINDOW = 128  # tokens; for the table only
@@ -95,7 +100,7 @@ class Shape:
 
 
 def expected(
-    stage: str,
+    stage: str | Sequence[str],
     model: nn.Module,
     num_examples: int,
     length: int,
@@ -108,8 +113,8 @@ def expected(
     """Bytes that a stage needs at its peak, by term; one formula per stage, in its function in `STAGES`.
 
     Args:
-        stage: `layer removal`, `one-shot Taylor`, `sequential Taylor` (and surgery), `gradient covariances`, `cost table`, `sweep`, `LoRA` or
-            `distillation`.
+        stage: `layer removal`, `one-shot Taylor`, `all gradients`, `sequential Taylor` (and surgery), `gradient covariances`, `cost table`,
+            `sweep`, `scoring` (against a dense model), `LoRA` or `distillation`; or several that come one after the other: the largest.
         model: any Llama; one on the meta device will do.
         num_examples, length: of the calibration text; for LoRA and distillation what goes through the model at once.
         device: what it will run on (default: where it is). On a CPU, what waits in host memory counts too.
@@ -119,12 +124,13 @@ def expected(
     Raises:
         InputError: an unknown stage.
     """
-    if stage not in STAGES:
-        raise InputError(f"unknown stage {stage!r}: use one of {', '.join(STAGES)}")
+    stages = [stage] if isinstance(stage, str) else stage
+    for unknown in (name for name in stages if name not in STAGES):
+        raise InputError(f"unknown stage {unknown!r}: use one of {', '.join(STAGES)}")
     streams = is_streamed(model) if streams is None else streams
     at_once = perplexity.tokens_at_once(model)
     case = _Case(Shape.of(model), num_examples, length, torch.device(device or model.device).type, streams, at_once, settings, teacher)
-    terms = STAGES[stage](case)
+    terms = max((STAGES[name](case) for name in stages), key=lambda terms: sum(terms.values()))
     return {name: int(size) for name, size in terms.items() if size}
 
 
@@ -188,6 +194,12 @@ def _taylor_one_shot(case: _Case) -> Terms:
     if case.batch == case.n and not case.streams:
         return _whole_pass(case, case.batch * m.L * m.saved(trained=True), gradients=m.gradients)
     return _by_layer(case, case.batch * m.saved(trained=True), m.gradients)
+
+
+def _all_gradients(case: _Case) -> Terms:
+    """One batch at a time, and the gradients of all weights: how LLM-Pruner and torch-pruning score. Layers are not streamed."""
+    m = case.shape
+    return {**_whole_pass(case, case.batch * m.L * m.saved(trained=True), 0), "gradients": m.L * m.layer * m.s}
 
 
 def _taylor_sequential(case: _Case) -> Terms:
@@ -254,6 +266,12 @@ def _sweep(case: _Case) -> Terms:
     }
 
 
+def _scoring(case: _Case) -> Terms:
+    """Logits of two models, and eight times a batch of them in float32: two log-softmaxes, two exponentials, and what KL makes of them."""
+    m = case.shape
+    return {**case.weights(), "logits": case.tokens(case.at_once) * m.V * (2 * m.s + 8 * 4)}
+
+
 def _lora(case: _Case) -> Terms:
     """r·(inputs + outputs) of all projections, with gradient and AdamW's two moments 4s each; what all layers save for a batch; logits
     in float32, nine times (loss, entropy and accuracy, as trl takes them)."""
@@ -264,17 +282,18 @@ def _lora(case: _Case) -> Terms:
 
 
 def _distillation(case: _Case) -> Terms:
-    """Gradients; Muon's momentum s per weight of the layers, AdamW's two moments for the rest; the teacher; bf16 copies of the weights, 2 bytes each;
-    what all layers save for a batch, in bf16 where matrix products are; six times the logits in float32; on a CPU a checkpoint's bytes."""
+    """Gradients; Muon's momentum s per weight of the layers, AdamW's two moments for the rest; the teacher; what all layers save for a batch;
+    six times the logits in float32. Where products are in bf16, so are the activations, and there are copies of the weights, 2 bytes each."""
     m, by_muon = case.shape, case.shape.L * case.shape.layer * case.shape.s
+    in_bf16, saved = bf16_is_fast(torch.device(case.device)), 8 * m.d + 2 * (2 * m.d + 3 * m.q + 2 * m.k + 4 * m.f)
     state = by_muon + 2 * (m.weights - by_muon) if case.settings is None or case.settings.muon_lr else 2 * m.weights
     return {
         **case.weights(),
         "teacher": 0 if case.teacher is None else weight_bytes(case.teacher),
         "gradients": m.weights,
         "optimisers": state,
-        "weights in bf16": 2 * m.weights / m.s,
-        "activations": case.n * m.L * (8 * m.d + 2 * (2 * m.d + 3 * m.q + 2 * m.k + 4 * m.f)),
+        "weights in bf16": in_bf16 * 2 * m.weights / m.s,
+        "activations": case.n * m.L * (saved if in_bf16 else m.saved(trained=True)),
         "logits": 24 * case.n * m.V,
     }
 
@@ -282,10 +301,12 @@ def _distillation(case: _Case) -> Terms:
 STAGES: dict[str, Callable[[_Case], Terms]] = {
     "layer removal": _layer_removal,
     "one-shot Taylor": _taylor_one_shot,
+    "all gradients": _all_gradients,
     "sequential Taylor": _taylor_sequential,
     "gradient covariances": _gradient_covariances,
     "cost table": _cost_table,
     "sweep": _sweep,
+    "scoring": _scoring,
     "LoRA": _lora,
     "distillation": _distillation,
 }

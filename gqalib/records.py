@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -126,15 +126,15 @@ class Notebook:
 
     @contextlib.contextmanager
     def stage(
-        self, name: str, model: nn.Module, shape: tuple[int, int], knob: str, copies: int = 0, **options: Any
+        self, name: str, model: nn.Module, shape: tuple[int, int], knob: str, copies: int = 0, of: Sequence[str] = (), **options: Any
     ) -> Iterator[memory.Peak]:
         """A long step: states the memory that it needs before it begins, or refuses; states what it took, and lists it in the record.
 
         Args:
-            name: one of `memory.STAGES`. shape: (windows, length) that go through it. knob: the parameter that lowers the need.
-            copies: of the model that it makes. options: as in `memory.expected`.
+            name: one of `memory.STAGES`, or anything if it consists of several: `of`. shape: (windows, length) that go through it.
+            knob: the parameter that lowers the need. copies: of the model that it makes. options: as in `memory.expected`.
         """
-        terms = memory.expected(name, model, *shape, **options)
+        terms = memory.expected(of or name, model, *shape, **options)
         terms |= {"copies": copies * weight_bytes(model)} if copies else {}
         with memory.stage(name, terms, model.device, f"lower {knob}") as peak:
             yield peak

@@ -56,6 +56,9 @@ def measure(size):
     ratios["one-shot Taylor"] = ratio("one-shot Taylor", model, 4, lambda w: importance.taylor_scores(model, w))
     ratios["gradient covariances"] = ratio("gradient covariances", model, 4, lambda w: importance.gradient_covariances(model, w))
     ratios["cost table"] = ratio("cost table", model, enough, lambda w: search.cost_table(model, w, covariances))
+    ratios["all gradients"] = ratio("all gradients", model, 4, lambda w: importance.backward(model, w))
+    model.zero_grad(set_to_none=True)
+    ratios["scoring"] = ratio("scoring", model, 4, lambda w: perplexity.kl_to(model, model, w))
     perplexity.BATCH_TOKENS = 512
     ratios["one-shot Taylor, by layer"] = ratio("one-shot Taylor", model, 8, lambda w: importance.taylor_scores(model, w))
     ratios["sequential Taylor"] = ratio("sequential Taylor", model, 4, lambda w: pruning.prune(model, plan, w))

@@ -14,6 +14,7 @@ from gqalib import InputError, importance, memory, models, pruning, refit, searc
 from gqalib.cost import weight_bytes
 from gqalib.models import REPOSITORY
 from gqalib.perplexity import hidden_states_before, window_losses
+from gqalib.presets import Distillation
 
 # A small threshold: what is freed goes back to the system, so that the resident set shows what is in use.
 ENVIRONMENT = {
@@ -30,7 +31,7 @@ def test_peaks_are_as_expected(size):
     command = [sys.executable, str(REPOSITORY / "tests" / "peaks.py"), size]
     finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=600)
     ratios = json.loads(finished.stdout.splitlines()[-1])
-    assert len(ratios) == 8 and all(0.6 < ratio < 1.25 for ratio in ratios.values()), ratios
+    assert len(ratios) == 10 and all(0.6 < ratio < 1.25 for ratio in ratios.values()), ratios
 
 
 def test_llama_3_8b_on_paper():
@@ -68,7 +69,23 @@ def test_stage_says_before_and_after(model, windows):
         held = torch.ones(20_000_000)
     assert "at its peak" in said[1] and peak.peak_gb >= held.nbytes / 1e9 and peak.seconds > 0
     with pytest.raises(InputError, match="unknown stage 'surgery'"):
-        memory.expected("surgery", model, 1, 2)
+        memory.expected(("sweep", "surgery"), model, 1, 2)
+
+
+def test_of_several_stages_the_largest(model):
+    single = {name: memory.expected(name, model, 8, 32) for name in ("layer removal", "all gradients", "sweep", "scoring")}
+    largest = max(single.values(), key=lambda terms: sum(terms.values()))
+    assert memory.expected(tuple(single), model, 8, 32) == largest
+
+
+def test_distillation_where_bf16_is_slow(model, monkeypatch):
+    """In float32 there are no copies, and activations are larger."""
+    needs = {}
+    for fast in (True, False):
+        monkeypatch.setattr(memory, "bf16_is_fast", lambda device, fast=fast: fast)
+        needs[fast] = memory.expected("distillation", model, 2, 32, settings=Distillation(num_tokens=64))
+    assert "weights in bf16" in needs[True] and "weights in bf16" not in needs[False]
+    assert needs[False]["activations"] > needs[True]["activations"]
 
 
 # ---------------------------------------------------------------- gradients
