@@ -1,4 +1,4 @@
-"""`python -m gqalib`: run the series, sweep a grid of runs, score or recover a model on several devices, publish a run, make its report."""
+"""`python -m gqalib`: run the series, sweep a grid of runs, score, recover or distill a model on several devices, publish a run, report it."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gqalib import publishing, recovery, scoring, series, sweeps
+from gqalib import distillation, publishing, recovery, scoring, series, sweeps
 from gqalib.errors import InputError
 from gqalib.presets import load_preset, number_or_text, preset_names
 from gqalib.records import NOTEBOOKS, default_run_dir
@@ -21,8 +21,10 @@ def parser() -> argparse.ArgumentParser:
     scores = commands.add_parser("scores", help="Taylor scores, layer removal and gradient covariances into a file; also under torchrun")
     scores.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="where they go")
     recover = commands.add_parser("recover", help="LoRA on a pruned model, merged into a new one; also under accelerate launch or torchrun")
-    recover.add_argument("--model", required=True, metavar="FOLDER", help="the pruned model, for example runs/tiny/models/v3")
-    recover.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the merged model goes")
+    distill = commands.add_parser("distill", help="the preset's model teaches a pruned model; also under accelerate launch or torchrun")
+    for command in (recover, distill):
+        command.add_argument("--model", required=True, metavar="FOLDER", help="the pruned model, for example runs/tiny/models/v3")
+        command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the trained model goes")
     run.add_argument("--from", dest="first", metavar="NN", help="start with this notebook")
     run.add_argument("--only", metavar="NN", help="run this notebook alone, or several: 01,05")
     sweep = commands.add_parser("sweep", help="run a grid of presets × overrides × seeds as Ray tasks; finished runs are kept")
@@ -32,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (run, sweep):
         command.add_argument("--force", action="store_true", help="run finished notebooks again")
         command.add_argument("--notebooks-dir", type=Path, default=NOTEBOOKS, help="a series of your own (default: the workbook's)")
-    for command in (run, scores, recover):
+    for command in (run, scores, recover, distill):
         command.add_argument("--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)")
         command.add_argument(
             "--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help="e.g. pruning.mean_rate=0.5; repeatable"
@@ -76,8 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 1 if sweeps.sweep(options.grid, options.run_dir, options.force, options.address, options.notebooks_dir) else 0
         elif options.command == "scores":
             scoring.write(load_preset(options.preset, overrides(options.overrides)), options.seed, options.out)
-        elif options.command == "recover":
-            recovery.recover(options.model, load_preset(options.preset, overrides(options.overrides)), options.out, options.seed)
+        elif options.command in ("recover", "distill"):
+            train = recovery.recover if options.command == "recover" else distillation.recover
+            train(options.model, load_preset(options.preset, overrides(options.overrides)), options.out, options.seed)
         elif options.command == "publish":
             publishing.publish(options.run_dir or default_run_dir(options.preset), options.preset)
         else:

@@ -282,6 +282,17 @@ def evaluation_windows(corpus: str, split: str, tokenizer, length: int, num_toke
     return spread(windows(ids, length, f"the {split} split of {corpus}"), num_tokens, sample)
 
 
+def training_windows(corpus: str, tokenizer, length: int, num_tokens: int) -> torch.Tensor:
+    """Windows [count, length] of the training split, `num_tokens` in all (fewer if the text is shorter), one after the other.
+
+    Raises:
+        InputError: the split has not enough tokens for one window.
+    """
+    encode = running_text_ids if is_running_text(corpus) else token_ids
+    ids = encode(read_corpus(corpus, "train"), tokenizer, max(num_tokens, length))
+    return windows(ids, length, f"the training split of {corpus}")
+
+
 def instructions(name: str, split: str, corpus: str, num_rows: int | None = None) -> list[dict[str, str]]:
     """Rows of `prompt` and `completion` to learn from.
 

@@ -4,12 +4,15 @@
 
 with both distributions softened by the temperature T in the first term (Hinton, Vinyals & Dean 2015; T² keeps the size of
 the gradients). The loop, its optimisers and its checkpoints are those of `training`.
+
+`recover` does it from folder to folder, which is `python -m gqalib distill`: alone, under `torchrun` or under `accelerate launch`.
 """
 
 import bisect
 import dataclasses
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +28,14 @@ from transformers import PreTrainedTokenizerBase
 
 from gqalib import training
 from gqalib.attention import attention_implementation
+from gqalib.corpora import training_windows
 from gqalib.errors import InputError
+from gqalib.models import load_model, load_tokenizer, resolve_device
+from gqalib.parallel import in_shards, is_in_shards, processes, rank_and_size, wait_for_all
 from gqalib.perplexity import NO_LABEL, kl_divergence
-from gqalib.presets import Distillation
+from gqalib.presets import Distillation, Preset
 from gqalib.progress import digest, library_hash
-from gqalib.recovery import lora_config, merge
+from gqalib.recovery import into_folder, lora_config, merge, summary
 from gqalib.training import Batch, as_inputs
 
 COLUMNS = ["tokens", "loss", "kl", "cross_entropy", "learning_rate", "seconds"]
@@ -50,7 +56,11 @@ def distill(
 
     With `lora_r` only an adapter is trained, and merged at the end, so the student is a plain model again. The state lives
     in `folder`: the same call on the same student goes on where a killed run was saved; another run begins there anew. To
-    train all weights, load the student in float32: bfloat16 rounds small steps away. One process.
+    train all weights, load the student in float32: bfloat16 rounds small steps away.
+
+    Several processes call it with the same arguments, a teacher each and one `folder` that all see. They share the micro-batches of each
+    step, so a step sees the same tokens as in one process and differs by rounding. Under FSDP 2 the student comes back in shards (and with
+    its adapter): what was trained is in `folder`, from where `trained_student` reads it.
 
     Args:
         teacher: the dense model, which never changes; on any device; it may be None where `alpha` is 0.
@@ -65,8 +75,8 @@ def distill(
         `learning_rate` (Muon's if it runs), `seconds`.
 
     Raises:
-        InputError: a teacher is missing or has another vocabulary, there is no text, or the loss or its gradient became
-            infinite or NaN; then the student is as it was at the last checkpoint, at worst as it came.
+        InputError: a teacher is missing or has another vocabulary, there is no text, a matrix has fewer rows than there are shards, or the
+            loss or its gradient became infinite or NaN; then the student is as it was at the last checkpoint, at worst as it came.
     """
     _check(student, teacher, train_batches, settings)
     if settings.num_tokens == 0:
@@ -76,7 +86,8 @@ def distill(
     loss_of = distillation_loss(teacher, settings.alpha, settings.temperature)
     on_cpu = [model for model in (student, teacher) if model is not None and model.device.type == "cpu"]
     with attention_implementation("blocked", *on_cpu), _trained(student, settings) as trained:
-        opts = training.optimizers(trained, settings)
+        opts = in_shards(trained, training.optimizers(trained, settings))
+        _check_shards(trained, settings)
         tokens_seen = _resume(folder, trained, opts, run)
 
         def prepare(model, opts, tokens_seen):
@@ -193,6 +204,15 @@ def _check(student: nn.Module, teacher: nn.Module | None, train_batches: Batches
         raise InputError(f"the text to learn from has shape {list(train_batches.shape)}: give token ids [count, length]")
 
 
+def _check_shards(student: nn.Module, settings: Distillation) -> None:
+    """torch cannot orthogonalise what some processes have no row of."""
+    size = rank_and_size()[1]
+    rows = min(parameter.shape[0] for name, parameter in student.named_parameters() if ".layers." in name and parameter.ndim == 2)
+    if is_in_shards(student) and settings.muon_lr and rows < size:
+        fewer = f"start at most {rows} processes, or set distillation.muon_lr=0"
+        raise InputError(f"Muon cannot work on a matrix of {rows} rows in {size} shards: {fewer}")
+
+
 @contextmanager
 def _trained(student: nn.Module, settings: Distillation) -> Iterator[nn.Module]:
     """What the optimisers see: the student with all its weights, or an adapter that is merged into it at the end."""
@@ -207,21 +227,36 @@ def _trained(student: nn.Module, settings: Distillation) -> Iterator[nn.Module]:
     try:
         yield adapted
     finally:
-        merge(adapted)
-        student.requires_grad_(True)
+        if not is_in_shards(adapted):
+            merge(adapted)
+            student.requires_grad_(True)
+
+
+def trained_student(student: nn.Module, settings: Distillation, folder: Path) -> nn.Module:
+    """A student as it came to `distill`, changed in place to what the run in `folder` made of it, its adapter merged."""
+    with _trained(student, settings) as trained:
+        training.load_checkpoint(folder, trained, [])
+    return student
 
 
 def _resume(folder: Path, model: nn.Module, opts: list[torch.optim.Optimizer], run: dict) -> int:
     """Tokens seen by the run that `folder` holds, its state loaded; a run that is described otherwise is dropped and begun anew."""
+    if rank_and_size()[0] == 0:
+        _forget_others(folder, json.dumps(run, indent=1))
+    wait_for_all()
+    is_new = not (folder / "state.json").exists()
+    wait_for_all()  # until all have looked
+    if is_new:
+        training.save_checkpoint(folder, model, opts, 0)
+    return training.load_checkpoint(folder, model, opts)
+
+
+def _forget_others(folder: Path, description: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    description = json.dumps(run, indent=1)
     if not (folder / "run.json").exists() or (folder / "run.json").read_text() != description:
         for stale in ("state.json", "log.jsonl"):
             (folder / stale).unlink(missing_ok=True)
         (folder / "run.json").write_text(description)
-    if not (folder / "state.json").exists():
-        training.save_checkpoint(folder, model, opts, 0)
-    return training.load_checkpoint(folder, model, opts)
 
 
 def _micro_batches(train_batches: Batches, tokens_seen: int, settings: Distillation, micro_tokens: int, device) -> list[dict]:
@@ -230,6 +265,35 @@ def _micro_batches(train_batches: Batches, tokens_seen: int, settings: Distillat
     else:
         batch = train_batches(tokens_seen)
     inputs = {name: tensor.to(device) for name, tensor in as_inputs(batch).items()}
-    rows = max(1, micro_tokens // inputs["input_ids"].shape[1])
+    count, length = inputs["input_ids"].shape
+    rows = max(1, min(micro_tokens // length, math.ceil(count / rank_and_size()[1])))  # no process goes without
     parts = [tensor.split(rows) for tensor in inputs.values()]
     return [dict(zip(inputs, part, strict=True)) for part in zip(*parts, strict=True)]
+
+
+def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
+    """Teach a pruned model with the logits of a preset's model, its text and `distillation`, and save the result, whole or not at all.
+
+    In several processes every one calls it; the main one writes. The training lives in a folder beside `out` until then, so the same call
+    goes on where a killed run was saved.
+
+    Args:
+        source: a pruned model's folder.
+
+    Raises:
+        InputError: `out` is there, its parent is not, a model cannot be had, or as `distill`.
+    """
+    settings = dataclasses.replace(preset.distillation, seed=preset.distillation.seed + seed)
+    folder, save = into_folder(out)
+    # before the processes know each other: for FSDP, transformers would read the weights in one of them only
+    student, teacher = load_model(source, "float32", "cpu"), load_model(preset.model, preset.dtype, "cpu")
+    tokenizer = load_tokenizer(source)
+    length = min(preset.frontier.calibration.length, student.config.max_position_embeddings)
+    text = training_windows(preset.corpus, tokenizer, length, settings.num_tokens)
+    with processes(resolve_device(preset.device)) as device:
+        (rank, size), teacher = rank_and_size(), teacher.to(device)
+        log = distill(student if size > 1 else student.to(device), teacher, text, settings, folder)
+    if rank == 0:
+        trained = trained_student(load_model(source, "float32", "cpu"), settings, folder)
+        save(trained.to(getattr(torch, preset.dtype)), tokenizer)
+        print(summary(log))

@@ -1,6 +1,7 @@
-"""Several processes, one calibration: under `torchrun` each takes its share of the windows, and what they sum is summed over all.
+"""Several processes, one calibration or one training: each takes its share of the windows, and what they sum is summed over all.
 
-Without `torchrun` (or inside one process) everything here does nothing.
+`torchrun` or `accelerate launch` starts them; where `accelerate` says FSDP 2, `in_shards` splits a model that is trained over them.
+Inside one process everything here does nothing.
 """
 
 import os
@@ -9,6 +10,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gqalib.errors import InputError
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -18,7 +25,7 @@ def rank_and_size() -> tuple[int, int]:
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Inside, the processes that `torchrun` started know each other: nccl on CUDA, where each has a card of its own, else gloo.
+    """Inside, the processes that `torchrun` or `accelerate launch` started know each other: nccl on CUDA, where each has a card of its own, else gloo.
 
     Yields the device of this process.
     """
@@ -70,3 +77,47 @@ def total_over_ranks(number: int) -> int:
     total = torch.tensor([number])
     sum_over_ranks([total])
     return int(total)
+
+
+def wait_for_all() -> None:
+    """Go on when every process is here."""
+    total_over_ranks(0)
+
+
+# ---------------------------------------------------------------- a model in shards
+
+
+def in_shards(model: nn.Module, opts: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    """Put a model that is trained where `accelerate launch` says, and give back its optimisers: in shards over the processes (FSDP 2), or whole in each.
+
+    In place: the parameters become DTensors. Several processes only; one process' model stays where it is.
+
+    Raises:
+        InputError: accelerate is told something else.
+    """
+    if rank_and_size()[1] == 1:
+        return opts
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.is_fsdp2:
+        return [prepared.optimizer for prepared in accelerator.prepare(model, *opts)[1:]]
+    if accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise InputError(f"accelerate is set to {accelerator.distributed_type.value}: use FSDP with fsdp_version 2, or --multi_gpu")
+    model.to(accelerator.device)
+    return opts
+
+
+def is_in_shards(model: nn.Module) -> bool:
+    """Whether each process holds a part of every parameter only."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor from its shards, the same in every process; all of them call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_sharded(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process' part of a whole tensor, which every process has, cut as `parameter` is."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def finetune_lora(
     if not rows:
         raise InputError("there are no rows to learn from: give instructions with at least one prompt and completion")
     rows = rows[: settings.num_examples]
-    args = _arguments(settings, _state(folder), seed)
+    args = _arguments(settings, _state(folder), seed, model.device)
     args.gradient_accumulation_steps = _share(settings.gradient_accumulation_steps, args.world_size)
     run = {"settings": dataclasses.asdict(settings), "seed": seed, "start": digest(model, rows), "library": library_hash()}
     with args.main_process_first(local=False):
@@ -167,11 +167,16 @@ def lora_config(r: int, alpha: int, dropout: float = 0.0) -> LoraConfig:
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _arguments(settings: Recovery, folder: Path, seed: int) -> SFTConfig:
+def _several() -> bool:
+    """Whether a launcher started this process beside others: then the trainer places the model, as the launcher's settings say."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _arguments(settings: Recovery, folder: Path, seed: int, device: torch.device) -> SFTConfig:
     return SFTConfig(
         output_dir=str(folder),
         seed=seed,
-        use_cpu=not torch.cuda.is_available(),  # several processes meet through gloo then
+        use_cpu=not torch.cuda.is_available() or not _several() and device.type == "cpu",  # several processes meet through gloo then
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=settings.warmup_ratio,  # below 1 transformers reads it as a ratio
@@ -221,26 +226,44 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     Raises:
         InputError: `out` is there, its parent is not, the model cannot be had, or as `finetune_lora`.
     """
+    training, save = into_folder(out)
+    device = "cpu" if _several() else resolve_device(preset.device)
+    model, tokenizer = load_model(source, preset.dtype, device), load_tokenizer(source)
+    rows = instructions(preset.instructions, "train", preset.corpus, preset.recovery.num_examples)
+    _, log = finetune_lora(model, tokenizer, rows, preset.recovery, training, seed)
+    state = PartialState()
+    state.destroy_process_group()
+    if state.is_main_process:
+        save(_merged(load_model(source, preset.dtype, "cpu"), trained_adapter(training), preset.recovery), tokenizer)
+        print(summary(log))
+
+
+def into_folder(out: Path) -> tuple[Path, Callable[[nn.Module, PreTrainedTokenizerBase], None]]:
+    """Where a training lives that ends as a model in `out`, and what saves that model there, whole or not at all, and ends the training.
+
+    Raises:
+        InputError: `out` is there, or its parent is not.
+    """
     out = out.absolute()
     if out.exists():
         raise InputError(f"{out} exists: give another --out, or remove it")
     if not out.parent.is_dir():
         raise InputError(f"folder {out.parent} does not exist: make it, or give another --out")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # then the trainer places the model, as the launcher's settings say
-    model, tokenizer = load_model(source, preset.dtype, "cpu" if several else resolve_device(preset.device)), load_tokenizer(source)
-    rows = instructions(preset.instructions, "train", preset.corpus, preset.recovery.num_examples)
     training = out.with_name(f"{out.name}.training")
-    _, log = finetune_lora(model, tokenizer, rows, preset.recovery, training, seed)
-    state = PartialState()
-    state.destroy_process_group()
-    if state.is_main_process:
-        merged = _merged(load_model(source, preset.dtype, "cpu"), trained_adapter(training), preset.recovery)
+
+    def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         shutil.rmtree(training / "merged", ignore_errors=True)  # of one that was killed
-        save_model(merged, tokenizer, training / "merged")
+        save_model(model, tokenizer, training / "merged")
         os.rename(training / "merged", out)
         shutil.rmtree(training)
-        steps, loss = len(log), log["loss"]
-        print(f"{steps} steps, {log['tokens'].iloc[-1]:,.0f} tokens: loss {loss.iloc[0]:.4f} → {loss.iloc[-1]:.4f} nats per token")
+
+    return training, save
+
+
+def summary(log: pd.DataFrame) -> str:
+    """One line about a training that is done."""
+    first, last = log["loss"].iloc[[0, -1]]
+    return f"{len(log)} steps, {log['tokens'].iloc[-1]:,.0f} tokens: loss {first:.4f} → {last:.4f} nats per token"
 
 
 def _merged(model: nn.Module, adapter: dict[str, torch.Tensor], settings: Recovery) -> nn.Module:

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gqalib import attention  # noqa: F401  (registers attn_implementation="blocked")
 from gqalib.corpora import HELD_OUT_ONE_IN
 from gqalib.errors import InputError
-from gqalib.parallel import rank_and_size, sum_over_ranks
+from gqalib.parallel import as_sharded, is_in_shards, rank_and_size, sum_over_ranks, total_over_ranks, wait_for_all, whole
 from gqalib.perplexity import NO_LABEL
 
 END_OF_TEXT = "<|endoftext|>"
@@ -246,12 +246,14 @@ def descend(
         started = time.monotonic()
         terms = step(model, opts, batches, rate_at(recipe, tokens_seen), loss_of)
         tokens_seen += sum(map(num_tokens_of, batches))
-        if rank_and_size()[0] > 0:
-            continue
-        _log(folder, tokens=tokens_seen, **terms, learning_rate=opts[0].param_groups[0]["lr"], seconds=time.monotonic() - started)
-        if time.monotonic() - saved_at > checkpoint_s or tokens_seen >= recipe.num_tokens:
+        is_main = rank_and_size()[0] == 0
+        if is_main:
+            _log(folder, tokens=tokens_seen, **terms, learning_rate=opts[0].param_groups[0]["lr"], seconds=time.monotonic() - started)
+        is_due = total_over_ranks(int(time.monotonic() - saved_at > checkpoint_s)) > 0  # for all or none: saving waits for all
+        if is_due or tokens_seen >= recipe.num_tokens:
             save_checkpoint(folder, model, opts, tokens_seen)
-            watch(model, tokens_seen)
+            if is_main:
+                watch(model, tokens_seen)
             saved_at = time.monotonic()
     return model
 
@@ -265,7 +267,7 @@ def step(
 ) -> dict[str, float]:
     """One optimiser step; matrix products in bf16, where that is fast. Returns the terms of the loss, in nats per predicted token.
 
-    Under `torchrun` each process takes its share of the batches and the gradients are summed over processes.
+    In several processes each takes its share of the batches and the gradients are summed over processes.
 
     Args:
         loss_of: (model, batch) → means over the batch's predicted tokens, by name; `loss` is the one that is descended.
@@ -274,17 +276,15 @@ def step(
         InputError: no token of the batches has a label.
         FloatingPointError: the loss or its gradient is not finite; the weights are as they were.
     """
-    rank, world_size = rank_and_size()
-    counts, totals = [num_predicted(batch) for batch in batches], {}
-    if not sum(counts):
-        raise InputError("a batch has no token to learn from: give rows of at least 2 tokens, with labels")
-    for batch, count in list(zip(batches, counts, strict=True))[rank::world_size]:
+    shards, totals = is_in_shards(model), {}
+    for batch, weight in _share(batches):
         with fast_products(model.device):
-            terms = {name: term * (count / sum(counts)) for name, term in loss_of(model, batch).items()}
-        terms["loss"].backward()
+            terms = {name: term * weight for name, term in loss_of(model, batch).items()}
+        (terms["loss"] * (rank_and_size()[1] if shards else 1)).backward()  # FSDP takes the mean over processes
         totals = {name: totals.get(name, 0) + term.detach() for name, term in terms.items()}
-    sum_over_ranks([*(p.grad for p in model.parameters() if p.grad is not None), *totals.values()])
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    sum_over_ranks([*([] if shards else gradients), *totals.values()])
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if not (torch.isfinite(totals["loss"]) and torch.isfinite(norm)):
         raise FloatingPointError("the training loss is not finite: lower the learning rates")
     with nullcontext() if bf16_is_fast(model.device) else _InFloat32():
@@ -293,6 +293,17 @@ def step(
             optimizer.step()
             optimizer.zero_grad()
     return {name: total.item() for name, total in totals.items()}
+
+
+def _share(batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
+    """This process' batches, each with its weight in the mean. Every process has as many, because shards wait for each other: some weigh nothing."""
+    rank, world_size = rank_and_size()
+    counts = [num_predicted(batch) for batch in batches]
+    if not sum(counts):
+        raise InputError("a batch has no token to learn from: give rows of at least 2 tokens, with labels")
+    weighed = [(batch, count / sum(counts)) for batch, count in zip(batches, counts, strict=True)]
+    filling = (batches[counts.index(max(counts))], 0.0)
+    return [*weighed, *[filling] * (-len(batches) % world_size)][rank::world_size]
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -344,18 +355,33 @@ def _begin(recipe: Recipe, device: str, start_from: Path | None):
 
 
 def save_checkpoint(folder: Path, model: nn.Module, opts, tokens_seen: int) -> None:
-    """What is trained and the optimisers' state. `state.json` is replaced before the last checkpoint goes, so it always names a whole one."""
-    current = (folder / "state.json").exists() and "checkpoint-a" in (folder / "state.json").read_text()
-    name, last = ("checkpoint-b", "checkpoint-a") if current else ("checkpoint-a", "checkpoint-b")
-    model.config.save_pretrained(folder / name)
-    trained = {key: p.detach().contiguous() for key, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, folder / name / "model.safetensors", {"format": "pt"})
+    """What is trained and the optimisers' state. `state.json` is replaced before the last checkpoint goes, so it always names a whole one.
+
+    Every process calls it; the main one writes, whole tensors, so that any number of processes can go on.
+    """
+    trained = {key: _in_host(p) for key, p in model.named_parameters() if p.requires_grad}
     state = {
-        f"{i}.{j}.{key}": value
+        f"{i}.{j}.{key}": _in_host(value)
         for i, optimizer in enumerate(opts)
         for j, parameter in enumerate(optimizer.param_groups[0]["params"])
         for key, value in optimizer.state[parameter].items()
     }
+    if rank_and_size()[0] == 0:
+        _write_checkpoint(folder, model, trained, state, tokens_seen)
+    wait_for_all()
+
+
+def _in_host(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The whole of a tensor on the CPU, in the main process; piece by piece, a model that is in shards fits no card."""
+    tensor = whole(tensor.detach())
+    return tensor.cpu().contiguous() if rank_and_size()[0] == 0 else None
+
+
+def _write_checkpoint(folder: Path, model: nn.Module, trained: dict, state: dict, tokens_seen: int) -> None:
+    current = (folder / "state.json").exists() and "checkpoint-a" in (folder / "state.json").read_text()
+    name, last = ("checkpoint-b", "checkpoint-a") if current else ("checkpoint-a", "checkpoint-b")
+    model.config.save_pretrained(folder / name)
+    save_file(trained, folder / name / "model.safetensors", {"format": "pt"})
     save_file(state, folder / name / "optimizers.safetensors")
     (folder / "state.tmp").write_text(json.dumps({"checkpoint": name, "tokens_seen": tokens_seen}))
     os.replace(folder / "state.tmp", folder / "state.json")
@@ -366,18 +392,22 @@ def save_checkpoint(folder: Path, model: nn.Module, opts, tokens_seen: int) -> N
 def load_checkpoint(folder: Path, model: nn.Module, opts) -> int:
     """Put the last checkpoint of `folder` into a model and its optimisers; what was logged after it is forgotten. Returns the tokens seen."""
     saved = json.loads((folder / "state.json").read_text())
-    weights, state = (
-        load_file(folder / saved["checkpoint"] / name, device=str(model.device)) for name in ("model.safetensors", "optimizers.safetensors")
-    )
+    weights, state = (load_file(folder / saved["checkpoint"] / name) for name in ("model.safetensors", "optimizers.safetensors"))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.copy_(weights[name])
+            parameter.copy_(_like(weights[name], parameter))
     for i, optimizer in enumerate(opts):
         for j, parameter in enumerate(optimizer.param_groups[0]["params"]):
-            prefix = f"{i}.{j}."
-            optimizer.state[parameter] = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    _forget_after(folder, saved["tokens_seen"])
+            kept = {key.removeprefix(f"{i}.{j}."): value for key, value in state.items() if key.startswith(f"{i}.{j}.")}
+            optimizer.state[parameter] = {key: _like(value, parameter) for key, value in kept.items()}
+    if rank_and_size()[0] == 0:
+        _forget_after(folder, saved["tokens_seen"])
     return saved["tokens_seen"]
+
+
+def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor as a parameter is: its device, its shards. AdamW's number of steps stays on the CPU, as AdamW has it."""
+    return as_sharded(value.to(parameter.device), parameter) if value.ndim else value
 
 
 def _log(folder: Path, **values: float) -> None:

@@ -1,4 +1,4 @@
-"""`gqalib recover`: one process and two end at the same model."""
+"""`gqalib recover` and `gqalib distill`: one process and two end at the same model."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from conftest import small_model
 
 from gqalib import InputError, recovery, surgery
 from gqalib.__main__ import main, overrides
-from gqalib.corpora import instructions
+from gqalib.corpora import END_OF_DOCUMENT, instructions
 from gqalib.models import REPOSITORY, load_model, load_tokenizer, save_model
 from gqalib.presets import load_preset
 
@@ -39,24 +39,25 @@ def arguments(pairs, tmp_path):
     return ["recover", "--model", str(tmp_path / "model"), "--seed", "3", *(part for pair in pairs for part in ("--set", pair))]
 
 
-def in_two(arguments, folder, *options, environment=ENVIRONMENT):
+def in_two(arguments, folder, *options, environment=ENVIRONMENT, succeeds=True):
     """`accelerate launch` with two processes."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2", "--mixed_precision", "no"]
     command += ["--num_machines", "1", "--dynamo_backend", "no", "-m", "gqalib", *arguments]
     finished = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert (finished.returncode == 0) == succeeds, finished.stderr[-2000:]
+    return finished.stderr
 
 
 def weights(folder):
     return dict(load_model(folder, device="cpu").named_parameters())
 
 
-def check_same(folder, tolerance):
+def check_same(folder, tolerance, others=frozenset()):
     start, one, two = (weights(folder / name) for name in ("model", "one", "two"))
     for name, tensor in one.items():
         assert torch.allclose(two[name], tensor, rtol=0, atol=tolerance), name
     assert sum(not torch.allclose(one[name], tensor, atol=1e-3) for name, tensor in start.items()) == 3 * 7
-    assert {path.name for path in folder.iterdir()} == {"model", "rows.json", "one", "two"}
+    assert {path.name for path in folder.iterdir()} == {"model", "rows.json", "one", "two"} | others
 
 
 def test_two_processes_train_as_one(arguments, tmp_path):
@@ -88,24 +89,38 @@ prepare, fsdp_utils.fsdp2_prepare_model, state.PartialState._prepare_backend = f
 import accelerate.accelerator
 accelerate.accelerator.fsdp2_prepare_model = report
 """
+STOP_AFTER_SIX_STEPS = """
+from gqalib import training
+
+def step(*args):
+    steps.append(args)
+    if len(steps) > 6:
+        raise KeyboardInterrupt
+    return whole_step(*args)
+
+steps, whole_step, training.step = [], training.step, step
+training.total_over_ranks = lambda number: 1  # a checkpoint is due after every step
+"""
 
 
-def test_shards_train_as_one(arguments, tmp_path, tmp_path_factory):
-    """accelerate has FSDP for accelerators only: here it takes CPU and gloo for two of them. The settings are those that trl ships.
+def in_shards(arguments, folder, site, more="", succeeds=True):
+    """FSDP 2 over two processes. accelerate has FSDP for accelerators only: here it takes CPU and gloo for two of them. The settings are those that trl ships.
 
     Each process writes its share of the weights into a file of its own, because lines of two processes can mix in one pipe.
     """
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "sitecustomize.py").write_text(FSDP_ON_CPU)
-    path = os.pathsep.join([str(folder), ENVIRONMENT["PYTHONPATH"]])
+    (site / "sitecustomize.py").write_text(FSDP_ON_CPU + more)
+    path = os.pathsep.join([str(site), ENVIRONMENT["PYTHONPATH"]])
+    environment = ENVIRONMENT | {"PYTHONPATH": path, "ACCELERATE_TORCH_DEVICE": "cpu"}
     config = Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml"
-    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
-    in_two(
-        [*arguments, "--out", str(tmp_path / "two")], tmp_path, "--config_file", str(config),
-        environment=ENVIRONMENT | {"PYTHONPATH": path, "ACCELERATE_TORCH_DEVICE": "cpu"},
-    )  # fmt: skip
-    shares = [float((folder / f"share{rank}").read_text()) for rank in range(2)]
+    said = in_two(arguments, folder, "--config_file", str(config), environment=environment, succeeds=succeeds)
+    shares = [float((site / f"share{rank}").read_text()) for rank in range(2)]
     assert sum(shares) == pytest.approx(1) and max(shares) < 0.6
+    return said
+
+
+def test_shards_train_as_one(arguments, tmp_path, tmp_path_factory):
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    in_shards([*arguments, "--out", str(tmp_path / "two")], tmp_path, tmp_path_factory.mktemp("site"))
     check_same(tmp_path, 1e-5)
 
 
@@ -148,3 +163,60 @@ def test_accumulation_is_shared():
     assert [recovery._share(16, processes) for processes in (1, 2, 8)] == [16, 8, 2]
     with pytest.raises(InputError, match="gradient_accumulation_steps 16 cannot be shared by 3 processes: start a number that divides it"):
         recovery._share(16, 3)
+
+
+# ---------------------------------------------------------------- distill
+
+TEACHING = ["num_tokens=1200", "batch_tokens=100", "warmup_steps=1", "muon_lr=0.01", "adamw_lr=1e-2"]
+
+
+@pytest.fixture
+def lessons(pairs, tokenizer, tmp_path):
+    """A dense model, and text, for the pruned one in a folder."""
+    save_model(small_model(), tokenizer, tmp_path / "dense")
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.randint(2, 60, (100, 20), generator=generator).tolist()
+    (tmp_path / "text.txt").write_text(END_OF_DOCUMENT.join(" ".join(f"w{word}" for word in words) for words in documents))
+    settings = [f"model={tmp_path / 'dense'}", f"corpus=file:{tmp_path / 'text.txt'}", "frontier.calibration.length=20", "device=cpu"]
+    settings += [f"distillation.{pair}" for pair in TEACHING]
+    return ["distill", "--model", str(tmp_path / "model"), *(part for pair in settings for part in ("--set", pair))]
+
+
+def check_taught(folder, tolerance):
+    start, one, two = (weights(folder / name) for name in ("model", "one", "two"))
+    for name, tensor in one.items():
+        assert torch.allclose(two[name], tensor, rtol=0, atol=tolerance), name
+        assert not torch.allclose(start[name], tensor, atol=1e-3), name
+    assert {path.name for path in folder.iterdir()} == {"model", "dense", "rows.json", "text.txt", "one", "two"}
+
+
+def test_two_processes_are_taught_as_one(lessons, tmp_path):
+    assert main([*lessons, "--out", str(tmp_path / "one")]) == 0
+    in_two([*lessons, "--out", str(tmp_path / "two")], tmp_path, "--multi_gpu")
+    check_taught(tmp_path, 1e-5)
+
+
+def test_shards_are_taught_as_one_also_when_they_are_stopped(lessons, tmp_path, tmp_path_factory):
+    site, two = tmp_path_factory.mktemp("site"), [*lessons, "--out", str(tmp_path / "two")]
+    assert main([*lessons, "--out", str(tmp_path / "one")]) == 0
+    assert "the same command goes on" in in_shards(two, tmp_path, site, STOP_AFTER_SIX_STEPS, succeeds=False)
+    assert json.loads((tmp_path / "two.training" / "state.json").read_text())["tokens_seen"] == 600
+    in_shards(two, tmp_path, site)
+    check_taught(tmp_path, 1e-5)
+
+
+def test_an_adapter_in_shards_is_merged(lessons, tmp_path, tmp_path_factory):
+    adapter = ["--set", "distillation.lora_r=4", "--set", "distillation.muon_lr=0"]
+    assert main([*lessons, *adapter, "--out", str(tmp_path / "one")]) == 0
+    in_shards([*lessons, *adapter, "--out", str(tmp_path / "two")], tmp_path, tmp_path_factory.mktemp("site"))
+    check_same(tmp_path, 1e-5, {"dense", "text.txt"})
+
+
+def test_a_row_for_each_shard(lessons, tokenizer, tmp_path, tmp_path_factory):
+    model = small_model()
+    surgery.keep_channels(model, 1, [3])
+    save_model(model, tokenizer, tmp_path / "model")
+    out = ["--out", str(tmp_path / "two")]
+    said = in_shards([*lessons, *out], tmp_path, tmp_path_factory.mktemp("site"), succeeds=False)
+    assert "Muon cannot work on a matrix of 1 rows in 2 shards: start at most 1 processes, or set distillation.muon_lr=0" in said
+    assert not (tmp_path / "two").exists()

@@ -75,5 +75,6 @@ def test_no_rows(tokenizer, settings, tmp_path):
 
 
 def test_report_to_is_passed_through(settings, tmp_path):
-    assert recovery._arguments(settings, tmp_path, 0).report_to in ([], "none", ["none"])
-    assert "tensorboard" in str(recovery._arguments(dataclasses.replace(settings, report_to="tensorboard"), tmp_path, 0).report_to)
+    assert recovery._arguments(settings, tmp_path, 0, torch.device("cpu")).report_to in ([], "none", ["none"])
+    watched = dataclasses.replace(settings, report_to="tensorboard")
+    assert "tensorboard" in str(recovery._arguments(watched, tmp_path, 0, torch.device("cpu")).report_to)
