@@ -15,7 +15,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gqalib import training
+from gqalib import memory, training
 from gqalib.attention import attention_implementation
 from gqalib.corpora import training_windows
 from gqalib.errors import InputError
@@ -281,7 +281,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
         source: a pruned model's folder.
 
     Raises:
-        InputError: `out` is there, its parent is not, a model cannot be had, or as `distill`.
+        InputError: `out` is there, its parent is not, a model cannot be had, too little memory (one process only), or as `distill`.
     """
     settings = dataclasses.replace(preset.distillation, seed=preset.distillation.seed + seed)
     folder, save = into_folder(out)
@@ -291,9 +291,18 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     length = min(preset.frontier.calibration.length, student.config.max_position_embeddings)
     text = training_windows(preset.corpus, tokenizer, length, settings.num_tokens)
     with processes(resolve_device(preset.device)) as device:
-        (rank, size), teacher = rank_and_size(), teacher.to(device)
-        log = distill(student if size > 1 else student.to(device), teacher, text, settings, folder)
+        rank, size = rank_and_size()
+        with nullcontext() if size > 1 else _stage(student.to(device), teacher.to(device), length, settings):
+            log = distill(student, teacher.to(device), text, settings, folder)
     if rank == 0:
         trained = trained_student(load_model(source, "float32", "cpu"), settings, folder)
         save(trained.to(getattr(torch, preset.dtype)), tokenizer)
         print(summary(log))
+
+
+def _stage(student: nn.Module, teacher: nn.Module, length: int, settings: Distillation) -> AbstractContextManager:
+    """Both models are there already."""
+    rows = max(1, min(settings.batch_tokens, MICRO_TOKENS) // length)
+    terms = memory.expected("distillation", student, rows, length, settings=settings, teacher=teacher)
+    terms["weights"] += terms.pop("teacher")
+    return memory.stage("distillation", terms, student.device, "lower distillation.batch_tokens, or take more cards (see README)")

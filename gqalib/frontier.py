@@ -52,10 +52,12 @@ def refit_allocated(model: nn.Module, windows: torch.Tensor, fraction: float, pr
     refit.sweep(model, table.plan(fraction), windows, covariances=covariances)
 
 
-def covariances_and_table(model: nn.Module, windows: torch.Tensor) -> tuple[search.Covariances, search.CostTable]:
+def covariances_and_table(
+    model: nn.Module, windows: torch.Tensor, progress: Progress = NOT_KEPT
+) -> tuple[search.Covariances, search.CostTable]:
     """The gradients' covariances, and the cost table made of them."""
-    covariances = importance.gradient_covariances(model, windows)
-    return covariances, search.cost_table(model, windows, covariances)
+    covariances = importance.gradient_covariances(model, windows, progress=progress)
+    return covariances, search.cost_table(model, windows, covariances, progress=progress)
 
 
 OWN = "refit, allocated"

@@ -297,16 +297,24 @@ def _apply_mask(mask: torch.Tensor, module: nn.Module, inputs: tuple[torch.Tenso
     return (units * mask).flatten(-2).to(inputs[0].dtype)
 
 
-def gradient_covariances(model: nn.Module, windows: torch.Tensor, by_layer: bool | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def gradient_covariances(
+    model: nn.Module, windows: torch.Tensor, by_layer: bool | None = None, progress: Progress = NOT_KEPT
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per layer, the covariances of the gradient at the outputs of `o_proj` and of `down_proj`, each float64 [hidden, hidden].
 
     G = mean over tokens of g gᵀ, g = ∂(summed loss) / ∂(output at that token): K-FAC's output factor (Martens & Grosse
     2015), in nats² per squared unit of the residual stream. No weight has a gradient. `by_layer` (default: on a GPU) as in `differentiate`;
-    then the covariances wait in host memory.
+    then the covariances wait in host memory. `progress` keeps them when they are done.
 
     Raises:
         InputError: the loss or a covariance is not finite.
     """
+    progress = progress.of("gradient_covariances", model, windows)
+    parts = progress.once("covariances", partial(_covariances, model, windows, by_layer))
+    return [(parts[f"o_proj.{layer}"], parts[f"down_proj.{layer}"]) for layer in range(len(decoder_layers(model)))]
+
+
+def _covariances(model: nn.Module, windows: torch.Tensor, by_layer: bool | None) -> dict[str, torch.Tensor]:
     sums: dict[nn.Module, torch.Tensor] = {}
 
     def add(module: nn.Module, gradient: torch.Tensor) -> None:
@@ -334,7 +342,8 @@ def gradient_covariances(model: nn.Module, windows: torch.Tensor, by_layer: bool
         sum_over_ranks(sums[module] for module in pair)
     if not all(torch.isfinite(total).all() for total in sums.values()):
         raise InputError("a gradient covariance is not finite: use dtype float32 or another calibration text")
-    return [tuple(sums[module] / num_tokens for module in pair) for pair in modules]
+    names = ("o_proj", "down_proj")
+    return {f"{name}.{i}": sums[module] / num_tokens for i, pair in enumerate(modules) for name, module in zip(names, pair, strict=True)}
 
 
 # ---------------------------------------------------------------- units of one layer

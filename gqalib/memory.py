@@ -24,7 +24,7 @@ Llama-3-8B in bf16 on a GPU, in GB, by these formulas; none of it is measured:
 Forward passes take larger batches where there is room (`perplexity.tokens_at_once`): then the peak is higher and the need is not.
 
 The formulas say what is in use. A process' resident set, the measured peak on a CPU, also has what the C library keeps of what was freed:
-up to half as much again in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for more time; the tests measure like that.
+up to 0.6 times as much again in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for more time; the tests measure like that.
 """
 
 import contextlib

@@ -23,6 +23,7 @@ from typing import Any
 import datasets
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 import transformers
 from torch import nn
 
@@ -197,7 +198,7 @@ class Notebook:
             **self._reasons(),
             "overrides": self.overrides,
             "git_commit": _git_commit(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
             "upstream": self.read,
             "metrics": self.metrics,
             "tables": self.tables,

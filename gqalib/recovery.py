@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from gqalib import memory
 from gqalib.corpora import instructions
 from gqalib.errors import InputError
 from gqalib.models import load_model, load_tokenizer, resolve_device, save_model
@@ -224,13 +225,15 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
         source: a pruned model's folder.
 
     Raises:
-        InputError: `out` is there, its parent is not, the model cannot be had, or as `finetune_lora`.
+        InputError: `out` is there, its parent is not, the model cannot be had, too little memory (one process only), or as `finetune_lora`.
     """
     training, save = into_folder(out)
     device = "cpu" if _several() else resolve_device(preset.device)
     model, tokenizer = load_model(source, preset.dtype, device), load_tokenizer(source)
     rows = instructions(preset.instructions, "train", preset.corpus, preset.recovery.num_examples)
-    _, log = finetune_lora(model, tokenizer, rows, preset.recovery, training, seed)
+    terms = memory.expected("LoRA", model, preset.recovery.batch_size, preset.recovery.max_length, settings=preset.recovery)
+    with nullcontext() if _several() else memory.stage("LoRA", terms, model.device, "lower recovery.batch_size"):
+        _, log = finetune_lora(model, tokenizer, rows, preset.recovery, training, seed)
     state = PartialState()
     state.destroy_process_group()
     if state.is_main_process:

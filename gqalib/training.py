@@ -296,14 +296,17 @@ def step(
 
 
 def _share(batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
-    """This process' batches, each with its weight in the mean. Every process has as many, because shards wait for each other: some weigh nothing."""
+    """This process' batches that have labels, each with its weight in the mean.
+
+    Every process has as many, because shards wait for each other: some batches come twice and weigh nothing.
+    """
     rank, world_size = rank_and_size()
     counts = [num_predicted(batch) for batch in batches]
     if not sum(counts):
         raise InputError("a batch has no token to learn from: give rows of at least 2 tokens, with labels")
-    weighed = [(batch, count / sum(counts)) for batch, count in zip(batches, counts, strict=True)]
-    filling = (batches[counts.index(max(counts))], 0.0)
-    return [*weighed, *[filling] * (-len(batches) % world_size)][rank::world_size]
+    weighed = [(batch, count / sum(counts)) for batch, count in zip(batches, counts, strict=True) if count]
+    filling = [(weighed[0][0], 0.0)] * (-len(weighed) % world_size)
+    return [*weighed, *filling][rank::world_size]
 
 
 def bf16_is_fast(device: torch.device) -> bool:

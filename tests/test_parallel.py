@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import small_model
 
 from gqalib import InputError, importance, parallel, pruning, refit, scoring
@@ -87,3 +89,11 @@ def test_the_file_holds_what_the_library_finds(arguments, tmp_path, windows):
     bare = refit.Ingredients(input_refit=False, newton_rounds=0)
     refit.sweep(model, plan, windows, bare, scores=found.taylor, covariances=found.covariances)
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, dense[kept])
+
+
+def test_what_accelerate_may_be_told(monkeypatch):
+    monkeypatch.setattr(parallel, "rank_and_size", lambda: (0, 2))
+    told = SimpleNamespace(is_fsdp2=False, distributed_type=DistributedType.DEEPSPEED)
+    monkeypatch.setattr(parallel, "Accelerator", lambda **_: told)
+    with pytest.raises(InputError, match="accelerate is set to DEEPSPEED: use FSDP with fsdp_version 2, or --multi_gpu"):
+        parallel.in_shards(small_model(), [])

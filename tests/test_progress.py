@@ -188,6 +188,14 @@ def test_a_killed_run_goes_on(name, num_parts, text, kept, counted, killed_after
     assert same(run(small_model(), text, kept()), expected) and len(calls) == 2 * total
 
 
+def test_covariances_are_taken_once(text, kept, counted):
+    calls, models = counted(importance, "_covariances"), (small_model(), small_model(seed=5))
+    expected = [importance.gradient_covariances(model, text) for model in models]
+    for _ in range(2):
+        assert same([importance.gradient_covariances(model, text, progress=kept()) for model in models], expected)
+    assert len(calls) == 4
+
+
 @pytest.mark.parametrize("num_parts", [1, 2, 3])
 def test_prune_to_goes_on(num_parts, text, kept, counted, killed_after):
     """The trials before the kill are not run again, but for the best of all if it is one of them: its model is needed."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import trl
 from conftest import small_model
 
-from gqalib import InputError, recovery, surgery
+from gqalib import InputError, memory, recovery, surgery
 from gqalib.__main__ import main, overrides
 from gqalib.corpora import END_OF_DOCUMENT, instructions
 from gqalib.models import REPOSITORY, load_model, load_tokenizer, save_model
@@ -210,6 +211,14 @@ def test_an_adapter_in_shards_is_merged(lessons, tmp_path, tmp_path_factory):
     assert main([*lessons, *adapter, "--out", str(tmp_path / "one")]) == 0
     in_shards([*lessons, *adapter, "--out", str(tmp_path / "two")], tmp_path, tmp_path_factory.mktemp("site"))
     check_same(tmp_path, 1e-5, {"dense", "text.txt"})
+
+
+@pytest.mark.parametrize(("command", "knob"), [("recover", "recovery.batch_size"), ("distill", "distillation.batch_tokens")])
+def test_too_little_memory(command, knob, lessons, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    assert main([*(arguments if command == "recover" else lessons), "--out", str(tmp_path / "one")]) == 2
+    assert re.search(rf"error: .* needs .* GB, but 0.0 GB are free on cpu: lower {knob}", capsys.readouterr().err)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "dense", "rows.json", "text.txt"}
 
 
 def test_a_row_for_each_shard(lessons, tokenizer, tmp_path, tmp_path_factory):

@@ -105,3 +105,28 @@ def test_a_loss_that_is_not_finite_is_an_error(recipe, ids):
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
         training.step(model, training.optimizers(model, recipe), (ids[:32].view(2, 16),), 1.0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_processes_share_a_step(size, ids, monkeypatch):
+    """Each batch with labels is one process', every process has as many, and the weights are those of a mean over tokens."""
+    batches = [ids[:30].view(3, 10), {"input_ids": ids[:10].view(1, 10), "labels": torch.full((1, 10), -100)}, ids[30:40].view(1, 10)]
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(training, "rank_and_size", lambda rank=rank: (rank, size))
+        shares.append(training._share(batches))
+    assert {len(share) for share in shares} == {-(-2 // size)}
+    every = [pair for share in shares for pair in share]
+    assert [weight for batch, weight in every if batch is batches[0] and weight] == [0.75]
+    assert [weight for batch, weight in every if batch is batches[2]] == [0.25]
+    assert sum(weight for _, weight in every) == 1 and not any(batch is batches[1] for batch, _ in every)
+
+
+def test_a_batch_without_labels_weighs_nothing(ids):
+    """A mean over no token is no number."""
+    torch.manual_seed(0)
+    model = training.initial_model(training.reference_config(1), 0)
+    opts = training.optimizers(model, Recipe(stages=(), decay_tokens=1))
+    blank = {"input_ids": ids[:10].view(1, 10), "labels": torch.full((1, 10), -100)}
+    losses = [training.step(model, opts, batches, 0.0)["loss"] for batches in ([ids[:30].view(3, 10)], [blank, ids[:30].view(3, 10)])]
+    assert losses[0] == losses[1]
