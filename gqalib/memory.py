@@ -3,7 +3,7 @@
     with memory.stage("sweep", memory.expected("sweep", model, 128, 2048), model.device) as used:
         refit.sweep(model, plan, windows)
 
-Symbols: s bytes per weight; L layers; d hidden size; q, k query and KV width, f MLP width of the widest layer; V vocabulary; n = num_examples ·
+Symbols: s bytes per weight; L layers; d hidden size; h query heads; q, k query and KV width, f MLP width of the widest layer; V vocabulary; n = num_examples ·
 length calibration tokens; B tokens of a batch (`perplexity.batches`). Bytes, GB = 1e9. A term is what is there at the stage's peak;
 what never is there together is not added up.
 
@@ -19,12 +19,12 @@ Llama-3-8B in bf16 on a GPU, in GB, by these formulas; none of it is measured:
     cost table              128 × 2048     29.7 = weights, three streams 6.4, statistics 6.8, …          9.8
     sweep                   128 × 2048     34.9 = weights, five streams 10.7, statistics 6.8, …         10.6
     LoRA, r 8                16 × 256      85.6 = weights, activations 50.5, logits 18.9;  33.6 with a batch of 4
-    distillation              1 × 2048    151.6 = float32 weights 32.1, gradients 32.1, optimisers 36.3, teacher 16.1, …: more than one card
+    distillation              1 × 2048    156.9 = float32 weights 32.1, gradients 32.1, optimisers 36.3, teacher 16.1, …: more than one card
 
 Forward passes take larger batches where there is room (`perplexity.tokens_at_once`): then the peak is higher and the need is not.
 
 The formulas say what is in use. A process' resident set, the measured peak on a CPU, also has what the C library keeps of what was freed:
-up to 0.6 times as much again in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for more time; the tests measure like that.
+up to half as much again in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for more time; the tests measure like that.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from gqalib import perplexity
+from gqalib import attention, perplexity
 from gqalib.cost import Used, free_bytes, measured, weight_bytes
 from gqalib.errors import InputError
 from gqalib.models import decoder_layers, layer_shapes
@@ -54,6 +54,7 @@ class Shape:
     s: int
     L: int
     d: int
+    h: int
     q: int
     k: int
     f: int
@@ -68,7 +69,9 @@ class Shape:
         layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
         s = next(layers.parameters()).element_size()
         hidden, head_dim = config.hidden_size, config.head_dim
-        return cls(s, len(layers), hidden, heads * head_dim, kv_heads * head_dim, width, config.vocab_size, weight_bytes(model), layer)
+        return cls(
+            s, len(layers), hidden, heads, heads * head_dim, kv_heads * head_dim, width, config.vocab_size, weight_bytes(model), layer
+        )
 
     @property
     def not_streamed(self) -> int:
@@ -276,25 +279,31 @@ def _lora(case: _Case) -> Terms:
     """r·(inputs + outputs) of all projections, with gradient and AdamW's two moments 4s each; what all layers save for a batch; logits
     in float32, nine times (loss, entropy and accuracy, as trl takes them)."""
     m, settings = case.shape, case.settings
-    adapter = settings.lora_r * m.L * (2 * (m.d + m.q) + 2 * (m.d + m.k) + 3 * (m.d + m.f))
     saved = case.n * m.L * m.saved(trained=True) * (1 + (settings.lora_dropout > 0))
-    return {**case.weights(), "adapter": 4 * m.s * adapter, "activations": saved, "logits": 36 * case.n * m.V}
+    return {**case.weights(), **_adapter(m, settings.lora_r), "activations": saved, "logits": 36 * case.n * m.V}
+
+
+def _adapter(m: Shape, r: int) -> Terms:
+    return {"adapter": 4 * m.s * r * m.L * (2 * (m.d + m.q) + 2 * (m.d + m.k) + 3 * (m.d + m.f))}
 
 
 def _distillation(case: _Case) -> Terms:
-    """Gradients; Muon's momentum s per weight of the layers, AdamW's two moments for the rest; the teacher; what all layers save for a batch;
-    six times the logits in float32. Where products are in bf16, so are the activations, and there are copies of the weights, 2 bytes each."""
-    m, by_muon = case.shape, case.shape.L * case.shape.layer * case.shape.s
+    """Gradients, and Muon's momentum s per weight of the layers, AdamW's two moments for the rest; or an adapter as for LoRA; the teacher; what
+    all layers save for a batch; eleven times the logits in float32. Where products are in bf16, so are the activations, and there are copies of
+    the weights, 2 bytes each. On a CPU also the probabilities of `attention.blocked`: per layer and token h times half of the keys, in float32."""
+    m, settings = case.shape, case.settings or Distillation()
     in_bf16, saved = bf16_is_fast(torch.device(case.device)), 8 * m.d + 2 * (2 * m.d + 3 * m.q + 2 * m.k + 4 * m.f)
-    state = by_muon + 2 * (m.weights - by_muon) if case.settings is None or case.settings.muon_lr else 2 * m.weights
+    keys = min(case.length, (case.length + attention.BLOCK) / 2)
+    probabilities = case.in_host * m.h * keys * (4 + 2 * in_bf16)  # and in bf16
+    by_muon = m.L * m.layer * m.s if settings.muon_lr else 0
+    learning = {"gradients": m.weights, "optimisers": by_muon + 2 * (m.weights - by_muon)}
     return {
         **case.weights(),
         "teacher": 0 if case.teacher is None else weight_bytes(case.teacher),
-        "gradients": m.weights,
-        "optimisers": state,
-        "weights in bf16": in_bf16 * 2 * m.weights / m.s,
-        "activations": case.n * m.L * (saved if in_bf16 else m.saved(trained=True)),
-        "logits": 24 * case.n * m.V,
+        **(_adapter(m, settings.lora_r) if settings.lora_r else learning),
+        "weights in bf16": m.weights / 2 if in_bf16 and m.s == 4 else 0,
+        "activations": case.n * m.L * ((saved if in_bf16 else m.saved(trained=True)) + probabilities),
+        "logits": 44 * case.n * m.V,
     }
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,10 +21,12 @@ SIZES = {
     "small": {"vocab_size": 16_000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4},
     "large": {"vocab_size": 24_000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 6},
 }
+NARROW = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8}  # as the reference model's
 
 
-def random_model(size):
-    config = small_config(**SIZES[size], num_key_value_heads=2, head_dim=64, max_position_embeddings=128, tie_word_embeddings=False)
+def random_model(size, **changes):
+    shape = {**SIZES[size], "num_key_value_heads": 2, "head_dim": 64, **changes}
+    config = small_config(**shape, max_position_embeddings=128, tie_word_embeddings=False)
     torch.manual_seed(0)
     return GqaLlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
 
@@ -69,13 +72,12 @@ def measure(size):
     model = random_model(size)
     plan = pruning.uniform_plan(model, 0.3)
     ratios["sweep"] = ratio("sweep", model, enough, lambda w: refit.sweep(model, plan, w, covariances=covariances))
-    if "distillation" in sys.argv:
-        student, teacher, settings = random_model(size), random_model(size), Distillation(num_tokens=256, batch_tokens=256)
+    for name, shape, r in (("distillation", {}, 0), ("distillation, narrow heads", NARROW, 0), ("distillation, adapter", {}, 8)):
+        student, teacher = random_model(size, **shape), random_model(size, **shape)
+        settings = Distillation(num_tokens=512, batch_tokens=512, lora_r=r)
         with tempfile.TemporaryDirectory() as folder:
-            ratios["distillation"] = ratio(
-                "distillation", student, 2,
-                lambda w: distillation.distill(student, teacher, w, settings, Path(folder)), settings=settings,
-            )  # fmt: skip
+            run = partial(distillation.distill, student, teacher, settings=settings, folder=Path(folder))
+            ratios[name] = ratio("distillation", student, 4, run, settings=settings)
     return ratios
 
 
