@@ -31,7 +31,7 @@ from gqalib.attention import attention_implementation
 from gqalib.corpora import training_windows
 from gqalib.errors import InputError
 from gqalib.models import load_model, load_tokenizer, resolve_device
-from gqalib.parallel import in_shards, is_in_shards, processes, rank_and_size, wait_for_all
+from gqalib.parallel import in_shards, is_in_shards, is_one_of_several, processes, rank_and_size, wait_for_all
 from gqalib.perplexity import NO_LABEL, kl_divergence
 from gqalib.presets import Distillation, Preset
 from gqalib.progress import digest, library_hash
@@ -207,7 +207,7 @@ def _check(student: nn.Module, teacher: nn.Module | None, train_batches: Batches
 def _check_shards(student: nn.Module, settings: Distillation) -> None:
     """torch cannot orthogonalise what some processes have no row of."""
     size = rank_and_size()[1]
-    rows = min(parameter.shape[0] for name, parameter in student.named_parameters() if ".layers." in name and parameter.ndim == 2)
+    rows = min(p.shape[0] for name, p in student.named_parameters() if p.requires_grad and ".layers." in name and p.ndim == 2)
     if is_in_shards(student) and settings.muon_lr and rows < size:
         fewer = f"start at most {rows} processes, or set distillation.muon_lr=0"
         raise InputError(f"Muon cannot work on a matrix of {rows} rows in {size} shards: {fewer}")
@@ -284,17 +284,20 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
         InputError: `out` is there, its parent is not, a model cannot be had, too little memory (one process only), or as `distill`.
     """
     settings = dataclasses.replace(preset.distillation, seed=preset.distillation.seed + seed)
+    if not settings.num_tokens:
+        raise InputError("distillation.num_tokens is 0, so there is nothing to learn: give a number of tokens")
     folder, save = into_folder(out)
+    several = is_one_of_several()
+    device = "cpu" if several else preset.device
     # before the processes know each other: for FSDP, transformers would read the weights in one of them only
-    student, teacher = load_model(source, "float32", "cpu"), load_model(preset.model, preset.dtype, "cpu")
+    student, teacher = load_model(source, "float32", device), load_model(preset.model, preset.dtype, device)
     tokenizer = load_tokenizer(source)
     length = min(preset.frontier.calibration.length, student.config.max_position_embeddings)
     text = training_windows(preset.corpus, tokenizer, length, settings.num_tokens)
-    with processes(resolve_device(preset.device)) as device:
-        rank, size = rank_and_size()
-        with nullcontext() if size > 1 else _stage(student.to(device), teacher.to(device), length, settings):
-            log = distill(student, teacher.to(device), text, settings, folder)
-    if rank == 0:
+    with processes(resolve_device(preset.device)) as place, nullcontext() if several else _stage(student, teacher, length, settings):
+        is_main = rank_and_size()[0] == 0
+        log = distill(student, teacher.to(place) if several else teacher, text, settings, folder)
+    if is_main:
         trained = trained_student(load_model(source, "float32", "cpu"), settings, folder)
         save(trained.to(getattr(torch, preset.dtype)), tokenizer)
         print(summary(log))

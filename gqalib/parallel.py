@@ -23,9 +23,14 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def is_one_of_several() -> bool:
+    """Whether a launcher started this process beside others, whether or not they know each other yet."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Inside, the processes that `torchrun` or `accelerate launch` started know each other: nccl on CUDA, where each has a card of its own, else gloo.
+    """Inside, the processes that a launcher started know each other: nccl on CUDA, where each has a card of its own, else gloo.
 
     Yields the device of this process.
     """
@@ -88,9 +93,10 @@ def wait_for_all() -> None:
 
 
 def in_shards(model: nn.Module, opts: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-    """Put a model that is trained where `accelerate launch` says, and give back its optimisers: in shards over the processes (FSDP 2), or whole in each.
+    """Put a model that is trained where `accelerate launch` says, and give back its optimisers.
 
-    In place: the parameters become DTensors. Several processes only; one process' model stays where it is.
+    In place: in shards over the processes (FSDP 2; the parameters become DTensors), or whole on the device of each. One process' model
+    stays where it is.
 
     Raises:
         InputError: accelerate is told something else.

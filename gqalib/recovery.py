@@ -27,8 +27,8 @@ from trl import SFTConfig, SFTTrainer
 from gqalib import memory
 from gqalib.corpora import instructions
 from gqalib.errors import InputError
-from gqalib.models import load_model, load_tokenizer, resolve_device, save_model
-from gqalib.parallel import total_over_ranks
+from gqalib.models import load_model, load_tokenizer, save_model
+from gqalib.parallel import is_one_of_several, total_over_ranks
 from gqalib.presets import Preset, Recovery
 from gqalib.progress import Progress, digest, library_hash
 
@@ -168,16 +168,12 @@ def lora_config(r: int, alpha: int, dropout: float = 0.0) -> LoraConfig:
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _several() -> bool:
-    """Whether a launcher started this process beside others: then the trainer places the model, as the launcher's settings say."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def _arguments(settings: Recovery, folder: Path, seed: int, device: torch.device) -> SFTConfig:
     return SFTConfig(
         output_dir=str(folder),
         seed=seed,
-        use_cpu=not torch.cuda.is_available() or not _several() and device.type == "cpu",  # several processes meet through gloo then
+        use_cpu=not torch.cuda.is_available()
+        or (device.type == "cpu" and not is_one_of_several()),  # several processes meet through gloo then
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=settings.warmup_ratio,  # below 1 transformers reads it as a ratio
@@ -228,11 +224,11 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
         InputError: `out` is there, its parent is not, the model cannot be had, too little memory (one process only), or as `finetune_lora`.
     """
     training, save = into_folder(out)
-    device = "cpu" if _several() else resolve_device(preset.device)
-    model, tokenizer = load_model(source, preset.dtype, device), load_tokenizer(source)
+    several = is_one_of_several()  # then the trainer places the model, as the launcher's settings say
+    model, tokenizer = load_model(source, preset.dtype, "cpu" if several else preset.device), load_tokenizer(source)
     rows = instructions(preset.instructions, "train", preset.corpus, preset.recovery.num_examples)
     terms = memory.expected("LoRA", model, preset.recovery.batch_size, preset.recovery.max_length, settings=preset.recovery)
-    with nullcontext() if _several() else memory.stage("LoRA", terms, model.device, "lower recovery.batch_size"):
+    with nullcontext() if several else memory.stage("LoRA", terms, model.device, "lower recovery.batch_size"):
         _, log = finetune_lora(model, tokenizer, rows, preset.recovery, training, seed)
     state = PartialState()
     state.destroy_process_group()

@@ -221,6 +221,11 @@ def test_too_little_memory(command, knob, lessons, arguments, tmp_path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"model", "dense", "rows.json", "text.txt"}
 
 
+def test_no_tokens(lessons, tmp_path, capsys):
+    assert main([*lessons, "--set", "distillation.num_tokens=0", "--out", str(tmp_path / "one")]) == 2
+    assert "distillation.num_tokens is 0, so there is nothing to learn: give a number of tokens" in capsys.readouterr().err
+
+
 def test_a_row_for_each_shard(lessons, tokenizer, tmp_path, tmp_path_factory):
     model = small_model()
     surgery.keep_channels(model, 1, [3])
