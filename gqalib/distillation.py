@@ -288,9 +288,9 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
         raise InputError("distillation.num_tokens is 0, so there is nothing to learn: give a number of tokens")
     folder, save = into_folder(out)
     several = is_one_of_several()
-    device = "cpu" if several else preset.device
+    device, dtype = "cpu" if several else preset.device, preset.dtype if settings.lora_r else "float32"  # peft's adapter is float32
     # before the processes know each other: for FSDP, transformers would read the weights in one of them only
-    student, teacher = load_model(source, "float32", device), load_model(preset.model, preset.dtype, device)
+    student, teacher = load_model(source, dtype, device), load_model(preset.model, preset.dtype, device)
     tokenizer = load_tokenizer(source)
     length = min(preset.frontier.calibration.length, student.config.max_position_embeddings)
     text = training_windows(preset.corpus, tokenizer, length, settings.num_tokens)
@@ -298,7 +298,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
         is_main = rank_and_size()[0] == 0
         log = distill(student, teacher.to(place) if several else teacher, text, settings, folder)
     if is_main:
-        trained = trained_student(load_model(source, "float32", "cpu"), settings, folder)
+        trained = trained_student(load_model(source, dtype, "cpu"), settings, folder)
         save(trained.to(getattr(torch, preset.dtype)), tokenizer)
         print(summary(log))
 

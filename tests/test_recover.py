@@ -14,8 +14,9 @@ from conftest import small_model
 
 from gqalib import InputError, memory, recovery, surgery
 from gqalib.__main__ import main, overrides
-from gqalib.corpora import END_OF_DOCUMENT, instructions
+from gqalib.corpora import END_OF_DOCUMENT, instructions, training_windows
 from gqalib.models import REPOSITORY, load_model, load_tokenizer, save_model
+from gqalib.perplexity import kl_to
 from gqalib.presets import load_preset
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
@@ -211,6 +212,15 @@ def test_an_adapter_in_shards_is_merged(lessons, tmp_path, tmp_path_factory):
     assert main([*lessons, *adapter, "--out", str(tmp_path / "one")]) == 0
     in_shards([*lessons, *adapter, "--out", str(tmp_path / "two")], tmp_path, tmp_path_factory.mktemp("site"))
     check_same(tmp_path, 1e-5, {"dense", "text.txt"})
+
+
+def test_a_student_of_an_adapter_is_as_narrow_as_the_preset_says(lessons, tokenizer, tmp_path):
+    adapter = ["distillation.lora_r=4", "distillation.muon_lr=0", "dtype=bfloat16"]
+    assert main([*lessons, *(part for pair in adapter for part in ("--set", pair)), "--out", str(tmp_path / "one")]) == 0
+    start, found = (load_model(tmp_path / name, "bfloat16", "cpu") for name in ("model", "one"))
+    teacher, text = load_model(tmp_path / "dense", device="cpu"), training_windows(f"file:{tmp_path / 'text.txt'}", tokenizer, 20, 1200)
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert kl_to(teacher, found.float(), text) < 0.9 * kl_to(teacher, start.float(), text)
 
 
 @pytest.mark.parametrize(("command", "knob"), [("recover", "recovery.batch_size"), ("distill", "distillation.batch_tokens")])
