@@ -84,17 +84,18 @@ def distill(
     text = train_batches if isinstance(train_batches, torch.Tensor) else None  # a function's text is not seen
     run = {"settings": dataclasses.asdict(settings), "start": digest(student, teacher, text), "library": library_hash()}
     loss_of = distillation_loss(teacher, settings.alpha, settings.temperature)
-    on_cpu = [model for model in (student, teacher) if model is not None and model.device.type == "cpu"]
-    with attention_implementation("blocked", *on_cpu), _trained(student, settings) as trained:
+    with _trained(student, settings) as trained:
         opts = in_shards(trained, training.optimizers(trained, settings))
         _check_shards(trained, settings)
+        on_cpu = [model for model in (student, teacher) if model is not None and model.device.type == "cpu"]
         tokens_seen = _resume(folder, trained, opts, run)
 
         def prepare(model, opts, tokens_seen):
             return model, opts, _micro_batches(train_batches, tokens_seen, settings, micro_tokens, student.device)
 
         try:
-            training.descend(trained, opts, tokens_seen, settings, folder, prepare, loss_of, checkpoint_s)
+            with attention_implementation("blocked", *on_cpu):
+                training.descend(trained, opts, tokens_seen, settings, folder, prepare, loss_of, checkpoint_s)
         except FloatingPointError as error:
             rates = f"distillation.adamw_lr from {settings.adamw_lr}"
             rates = f"distillation.muon_lr from {settings.muon_lr} or {rates}" if settings.muon_lr else rates
