@@ -41,8 +41,24 @@ def arguments(pairs, tmp_path):
     return ["recover", "--model", str(tmp_path / "model"), "--seed", "3", *(part for pair in pairs for part in ("--set", pair))]
 
 
-def in_two(arguments, folder, *options, environment=ENVIRONMENT, succeeds=True):
+IN_FLOAT32 = """
+import torch
+torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False
+"""
+
+
+@pytest.fixture
+def site(tmp_path_factory, monkeypatch):
+    """Products stay in float32, here and in processes that find this folder: in bf16, halves of a batch are not rounded as the whole is."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(IN_FLOAT32)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    return folder
+
+
+def in_two(arguments, site, folder, *options, succeeds=True, **variables):
     """`accelerate launch` with two processes."""
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(site), ENVIRONMENT["PYTHONPATH"]]), **variables}
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2", "--mixed_precision", "no"]
     command += ["--num_machines", "1", "--dynamo_backend", "no", "-m", "gqalib", *arguments]
     finished = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
@@ -62,10 +78,10 @@ def check_same(folder, tolerance, others=frozenset()):
     assert {path.name for path in folder.iterdir()} == {"model", "rows.json", "one", "two"} | others
 
 
-def test_two_processes_train_as_one(arguments, tmp_path):
+def test_two_processes_train_as_one(arguments, site, tmp_path):
     """Each takes every other micro-batch of a step, so a step sees the same rows."""
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
-    in_two([*arguments, "--out", str(tmp_path / "two")], tmp_path, "--multi_gpu")
+    in_two([*arguments, "--out", str(tmp_path / "two")], site, tmp_path, "--multi_gpu")
     check_same(tmp_path, 1e-6)
 
 
@@ -105,24 +121,22 @@ training.total_over_ranks = lambda number: 1  # a checkpoint is due after every 
 """
 
 
-def in_shards(arguments, folder, site, more="", succeeds=True):
+def in_shards(arguments, site, folder, more="", succeeds=True):
     """FSDP 2 over two processes. accelerate has FSDP for accelerators only: here it takes CPU and gloo for two of them. The settings are those that trl ships.
 
     Each process writes its share of the weights into a file of its own, because lines of two processes can mix in one pipe.
     """
-    (site / "sitecustomize.py").write_text(FSDP_ON_CPU + more)
-    path = os.pathsep.join([str(site), ENVIRONMENT["PYTHONPATH"]])
-    environment = ENVIRONMENT | {"PYTHONPATH": path, "ACCELERATE_TORCH_DEVICE": "cpu"}
+    (site / "sitecustomize.py").write_text(IN_FLOAT32 + FSDP_ON_CPU + more)
     config = Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml"
-    said = in_two(arguments, folder, "--config_file", str(config), environment=environment, succeeds=succeeds)
+    said = in_two(arguments, site, folder, "--config_file", str(config), succeeds=succeeds, ACCELERATE_TORCH_DEVICE="cpu")
     shares = [float((site / f"share{rank}").read_text()) for rank in range(2)]
     assert sum(shares) == pytest.approx(1) and max(shares) < 0.6
     return said
 
 
-def test_shards_train_as_one(arguments, tmp_path, tmp_path_factory):
+def test_shards_train_as_one(arguments, site, tmp_path):
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
-    in_shards([*arguments, "--out", str(tmp_path / "two")], tmp_path, tmp_path_factory.mktemp("site"))
+    in_shards([*arguments, "--out", str(tmp_path / "two")], site, tmp_path)
     check_same(tmp_path, 1e-5)
 
 
@@ -192,25 +206,25 @@ def check_taught(folder, tolerance):
     assert {path.name for path in folder.iterdir()} == {"model", "dense", "rows.json", "text.txt", "one", "two"}
 
 
-def test_two_processes_are_taught_as_one(lessons, tmp_path):
+def test_two_processes_are_taught_as_one(lessons, site, tmp_path):
     assert main([*lessons, "--out", str(tmp_path / "one")]) == 0
-    in_two([*lessons, "--out", str(tmp_path / "two")], tmp_path, "--multi_gpu")
+    in_two([*lessons, "--out", str(tmp_path / "two")], site, tmp_path, "--multi_gpu")
     check_taught(tmp_path, 1e-5)
 
 
-def test_shards_are_taught_as_one_also_when_they_are_stopped(lessons, tmp_path, tmp_path_factory):
-    site, two = tmp_path_factory.mktemp("site"), [*lessons, "--out", str(tmp_path / "two")]
+def test_shards_are_taught_as_one_also_when_they_are_stopped(lessons, site, tmp_path):
+    two = [*lessons, "--out", str(tmp_path / "two")]
     assert main([*lessons, "--out", str(tmp_path / "one")]) == 0
-    assert "the same command goes on" in in_shards(two, tmp_path, site, STOP_AFTER_SIX_STEPS, succeeds=False)
+    assert "the same command goes on" in in_shards(two, site, tmp_path, STOP_AFTER_SIX_STEPS, succeeds=False)
     assert json.loads((tmp_path / "two.training" / "state.json").read_text())["tokens_seen"] == 600
-    in_shards(two, tmp_path, site)
+    in_shards(two, site, tmp_path)
     check_taught(tmp_path, 1e-5)
 
 
-def test_an_adapter_in_shards_is_merged(lessons, tmp_path, tmp_path_factory):
+def test_an_adapter_in_shards_is_merged(lessons, site, tmp_path):
     adapter = ["--set", "distillation.lora_r=4", "--set", "distillation.muon_lr=0"]
     assert main([*lessons, *adapter, "--out", str(tmp_path / "one")]) == 0
-    in_shards([*lessons, *adapter, "--out", str(tmp_path / "two")], tmp_path, tmp_path_factory.mktemp("site"))
+    in_shards([*lessons, *adapter, "--out", str(tmp_path / "two")], site, tmp_path)
     check_same(tmp_path, 1e-5, {"dense", "text.txt"})
 
 
@@ -236,11 +250,11 @@ def test_no_tokens(lessons, tmp_path, capsys):
     assert "distillation.num_tokens is 0, so there is nothing to learn: give a number of tokens" in capsys.readouterr().err
 
 
-def test_a_row_for_each_shard(lessons, tokenizer, tmp_path, tmp_path_factory):
+def test_a_row_for_each_shard(lessons, tokenizer, site, tmp_path):
     model = small_model()
     surgery.keep_channels(model, 1, [3])
     save_model(model, tokenizer, tmp_path / "model")
     out = ["--out", str(tmp_path / "two")]
-    said = in_shards([*lessons, *out], tmp_path, tmp_path_factory.mktemp("site"), succeeds=False)
+    said = in_shards([*lessons, *out], site, tmp_path, succeeds=False)
     assert "Muon cannot work on a matrix of 1 rows in 2 shards: start at most 1 processes, or set distillation.muon_lr=0" in said
     assert not (tmp_path / "two").exists()
