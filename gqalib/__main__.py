@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gqalib import distillation, publishing, recovery, scoring, series, sweeps
+from gqalib import at_size, distillation, publishing, recovery, scoring, series, sweeps
 from gqalib.errors import InputError
 from gqalib.presets import load_preset, number_or_text, preset_names
 from gqalib.records import NOTEBOOKS, default_run_dir
@@ -22,6 +22,10 @@ def parser() -> argparse.ArgumentParser:
     scores.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="where they go")
     recover = commands.add_parser("recover", help="LoRA on a pruned model, merged into a new one; also under accelerate launch or torchrun")
     distill = commands.add_parser("distill", help="the preset's model teaches a pruned model; also under accelerate launch or torchrun")
+    size = commands.add_parser("at-size", help="speed and pruning of the preset's shape, measured with random weights")
+    size.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the records go, for example data/results/llama3-8b-shape")
+    size.add_argument("--steps", default="speed,pruning,refit", help="some of speed,pruning,refit (default: all)")
+    size.add_argument("--layers", type=int, help="layers of the model that is refitted (default: all)")
     for command in (recover, distill):
         command.add_argument("--model", required=True, metavar="FOLDER", help="the pruned model, for example runs/tiny/models/v3")
         command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the trained model goes")
@@ -34,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     for command in (run, sweep):
         command.add_argument("--force", action="store_true", help="run finished notebooks again")
         command.add_argument("--notebooks-dir", type=Path, default=NOTEBOOKS, help="a series of your own (default: the workbook's)")
-    for command in (run, scores, recover, distill):
-        command.add_argument("--preset", default="tiny", help=f"one of {', '.join(preset_names())} (default: tiny)")
+    for command in (run, scores, recover, distill, size):
+        command.add_argument("--preset", default="llama3-8b-shape" if command is size else "tiny", help=f"one of {', '.join(preset_names())} (default: tiny)")
         command.add_argument(
             "--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help="e.g. pruning.mean_rate=0.5; repeatable"
         )
@@ -81,6 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command in ("recover", "distill"):
             train = recovery.recover if options.command == "recover" else distillation.recover
             train(options.model, load_preset(options.preset, overrides(options.overrides)), options.out, options.seed)
+        elif options.command == "at-size":
+            at_size.at_size(options.preset, overrides(options.overrides), options.out, options.steps.split(","), options.layers)
         elif options.command == "publish":
             publishing.publish(options.run_dir or default_run_dir(options.preset), options.preset)
         else:

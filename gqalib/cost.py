@@ -172,16 +172,27 @@ def measured(device: torch.device | str, every_s: float = 0.005) -> Iterator[Use
         used.peak_bytes = max(used.held_bytes, most - before)
 
 
+_WATCHED: list[list[int]] = []  # the most bytes of each block that is under way on a GPU, which has one peak for all of them
+
+
 def _on_gpu(device: torch.device | str) -> tuple[Callable[[], int], Callable[[], Callable[[], int]]]:
     """A function that gives the bytes in use now, and one that starts to watch and gives a function for the most since."""
 
-    def most() -> int:
+    def note() -> None:
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
+        for most in _WATCHED:
+            most[0] = max(most[0], torch.cuda.max_memory_allocated(device))
 
     def watch() -> Callable[[], int]:
-        torch.cuda.synchronize(device)
+        note()
         torch.cuda.reset_peak_memory_stats(device)
+        _WATCHED.append(own := [0])
+
+        def most() -> int:
+            note()
+            _WATCHED[:] = [other for other in _WATCHED if other is not own]
+            return own[0]
+
         return most
 
     return lambda: torch.cuda.memory_allocated(device), watch

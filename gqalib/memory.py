@@ -169,9 +169,9 @@ class _Case:
     def by_layer(self) -> bool:
         return self.streams or not self.in_host
 
-    def buffers(self, count: float) -> float:
-        """Streams of n·d·s bytes; of a streamed model they are in host memory."""
-        return 0 if self.streams and not self.in_host else count * self.n * self.shape.d * self.shape.s
+    def buffers(self, count: float, itemsize: int = 0) -> float:
+        """Streams of n·d·s bytes (or itemsize instead of s); of a streamed model they are in host memory."""
+        return 0 if self.streams and not self.in_host else count * self.n * self.shape.d * (itemsize or self.shape.s)
 
     def weights(self) -> Terms:
         """All weights; of a streamed model embedding, norm and lm_head, and one layer."""
@@ -244,10 +244,10 @@ def _statistics(case: _Case) -> float:
 
 
 def _cost_table(case: _Case) -> Terms:
-    """Three streams; `_statistics` of one sublayer; a batch of `down_proj`'s inputs in the weights' dtype and float64, B·f·(4s + 8)."""
+    """Three streams in float32; `_statistics` of one sublayer; a batch of `down_proj`'s inputs, B·f·(4s + 4)."""
     m = case.shape
-    batch = case.batch * m.f * (4 * m.s + 8)
-    return {**case.weights(), "streams": case.buffers(3), "statistics": max(_statistics(case), 8 * 2 * m.f**2 + batch), **_held(case)}
+    batch = case.batch * m.f * (4 * m.s + 4)
+    return {**case.weights(), "streams": case.buffers(3, 4), "statistics": max(_statistics(case), 8 * 2 * m.f**2 + batch), **_held(case)}
 
 
 def _held(case: _Case) -> Terms:
@@ -255,14 +255,14 @@ def _held(case: _Case) -> Terms:
 
 
 def _sweep(case: _Case) -> Terms:
-    """Five streams; the layer in float32; the larger of `_statistics` and Gauss–Newton's five vectors like gate and up in float64, 5 · 16df, with
+    """Five streams in float32; the layer in float32; the larger of `_statistics` and Gauss–Newton's five vectors like gate and up in float64, 5 · 16df, with
     two in float32, 2 · 8df, and a batch's activations in float32, B·(4 · 4f); on a CPU the weights as they were, for an error."""
     m = case.shape
     newton = m.d * m.f * (5 * 16 + 2 * 8) + case.batch * 4 * 4 * m.f
     return {
         **case.weights(),
         "layer in float32": 4 * m.layer if m.s != 4 else 0,
-        "streams": case.buffers(5),
+        "streams": case.buffers(5, 4),
         "statistics or Gauss-Newton": max(_statistics(case), newton),
         "weights before the cut": case.in_host * m.L * m.layer * m.s,
         **_held(case),

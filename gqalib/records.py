@@ -188,7 +188,15 @@ class Notebook:
             self.artefacts.append(f"figures/{file}")
 
     def finish(self) -> None:
-        """Write the record, the stages as a table of it; what was kept on the way to it goes."""
+        """Write the record; what was kept on the way to it goes."""
+        record = self.save()
+        shutil.rmtree(progress_dir(self.run_dir, self.name), ignore_errors=True)
+        with contextlib.suppress(OSError):  # another notebook's is still there, or there is none
+            progress_dir(self.run_dir, self.name).parent.rmdir()
+        print(f"{self.name}: {len(self.metrics)} metrics and {len(self.tables)} tables recorded after {record['seconds']:.0f} s")
+
+    def save(self) -> dict[str, Any]:
+        """Write the record of what there is so far, the stages as a table of it."""
         if self.stages:
             self.table("stages", pd.DataFrame(self.stages))
         record = {
@@ -198,7 +206,7 @@ class Notebook:
             **self._reasons(),
             "overrides": self.overrides,
             "git_commit": _git_commit(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+            "machine": machine(self.preset.device),
             "upstream": self.read,
             "metrics": self.metrics,
             "tables": self.tables,
@@ -207,14 +215,25 @@ class Notebook:
             "seconds": round(time.monotonic() - self._started, 1),
         }
         write_atomically(self.run_dir / f"{self.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        shutil.rmtree(progress_dir(self.run_dir, self.name), ignore_errors=True)
-        with contextlib.suppress(OSError):  # another notebook's is still there, or there is none
-            progress_dir(self.run_dir, self.name).parent.rmdir()
-        print(f"{self.name}: {len(self.metrics)} metrics and {len(self.tables)} tables recorded after {record['seconds']:.0f} s")
+        return record
+
+
+def machine(device: str) -> str:
+    """What the figures were measured on: system and processor, and the card with its driver and CUDA where one is used."""
+    words = [f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", torch.backends.cpu.get_cpu_capability()]
+    if resolve_device(device).startswith("cuda"):
+        driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        words += [torch.cuda.get_device_name(), f"driver {driver}", f"CUDA {torch.version.cuda}"]
+    return ", ".join(words)
 
 
 def _git_commit() -> str | None:
     """The commit that is checked out, with `-dirty` if files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+    return _said_by("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty") or None
+
+
+def _said_by(*command: str) -> str:
+    """What a command prints; nothing if it fails or is not there."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
+    return ""

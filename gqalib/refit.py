@@ -39,7 +39,7 @@ from gqalib.models import decoder_layers, layer_shape
 from gqalib.perplexity import advance, batches
 from gqalib.progress import NOT_KEPT, Progress
 from gqalib.pruning import Plan, check_plan
-from gqalib.streaming import at_work
+from gqalib.streaming import at_work, is_streamed
 from gqalib.surgery import drop_layers, keep_channels, keep_groups, replace_weight, restored_on_error, rows_of_heads, take_weights
 
 
@@ -53,6 +53,7 @@ class Ingredients:
     weighted: bool = True  # the choice weighs outputs by the gradient's covariance
     newton_rounds: int = 1  # afterwards: Gauss–Newton for q, k, v or gate, up together, then the output projection again
     newton_steps: int = 3  # of conjugate gradients in each
+    newton_share: float = 0.25  # of the calibration batches that the curvature is taken from
     damping: float = 1e-3  # of H, times its mean diagonal
     input_damping: float = 1e-3  # the same in the input refit
     output_damping: float = 0.05  # of G, times its mean diagonal
@@ -65,20 +66,26 @@ RECIPE = Ingredients()
 
 
 class Moments:
-    """Running sums XᵀX [features, features] and YᵀX [out, features] over batches of tokens, in float64."""
+    """Running sums XᵀX [features, features] and YᵀX [out, features]: a batch's in float32, their sum in float64."""
 
     gram: torch.Tensor | float = 0.0
     cross: torch.Tensor | float = 0.0
 
     def add(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        inputs, outputs = inputs.flatten(0, -2).double(), outputs.flatten(0, -2).double()
-        self.gram += inputs.T @ inputs
-        self.cross += outputs.T @ inputs
+        inputs = at_least_float32(inputs.flatten(0, -2))
+        outputs = outputs.flatten(0, -2).to(inputs)
+        self.gram += (inputs.T @ inputs).double()
+        self.cross += (outputs.T @ inputs).double()
 
 
 def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """`gram` + damping × its mean diagonal × I."""
-    return _ridged(gram.clone(), damping * gram.diagonal().mean())
+    return _ridged(gram.clone(), _ridge(gram, damping))
+
+
+def _ridge(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Never zero, so that features that are zero on all of the text, as masked heads leave them, can be solved for."""
+    return (damping * gram.diagonal().mean()).clamp(min=1e-30)
 
 
 def _ridged(matrix: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
@@ -96,7 +103,7 @@ def solve(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, damping
         InputError: the Gram matrix is not finite, or singular in spite of the damping.
     """
     columns = torch.arange(len(gram), device=gram.device) if kept is None else torch.as_tensor(kept, device=gram.device)
-    ridge = damping * gram.diagonal().mean()
+    ridge = _ridge(gram, damping)
     target = cross[:, columns] + ridge * weight[:, columns].double()
     return torch.cholesky_solve(target.T, cholesky(_ridged(gram[columns][:, columns], ridge))).T
 
@@ -111,7 +118,7 @@ def cholesky(matrix: torch.Tensor) -> torch.Tensor:
         raise InputError("a Gram matrix is not finite: use dtype float32 or another calibration text")
     factor, failed = torch.linalg.cholesky_ex(matrix)
     pivots, scale = factor.diagonal(dim1=-2, dim2=-1).square(), matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
-    if failed.any() or (pivots <= len(matrix) * torch.finfo(matrix.dtype).eps * scale).any():
+    if failed.any() or (pivots <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * scale).any():
         raise InputError("a Gram matrix is singular: raise the damping, or give other calibration text")
     return factor
 
@@ -153,7 +160,8 @@ def removal_order(
         InputError: a matrix is not finite, or singular in spite of the damping.
     """
     inverse = torch.cholesky_inverse(cholesky(damped(gram, damping)))
-    weight = weight.double().clone() if output is None else cholesky(output).T @ weight.double()  # tr(G A Aᵀ) = ‖LᵀA‖², G = LLᵀ
+    weight = weight.double() * (gram.diagonal() > 0)  # what does nothing costs nothing
+    weight = weight if output is None else cholesky(output).T @ weight  # tr(G A Aᵀ) = ‖LᵀA‖², G = LLᵀ
     alive, order, rises = torch.ones(len(gram) // unit, dtype=torch.bool, device=gram.device), [], []
     while len(order) < num_removed:
         losses = unit_losses(weight, inverse, unit).masked_fill(~alive, torch.inf)
@@ -205,7 +213,7 @@ class Call:
     @torch.no_grad()
     def inputs(self) -> torch.Tensor:
         """The normalised stream, where the layer is; made when it is asked for: kept, it would be as long as the text."""
-        return self.norm(self.stream.to(self.norm.weight))
+        return self.norm(self.stream.to(self.norm.weight, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -278,7 +286,7 @@ def _attention_arguments(model: nn.Module, index: int, stream: torch.Tensor, win
 
 def through(stream: torch.Tensor, sublayer: Sublayer, current: Sequence[Call]) -> torch.Tensor:
     """The residual stream after the sublayer."""
-    after = torch.empty_like(stream)
+    after = torch.empty_like(stream, pin_memory=stream.is_pinned())
     for call in current:
         after[call.rows] = (_rows(stream, call) + sublayer.run(call)).to(stream)
     return after
@@ -286,7 +294,7 @@ def through(stream: torch.Tensor, sublayer: Sublayer, current: Sequence[Call]) -
 
 def _rows(stream: torch.Tensor, call: Call) -> torch.Tensor:
     """The rows of a stream that belong to a batch, where the batch is; the stream itself may wait in host memory."""
-    return stream[call.rows].to(call.norm.weight.device)
+    return stream[call.rows].to(call.norm.weight.device, non_blocking=True)
 
 
 def refit_inputs(sublayer: Sublayer, wanted: Sequence[Call], current: Sequence[Call], damping: float) -> None:
@@ -298,17 +306,22 @@ def refit_inputs(sublayer: Sublayer, wanted: Sequence[Call], current: Sequence[C
         replace_weight(linear, solve(linear.weight, moments.gram, linear.weight.double() @ moments.cross, damping))
 
 
-def output_moments(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor) -> Moments:
-    """XᵀX and YᵀX at `o_proj` or `down_proj`; Y: the target [count, length, hidden], less the bias if there is one."""
-    moments, seen, bias = Moments(), [], 0.0 if sublayer.output.bias is None else sublayer.output.bias
+def output_moments(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor) -> tuple[Moments, float]:
+    """XᵀX and YᵀX at `o_proj` or `down_proj`, Y: the target [count, length, hidden], less the bias if there is one; and Σ‖output − target‖²."""
+    moments, error, seen, bias = Moments(), 0.0, [], 0.0 if sublayer.output.bias is None else sublayer.output.bias
     hook = sublayer.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
         for call in current:
-            sublayer.run(call)
-            moments.add(seen.pop(), _rows(target, call) - bias)
+            goal = _rows(target, call)
+            error += _squared(sublayer.run(call) - goal)
+            moments.add(seen.pop(), goal - bias)
     finally:
         hook.remove()
-    return moments
+    return moments, float(error)
+
+
+def _squared(difference: torch.Tensor) -> torch.Tensor:
+    return difference.square().sum(dtype=torch.float64)
 
 
 def cut(
@@ -336,53 +349,71 @@ def cut(
     return kept, solve(weight, moments.gram, moments.cross, damping, columns) if ingredients.refit else weight[:, columns]
 
 
-def refit_output(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor, damping: float) -> None:
-    """Least squares for `o_proj` or `down_proj` on the units that are there, drawn towards what it is."""
-    moments = output_moments(sublayer, current, target)
-    replace_weight(sublayer.output, solve(sublayer.output.weight, moments.gram, moments.cross, damping))
-
-
-def refit_together(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor, num_steps: int, damping: float) -> None:
+def refit_together(
+    sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor, num_steps: int, damping: float, share: float = 1.0
+) -> Moments:
     """One Gauss–Newton step for q, k, v (or gate, up) together: Σ‖output − target‖² falls, or nothing changes.
 
     The output is linearised in the stacked weights V [rows, hidden], output ≈ output(V) + J·D, and JᵀJ D = Jᵀ(target − output(V))
     is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + λI of the normalised stream X: products with J
-    and Jᵀ only, nothing larger than V and a batch. A step that does not help is halved, three times at most.
+    and Jᵀ only, nothing larger than V and a batch. JᵀJ is taken from a `share` of the batches, as in Hessian-free optimisation (Martens
+    2010). A step that does not help is halved, three times at most.
+
+    Returns:
+        `output_moments` of what the inputs have become.
     """
     start = torch.cat([linear.weight for linear in sublayer.inputs]).detach()
-
-    def pull(vector: Callable[[Call, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Jᵀ·vector, summed over the batches in float64; `vector` is given the batch and its output."""
-        total = torch.zeros_like(start, dtype=torch.float64)
-        for call in current:
-            outputs, transpose = vjp(partial(sublayer.run, call), start)
-            total += transpose(vector(call, outputs))[0].double()
-        return total
+    some = current[:: max(1, round(1 / share))]
+    wanted, before = _pull(sublayer, current, start, lambda call, outputs: _rows(target, call) - outputs)
 
     def product(direction: torch.Tensor) -> torch.Tensor:
         """JᵀJ·direction; J·direction is a difference quotient: one forward pass, where forward AD takes the time of four."""
         width = (1e-3 * start.norm() / direction.norm()).to(start.dtype)
         moved = start + width * direction.to(start.dtype)
-        return pull(lambda call, outputs: (sublayer.run(call, moved) - outputs) / width)
+        with in_tf32(False):  # its ten bits are too few for a difference
+            pulled = _pull(sublayer, some, start, lambda call, outputs: (sublayer.run(call, moved) - outputs) / width)[0]
+        return pulled * (len(current) / len(some))
 
-    factor = cholesky(damped(_gram(current), damping))
-    change = conjugate_gradients(product, pull(lambda call, outputs: _rows(target, call) - outputs), factor, num_steps)
-    before = _error(sublayer, current, target, start)
-    for scale in (1.0, 0.5, 0.25, 0.125):
-        weights = (start + scale * change).to(start.dtype)
-        if _error(sublayer, current, target, weights) < before:
-            for linear, weight in zip(sublayer.inputs, weights.split([x.out_features for x in sublayer.inputs]), strict=True):
-                replace_weight(linear, weight)
-            return
+    change = conjugate_gradients(product, wanted, cholesky(damped(_gram(current), damping)), num_steps)
+    for scale in (1.0, 0.5, 0.25, 0.125, 0.0):
+        _put(sublayer.inputs, (start + scale * change).to(start.dtype) if scale else start)
+        moments, error = output_moments(sublayer, current, target)
+        if error < before:
+            break
+    return moments
+
+
+def _pull(
+    sublayer: Sublayer, current: Sequence[Call], weights: torch.Tensor, vector: Callable[[Call, torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, float]:
+    """Jᵀ·vector, summed over the batches in float64, and Σ‖vector‖²; `vector` is given the batch and its output."""
+    total, size = torch.zeros_like(weights, dtype=torch.float64), 0.0
+    for call in current:
+        outputs, transpose = vjp(partial(sublayer.run, call), weights)
+        pulled = vector(call, outputs)
+        size += _squared(pulled)
+        total += transpose(pulled)[0]
+    return total, float(size)
+
+
+def _put(inputs: Sequence[nn.Linear], weights: torch.Tensor) -> None:
+    for linear, weight in zip(inputs, weights.split([linear.out_features for linear in inputs]), strict=True):
+        replace_weight(linear, weight)
 
 
 def _gram(current: Sequence[Call]) -> torch.Tensor:
-    return sum(x.T @ x for x in (call.inputs.flatten(0, -2).double() for call in current))
+    return sum((x.T @ x).double() for x in (call.inputs.flatten(0, -2) for call in current))
 
 
-def _error(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor, weights: torch.Tensor | None = None) -> float:
-    """Σ‖output − target‖²."""
-    return sum((sublayer.run(call, weights) - _rows(target, call)).double().square().sum().item() for call in current)
+@contextmanager
+def in_tf32(allowed: bool) -> Iterator[None]:
+    """Inside, a GPU may round the factors of float32 products to ten bits, which takes a sixth of the time, or may not. A CPU does not."""
+    backend = torch.backends.cuda.matmul
+    before, backend.allow_tf32 = backend.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        backend.allow_tf32 = before
 
 
 def conjugate_gradients(
@@ -428,13 +459,19 @@ def mend(
     if ingredients.input_refit:
         refit_inputs(sublayer, dense, now, ingredients.input_damping)
     del dense
-    target = goal - current if ingredients.residual_target else torch.cat([sublayer.run(call).to(current.device) for call in now])
-    kept, weight = cut(sublayer, output_moments(sublayer, now, target), num_removed, ingredients, scores, covariance)
+    target = torch.empty_like(goal, pin_memory=goal.is_pinned())
+    if ingredients.residual_target:
+        torch.sub(goal, current, out=target)
+    else:
+        for call in now:
+            target[call.rows] = sublayer.run(call).to(target)
+    kept, weight = cut(sublayer, output_moments(sublayer, now, target)[0], num_removed, ingredients, scores, covariance)
     sublayer.keep(model, index, kept)
     replace_weight(sublayer.output, weight)
     for _ in range(ingredients.newton_rounds):
-        refit_together(sublayer, now, target, ingredients.newton_steps, ingredients.input_damping)
-        refit_output(sublayer, now, target, ingredients.damping)
+        steps = (ingredients.newton_steps, ingredients.input_damping, ingredients.newton_share)
+        moments = refit_together(sublayer, now, target, *steps)
+        replace_weight(sublayer.output, solve(sublayer.output.weight, moments.gram, moments.cross, ingredients.damping))
     return goal, through(current, sublayer, now)
 
 
@@ -490,14 +527,14 @@ def sweep(
     elif covariances is None:
         with torch.enable_grad():
             covariances = importance.gradient_covariances(model, windows)
-    wanted = current = advance(model, None, windows, 0, 0)
+    wanted = current = embedded(model, windows)
     dropped = plan.whole_layers(model)
-    with restored_on_error(model):
+    with restored_on_error(model), in_tf32(True):
         for index, layer in enumerate(decoder_layers(model)):
-            if index in dropped:  # the next layers' target makes up for it
-                wanted = advance(model, wanted, windows, index, index + 1)
-                continue
-            with at_work(layer), _at_least_float32(layer):
+            with at_work(layer), _layer_at_least_float32(layer):
+                if index in dropped:  # the next layers' target makes up for it
+                    wanted = advance(model, wanted, windows, index, index + 1)
+                    continue
                 for half, removed in enumerate((plan.groups, plan.channels)):
                     score, covariance = (None if table is None else table[index][half] for table in (scores, covariances))
                     weights = progress.load(f"layer-{index}-{half}")
@@ -512,8 +549,19 @@ def sweep(
             drop_layers(model, dropped)
 
 
+def embedded(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """The residual stream before the first layer, in float32: targets are small differences of large numbers. It is carried to a GPU
+    over and over if it waits in host memory, and so is pinned there."""
+    stream = at_least_float32(advance(model, None, windows, 0, 0))
+    return stream.pin_memory() if is_streamed(model) and torch.cuda.is_available() else stream
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 @contextmanager
-def _at_least_float32(layer: nn.Module) -> Iterator[None]:
+def _layer_at_least_float32(layer: nn.Module) -> Iterator[None]:
     dtype = next(layer.parameters()).dtype
     layer.to(torch.promote_types(dtype, torch.float32))
     try:

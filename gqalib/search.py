@@ -31,7 +31,7 @@ from gqalib import refit
 from gqalib.allocation import cheapest
 from gqalib.errors import InputError
 from gqalib.models import count_parameters, decoder_layers
-from gqalib.perplexity import advance, kl_to
+from gqalib.perplexity import kl_to
 from gqalib.perplexity import perplexity as perplexity_of
 from gqalib.progress import NOT_KEPT, Progress
 from gqalib.pruning import Plan, uniform_plan, unit_costs
@@ -132,9 +132,9 @@ def cost_table(
     """
     refit.check_tokens(model, windows)
     progress = progress.of("cost_table", model, windows, covariances, ingredients, multiple)
-    stream, rows, steps = advance(model, None, windows, 0, 0), [], []
+    stream, rows, steps = refit.embedded(model, windows), [], []
     for index, layer in enumerate(decoder_layers(model)):
-        with at_work(layer):
+        with at_work(layer), refit.in_tf32(True):
             for half, sublayer in enumerate(refit.sublayers(layer)):
                 step = multiple * max(1, round(sublayer.num_units / ingredients.cuts / multiple)) if half else 1
                 current = refit.calls(model, index, half, stream, windows)
@@ -155,7 +155,7 @@ def _costs(
     sublayer: refit.Sublayer, current: Sequence[refit.Call], target: torch.Tensor, covariance, step: int, ingredients: refit.Ingredients
 ) -> list[float]:
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
-    moments = refit.output_moments(sublayer, current, target)
+    moments, _ = refit.output_moments(sublayer, current, target)
     most = (sublayer.num_units - 1) // step * step
     output = refit.damped(covariance.to(moments.gram.device), ingredients.output_damping)
     _, rises = refit.removal_order(sublayer.output.weight, moments.gram, most, sublayer.unit, output, ingredients.damping, step)
