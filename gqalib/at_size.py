@@ -8,6 +8,7 @@ record of its own that is written as results come, so that a run that is cut off
     refit     gradient covariances, cost table and sweep, with layers and streams waiting in host memory
 """
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,27 +65,31 @@ def shapes(config: GqaLlamaConfig, multiple: int) -> dict[str, GqaLlamaConfig]:
 def measure_speed(nb: Notebook, config: GqaLlamaConfig) -> None:
     """Small points first; the record is written anew after each."""
     p, c, device = nb.preset, nb.preset.cost, resolve_device(nb.preset.device)
-    options = (c.min_run_s, 3)
-    with speed.fused():
-        cut = (config, KEPT["84.64 % kept"], (8, 64, 128), p.dtype, device)
-        nb.table("alignment", speed.compare_alignment(*cut, [1], c.contexts[1:2], *options))
     configs = shapes(config, p.pruning.channel_multiple)
     models = {name: random_model(shape, p.dtype, device) for name, shape in configs.items()}
-    points = [(phase, size, context) for phase in ("decode", "prefill") for size in c.batch_sizes for context in c.contexts]
-    points.sort(key=lambda point: point[1] * point[2] * (10 if point[0] == "prefill" else 1))
     nb.metric("bytes_per_s", copy_bandwidth(device), "bytes read and written by a copy")
     nb.table("shapes", pd.DataFrame({"model": name, **_counted(model)} for name, model in models.items()))
+    cells = sorted(((size, context) for size in c.batch_sizes for context in c.contexts), key=math.prod)
+    few, many = cells[: len(cells) // 2 + 2], cells[len(cells) // 2 + 2 :]
 
-    def table(phase: str, size: int, context: int) -> pd.DataFrame:
-        return speed.beside_ceilings(speed.compare_speed(models, [size], [context], *options, [phase]), models)
-
-    nb.table("speed_unfused", table("decode", 1, min(c.contexts)))
-    with speed.fused():
-        rows = []
+    def measure(name: str, phase: str, points: list[tuple[int, int]]) -> None:
         for point in points:
-            rows.append(table(*point))
-            nb.table("speed", pd.concat(rows, ignore_index=True))
+            found = speed.compare_speed(models, *([n] for n in point), c.min_run_s, 3, [phase])
+            rows.setdefault(name, []).append(speed.beside_ceilings(found, models))
+            nb.table(name, pd.concat(rows[name], ignore_index=True))
             nb.save()
+            print(name, phase, *point, flush=True)
+
+    rows: dict[str, list[pd.DataFrame]] = {}
+    with speed.fused():
+        measure("speed", "decode", cells)
+        measure("speed", "prefill", few)
+    measure("speed_unfused", "decode", [cell for cell in cells if cell[0] == 1])
+    cut = (config, KEPT["84.64 % kept"], (8, 64, 128), p.dtype, device)
+    nb.table("alignment", speed.compare_alignment(*cut, [1], c.contexts[1:2], c.min_run_s, 3))
+    nb.save()
+    with speed.fused():
+        measure("speed", "prefill", many)
 
 
 def _counted(model: nn.Module) -> dict[str, float]:
@@ -101,7 +106,7 @@ def copy_bandwidth(device: str, size: int = 2**30) -> float:
     """Bytes per second that a large copy on the device reads and writes: what reading weights is to be held against."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    times = speed._time_ms(lambda: target.copy_(source), torch.device(device), 200)
+    times = speed._time_ms(lambda: target.copy_(source), torch.device(device), 0.2)
     return 2 * size / min(times) * 1e3
 
 

@@ -114,7 +114,7 @@ def advance(model: nn.Module, hidden_states: torch.Tensor | None, windows: torch
             states = run(windows[rows], None if hidden_states is None else hidden_states[rows])
             if result is None:  # filled as the batches come: a list of them and its concatenation would be two buffers
                 result = torch.empty((len(windows), *states.shape[1:]), dtype=states.dtype, device=store)
-            result[rows] = states.to(store)
+            result[rows].copy_(states)
     return result
 
 

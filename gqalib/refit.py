@@ -286,10 +286,15 @@ def _attention_arguments(model: nn.Module, index: int, stream: torch.Tensor, win
 
 def through(stream: torch.Tensor, sublayer: Sublayer, current: Sequence[Call]) -> torch.Tensor:
     """The residual stream after the sublayer."""
-    after = torch.empty_like(stream, pin_memory=stream.is_pinned())
+    after = empty_like(stream)
     for call in current:
-        after[call.rows] = (_rows(stream, call) + sublayer.run(call)).to(stream)
+        after[call.rows].copy_(_rows(stream, call) + sublayer.run(call))
     return after
+
+
+def empty_like(stream: torch.Tensor) -> torch.Tensor:
+    """Room for another stream, pinned if this one is: pinned memory is lent again, fresh pages cost more than the copy into them."""
+    return torch.empty_like(stream, pin_memory=stream.is_pinned())
 
 
 def _rows(stream: torch.Tensor, call: Call) -> torch.Tensor:
@@ -459,12 +464,12 @@ def mend(
     if ingredients.input_refit:
         refit_inputs(sublayer, dense, now, ingredients.input_damping)
     del dense
-    target = torch.empty_like(goal, pin_memory=goal.is_pinned())
+    target = empty_like(goal)
     if ingredients.residual_target:
         torch.sub(goal, current, out=target)
     else:
         for call in now:
-            target[call.rows] = sublayer.run(call).to(target)
+            target[call.rows].copy_(sublayer.run(call))
     kept, weight = cut(sublayer, output_moments(sublayer, now, target)[0], num_removed, ingredients, scores, covariance)
     sublayer.keep(model, index, kept)
     replace_weight(sublayer.output, weight)

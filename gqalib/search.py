@@ -139,7 +139,8 @@ def cost_table(
                 step = multiple * max(1, round(sublayer.num_units / ingredients.cuts / multiple)) if half else 1
                 current = refit.calls(model, index, half, stream, windows)
                 after = refit.through(stream, sublayer, current)
-                what = (sublayer, current, after - stream, covariances[index][half], step, ingredients)
+                target = torch.sub(after, stream, out=refit.empty_like(stream))
+                what = (sublayer, current, target, covariances[index][half], step, ingredients)
                 rows.append(np.array(progress.once(f"layer-{index}-{half}", partial(_costs, *what))) / (2 * windows.numel()))
                 stream = after
         steps.append(step)
