@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: env run test lab report publish
+.PHONY: env run test lab report publish at-size
 .DELETE_ON_ERROR:
 
 env: $(STAMP)
@@ -23,6 +23,9 @@ report: env
 
 publish: env
 	$(BIN)/python -m gqalib publish --preset $(PRESET)
+
+at-size: env
+	$(BIN)/python -m gqalib at-size --out data/results/llama3-8b-shape
 
 # rented GPU boxes log in as root, which Jupyter refuses unless told; it listens on this machine only
 lab: env

@@ -38,6 +38,8 @@ CLAIMS = (
     Claim("MLP: magnitude 10,651, Taylor 37.82", "perplexity, magnitude ÷ Taylor", "mlp_magnitude", 2, math.inf, "×"),
     Claim("5–6× faster, 84.64 % kept", "ceiling of Llama-3-8B from its bytes", "ceiling_kept_reading", 5, math.inf, "×", "counting"),
     Claim("5–6× faster, 84.64 % removed", "decoding, smallest batch", "decode_removed_reading", 5, math.inf, "×"),
+    Claim("5–6× faster, 84.64 % removed, at its size", "decoding one sequence, Llama-3-8B's shape", "decode_removed_at_size", 5, math.inf, "×"),
+    Claim("5–6× faster, 84.64 % kept, at its size", "decoding one sequence, Llama-3-8B's shape", "decode_kept_at_size", 5, math.inf, "×"),
     Claim("84.64 % removed with rates of 15–50 %", "backbone of Llama-3-8B that must go", "backbone_to_remove", 15, 50, "%", "counting"),
     Claim("freezing avoids a shape mismatch", "gradients, frozen ÷ unfrozen − 1 (04)", "frozen_gradient_difference", 1e-3, math.inf, "", "counting"),
     Claim("pays 110–220 times a month", "saving of a month ÷ investment (section 9)", "monthly_return", 110, 220, "×", "nothing"),

@@ -101,7 +101,8 @@ def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
         own = rows[rows["model"] == name].set_index(["batch_size", "context"]).reindex(points)
         x = np.arange(len(points)) + (index - (len(names) - 1) / 2) * width
         reach = [own["speedup"] - own["speedup_low"], own["speedup_high"] - own["speedup"]]
-        ax.bar(x, own["speedup"] - 1, width * 0.9, bottom=1, color=_colour_of(name), label=name)
+        shade = 0.3 + 0.7 * (index + 1) / len(names)  # models without a colour of their own differ in it
+        ax.bar(x, own["speedup"] - 1, width * 0.9, bottom=1, color=_colour_of(name), alpha=shade, label=name)
         ax.errorbar(x, own["speedup"], reach, fmt="none", ecolor=COLORS["dense"], lw=1, capsize=2)
         ceiling = own["ceiling"].where(own["speedup"].notna())
         ax.scatter(x, ceiling, marker="_", s=1500 * width / len(points), color=COLORS["v2"], lw=2, label=None if index else "ceiling")

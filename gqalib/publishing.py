@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +32,37 @@ def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
 
 
 def cost_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as 07_cost_analysis recorded it."""
-    speed = pd.DataFrame(record["tables"]["speed"])
-    speed = speed[speed["model"] != "dense"]
+    """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as `at_size` recorded it."""
+    table = pd.DataFrame(record["tables"]["speed"])
+    table = table[table["model"] != "dense"]
     measured = [
         row.note if row.note else f"{row.speedup:.2f} ({row.speedup_low:.2f}–{row.speedup_high:.2f}) of {row.ceiling:.2f}"
-        for row in speed.itertuples()
+        for row in table.itertuples()
     ]
-    points = speed.assign(measured=measured).rename(columns={"batch_size": "batch"})
-    return points.pivot(index=["phase", "batch", "context"], columns="model", values="measured").reset_index()
+    points = table.assign(measured=measured).rename(columns={"batch_size": "batch"})
+    columns = list(dict.fromkeys(table["model"]))
+    return points.pivot(index=["phase", "batch", "context"], columns="model", values="measured")[columns].reset_index()
+
+
+def stages_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """What each stage took, as `at_size` recorded it, beside what it was expected to need."""
+    rows = [{"layers": r["metrics"]["layers"]["value"], **row} for r in records for row in r["tables"]["stages"]]
+    table = pd.DataFrame(rows)[["stage", "layers", "seconds", "expected_gb", "peak_gb"]]
+    table["seconds"] = table["seconds"].map("{:.0f}".format)
+    for column in ("expected_gb", "peak_gb"):
+        table[column] = table[column].map("{:.1f}".format)
+    return table.rename(columns={"expected_gb": "GB expected", "peak_gb": "GB at its peak"})
 
 
 def cost_block(results: Path) -> str:
-    """README's words on speed at real size: the record's table, or that there is none."""
+    """README's words on speed at real size: the records' tables, or that there is none."""
     try:
-        record = read_record(results / AT_SIZE / "07_cost_analysis.json")
+        speed, *stages = (read_record(results / AT_SIZE / f"at_size_{step}.json") for step in ("speed", "pruning", "refit"))
     except InputError:
-        return (
-            f"Speed at this size: not measured. `make run PRESET={AT_SIZE}` on a GPU, then `make publish PRESET={AT_SIZE}`, fills this in."
-        )
-    p = record["parameters"]
-    under = f"Measured, times dense, *of* the ceiling: {p['model']} with random weights in {p['dtype']}, {record['device']}, {record['machine']}."
-    return f"{_markdown(cost_table(record))}\n\n{under}"
+        return f"Speed at this size: not measured. `make at-size` on a GPU, then `make publish`, fills this in."
+    p = speed["parameters"]
+    under = f"Measured, times dense, *of* the ceiling: {p['model']} with random weights in {p['dtype']}, {speed['machine']}."
+    return f"{_markdown(cost_table(speed))}\n\n{under}\n\n{_markdown(stages_table(stages))}"
 
 
 def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:

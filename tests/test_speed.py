@@ -259,7 +259,7 @@ def record():
     dense = {"model": "dense", "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0, "ceiling": 1.0}
     rows = [row | dense, row | measured | {"model": "v3"}, missing | {"model": "dense"}, missing | {"model": "v3"}]
     parameters = {"model": "shape:llama-3-8b", "dtype": "bfloat16"}
-    names = {"schema": 1, "notebook": "07_cost_analysis", "device": "cuda", "machine": "Linux"}
+    names = {"schema": 1, "notebook": "at_size_speed", "device": "cuda", "machine": "Linux, NVIDIA X"}
     return names | {"parameters": parameters, "tables": {"speed": rows}}
 
 
@@ -267,12 +267,17 @@ def test_readme_says_not_measured_until_there_is_a_record(record, tmp_path):
     assert publishing.cost_block(tmp_path).startswith("Speed at this size: not measured.")
     folder = tmp_path / "llama3-8b-shape"
     folder.mkdir()
-    (folder / "07_cost_analysis.json").write_text(json.dumps(record))
+    (folder / "at_size_speed.json").write_text(json.dumps(record))
+    stage = {"stage": "sweep", "seconds": 41.6, "expected_gb": 10.62, "peak_gb": 11.24}
+    others = {"schema": 1, "metrics": {"layers": {"value": 3}}, "tables": {"stages": [stage]}}
+    for name in ("at_size_pruning", "at_size_refit"):
+        (folder / f"{name}.json").write_text(json.dumps(others | {"notebook": name}))
     block = publishing.cost_block(tmp_path)
     assert "| phase | batch | context | v3 |" in block
     assert "| decode | 1 | 128 | 1.12 (1.10–1.20) of 1.25 |" in block
     assert "| decode | 32 | 8192 | not measured: needs 90 GiB, 20 GiB are free |" in block
-    assert "shape:llama-3-8b with random weights in bfloat16, cuda, Linux" in block
+    assert "shape:llama-3-8b with random weights in bfloat16, Linux, NVIDIA X" in block
+    assert "| sweep | 3 | 42 | 10.6 | 11.2 |" in block
 
 
 def test_speedup_bars_start_at_one_and_name_what_is_missing(record):
