@@ -28,9 +28,9 @@ import torch
 from torch import nn
 
 from gqalib import refit
-from gqalib.allocation import cheapest
+from gqalib.allocation import beyond_multiples, cheapest
 from gqalib.errors import InputError
-from gqalib.models import count_parameters, decoder_layers
+from gqalib.models import count_parameters, decoder_layers, layer_shapes
 from gqalib.perplexity import advance, kl_to
 from gqalib.perplexity import perplexity as perplexity_of
 from gqalib.progress import NOT_KEPT, Progress
@@ -48,7 +48,7 @@ class CostTable:
     groups: list[np.ndarray]  # 0, 1, … of its groups removed
     channels: list[np.ndarray]  # 0, 1, … times its step removed
     steps: list[int]  # channels per level
-    multiple: int  # channels that go are a multiple of it
+    multiple: int  # channels that stay are a multiple of it
     prices: list[tuple[int, int]]  # parameters of a group and of a channel
     widths: list[tuple[int, int]]  # groups and channels
     backbone: int  # parameters
@@ -86,13 +86,20 @@ class CostTable:
 
     def _options(self, layer: int, attention: float, mlp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Costs and sizes [options] and removed units [options, 2] of every pair of levels, and of the whole layer."""
-        groups, channels = self.groups[layer], self.channels[layer]
-        costs = (attention * groups[:, None] + mlp * channels).ravel()
-        levels = np.indices((len(groups), len(channels))).reshape(2, -1).T * (1, self.steps[layer])
+        groups, channels, step = self.groups[layer], self.channels[layer], self.steps[layer]
+        gone = np.arange(self._first[layer], self.widths[layer][1] - self.multiple + 1, step)
+        mlp_costs = np.interp(gone, step * np.arange(len(channels)), channels)
+        costs = (attention * groups[:, None] + mlp * mlp_costs).ravel()
+        levels = np.indices((len(groups), len(gone))).reshape(2, -1).T * (1, step) + (0, gone[0])
         if self.layers is not None:
             costs = np.append(costs, (attention + mlp) / 2 * self.layers[layer])
             levels = np.vstack([levels, self.widths[layer]])
         return costs, (levels * self.prices[layer]).sum(1), levels
+
+    @property
+    def _first(self) -> np.ndarray:
+        """Channels of each layer that go in any case, so that a multiple is left."""
+        return beyond_multiples(np.array(self.widths)[:, 1], self.multiple)
 
     def _give_back(self, removed: np.ndarray, target: int) -> None:
         """Levels are coarse: channels that went beyond the target come back, where the last ones cost most."""
@@ -100,7 +107,8 @@ class CostTable:
         for layer in sorted(range(len(removed)), key=lambda i: self._last_cost(i, *removed[i]), reverse=True):
             whole = tuple(removed[layer]) == self.widths[layer]
             price = self.multiple * self.prices[layer][1]
-            count = 0 if whole else min(removed[layer, 1] // self.multiple, excess // price)
+            spare = removed[layer, 1] - self._first[layer]
+            count = 0 if whole else min(spare // self.multiple, excess // price)
             removed[layer, 1] -= count * self.multiple
             excess -= count * price
 
@@ -124,13 +132,14 @@ def cost_table(
 
     Args:
         windows: calibration text, token ids [count, length]. covariances: from `importance.gradient_covariances` on it.
-        multiple: channels go in multiples of it.
+        multiple: of which the channels that stay in a layer are a whole number.
         progress: keeps each module's row.
 
     Raises:
-        InputError: too little text, a singular or non-finite Gram matrix.
+        InputError: too little text, a singular or non-finite Gram matrix, fewer channels than `multiple`.
     """
     refit.check_tokens(model, windows)
+    beyond_multiples(layer_shapes(model)["intermediate_size"].to_numpy(), multiple)
     progress = progress.of("cost_table", model, windows, covariances, ingredients, multiple)
     stream, rows, steps = advance(model, None, windows, 0, 0), [], []
     for index, layer in enumerate(decoder_layers(model)):
@@ -218,7 +227,8 @@ def evolve(
         return progress.once(name, lambda: kl_to(trial.model, trial(plans[name]), scoring))
 
     generator, width, factors = np.random.default_rng(seed), 0.4, np.ones((2, len(table.steps)))
-    plans = {"uniform": uniform_plan(trial.model, fraction), "cheapest": table.plan(fraction)}
+    uniform = uniform_plan(trial.model, fraction, multiple=table.multiple)
+    plans = {"uniform": uniform, "cheapest": table.plan(fraction)}
     scores = {name: score_of(name) for name in plans}
     centre = scores["cheapest"]
     for number in range(1, candidates - 1):

@@ -46,6 +46,14 @@ def test_shape_of_a_page(notebook):
     assert [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
 
 
+def test_plans_heed_the_multiple(notebook):
+    """At 8B widths are to be multiples of 128: every table and every uniform plan is told so."""
+    code = "\n".join(cell.source for cell in code_cells(notebook))
+    asked = r"(?:frontier\.frontier|covariances_and_table|cost_table|uniform_plan)\("
+    calls = [code[match.end() :][:120] for match in re.finditer(asked, code)]
+    assert all("multiple" in call for call in calls), calls
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("00")])
 def test_record_beside_notebook(name):
     record = read_record(RESULTS / f"{name}.json")

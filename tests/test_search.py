@@ -59,11 +59,20 @@ def test_plans_meet_the_budget(table, fraction, seed):
     assert -1 <= over < table.prices[0][1 if any(partly) else 0]
 
 
-def test_plans_in_multiples(model, windows):
-    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK, multiple=4)
-    plan = table.plan(0.4)
-    assert all(count % 4 == 0 for count in plan.channels) and any(plan.channels)
-    assert 0 <= removed(plan, table) - 0.4 * table.backbone < 4 * table.prices[0][1]
+@pytest.mark.parametrize("multiple", [4, 5])
+def test_plans_in_multiples(model, windows, multiple):
+    """Of the channels that stay: 24 are no multiple of 5."""
+    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK, multiple=multiple)
+    plans = [table.plan(0.4), pruning.uniform_plan(model, 0.4, multiple=multiple)]
+    for plan in plans:
+        assert all((24 - count) % multiple == 0 and count < 24 for count in plan.channels) and any(plan.channels)
+        assert abs(removed(plan, table) - 0.4 * table.backbone) < multiple * table.prices[0][1]
+    assert removed(plans[0], table) >= 0.4 * table.backbone
+
+
+def test_a_multiple_that_no_layer_has(model, windows):
+    with pytest.raises(InputError, match="a layer of 24 channels cannot keep a multiple of 32: lower"):
+        search.cost_table(model, windows, [], QUICK, multiple=32)
 
 
 def test_a_layer_that_does_nothing_goes_whole(model, windows, logits_of):
