@@ -46,7 +46,7 @@ class CostTable:
     """Estimated rise of the loss, in nats per token, when so much of a module goes; lists with one entry per layer."""
 
     groups: list[np.ndarray]  # 0, 1, … of its groups removed
-    channels: list[np.ndarray]  # 0, 1, … times its step removed
+    channels: list[np.ndarray]  # 0, 1, … times its step removed, at last all but one
     steps: list[int]  # channels per level
     multiple: int  # channels that stay are a multiple of it
     prices: list[tuple[int, int]]  # parameters of a group and of a channel
@@ -86,11 +86,11 @@ class CostTable:
 
     def _options(self, layer: int, attention: float, mlp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Costs and sizes [options] and removed units [options, 2] of every pair of levels, and of the whole layer."""
-        groups, channels, step = self.groups[layer], self.channels[layer], self.steps[layer]
-        gone = np.arange(self._first[layer], self.widths[layer][1] - self.multiple + 1, step)
-        mlp_costs = np.interp(gone, step * np.arange(len(channels)), channels)
+        groups, most = self.groups[layer], self.widths[layer][1] - self.multiple
+        gone = np.append(np.arange(self._first[layer], most, self.steps[layer]), most)
+        mlp_costs = np.interp(gone, self._removed(layer), self.channels[layer])
         costs = (attention * groups[:, None] + mlp * mlp_costs).ravel()
-        levels = np.indices((len(groups), len(gone))).reshape(2, -1).T * (1, step) + (0, gone[0])
+        levels = np.stack(np.broadcast_arrays(np.arange(len(groups))[:, None], gone), -1).reshape(-1, 2)
         if self.layers is not None:
             costs = np.append(costs, (attention + mlp) / 2 * self.layers[layer])
             levels = np.vstack([levels, self.widths[layer]])
@@ -100,6 +100,10 @@ class CostTable:
     def _first(self) -> np.ndarray:
         """Channels of each layer that go in any case, so that a multiple is left."""
         return beyond_multiples(np.array(self.widths)[:, 1], self.multiple)
+
+    def _removed(self, layer: int) -> np.ndarray:
+        """How many channels have gone at each of the layer's costs."""
+        return np.minimum(np.arange(len(self.channels[layer])) * self.steps[layer], self.widths[layer][1] - 1)
 
     def _give_back(self, removed: np.ndarray, target: int) -> None:
         """Levels are coarse: channels that went beyond the target come back, where the last ones cost most."""
@@ -114,8 +118,10 @@ class CostTable:
 
     def _last_cost(self, layer: int, groups: int, channels: int) -> float:
         """Cost per parameter of the last level of channels that went."""
-        level, costs = min(-(-channels // self.steps[layer]), len(self.channels[layer]) - 1), self.channels[layer]
-        return float(costs[level] - costs[level - 1]) / (self.steps[layer] * self.prices[layer][1]) if level else 0.0
+        removed, costs = self._removed(layer), self.channels[layer]
+        level = min(int(np.searchsorted(removed, channels)), len(costs) - 1)
+        size = (removed[level] - removed[level - 1]) * self.prices[layer][1]
+        return float(costs[level] - costs[level - 1]) / size if level else 0.0
 
 
 @torch.no_grad()
@@ -165,9 +171,10 @@ def _costs(
 ) -> list[float]:
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
     moments = refit.output_moments(sublayer, current, target)
-    most = (sublayer.num_units - 1) // step * step
     output = refit.damped(covariance.to(moments.gram.device), ingredients.output_damping)
-    _, rises = refit.removal_order(sublayer.output.weight, moments.gram, most, sublayer.unit, output, ingredients.damping, step)
+    _, rises = refit.removal_order(
+        sublayer.output.weight, moments.gram, sublayer.num_units - 1, sublayer.unit, output, ingredients.damping, step
+    )
     return [0.0, *rises.tolist()]
 
 

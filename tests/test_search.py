@@ -70,6 +70,16 @@ def test_plans_in_multiples(model, windows, multiple):
     assert removed(plans[0], table) >= 0.4 * table.backbone
 
 
+def test_plans_go_down_to_one_channel(model, windows):
+    """Also where a level is many channels; and a table in multiples, asked for other ones, has plans in those."""
+    few = dataclasses.replace(QUICK, cuts=2)
+    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), few, multiple=5)
+    least = sum(group + channel for group, channel in table.prices)
+    plan = dataclasses.replace(table, multiple=1).plan(1 - (least + 1) / table.backbone)
+    assert table.steps == [10] * 3 and plan.channels == [23] * 3
+    assert [len(row) - 1 for row in table.groups] == plan.groups
+
+
 def test_a_multiple_that_no_layer_has(model, windows):
     with pytest.raises(InputError, match="a layer of 24 channels cannot keep a multiple of 32: lower"):
         search.cost_table(model, windows, [], QUICK, multiple=32)
