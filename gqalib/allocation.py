@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, OutOfReach
 
 STRATEGIES = ("inverse", "proportional", "uniform")
 
@@ -103,7 +103,7 @@ def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: i
         costs: for each item, the cost of each of its options, float [options]. sizes: what each option is worth, int [options].
 
     Raises:
-        InputError: no choice of options comes to the target.
+        OutOfReach: no choice of options comes to the target.
     """
     unit = math.gcd(*(int(size) for item in sizes for size in item)) or 1
     best, chosen = np.full((target + slack) // unit + 1, np.inf), []
@@ -119,7 +119,7 @@ def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: i
     least = -(-target // unit)
     if not np.isfinite(best[least:].min(initial=np.inf)):
         most = sum(int(size.max()) for size in sizes)
-        raise InputError(f"{target:,} parameters cannot go, {most:,} at most and in whole units: give another fraction")
+        raise OutOfReach(f"{target:,} parameters cannot go, {most:,} at most and in whole units: give another fraction")
     left, options = least + int(best[least:].argmin()), []
     for option, size in zip(reversed(chosen), reversed(sizes), strict=True):
         options.append(int(option[left]))

@@ -26,7 +26,7 @@ from gqalib import importance, refit
 from gqalib.allocation import whole_units
 from gqalib.attention import attention_implementation
 from gqalib.baselines import traced_without_rotation
-from gqalib.errors import InputError
+from gqalib.errors import InputError, OutOfReach
 from gqalib.models import count_parameters, decoder_layers, layer_shape, layer_shapes
 from gqalib.perplexity import advance
 from gqalib.pruning import Plan, prune, size, spread_channels, uniform_plan, unit_costs
@@ -157,7 +157,7 @@ def _protecting_plan(model: nn.Module, fraction: float, multiple: int) -> Plan:
     first, last = round(count / 8), round(count / 16)
     try:
         return uniform_plan(model, fraction, [*range(first), *range(count - last, count)], multiple)
-    except InputError:
+    except OutOfReach:
         return uniform_plan(model, fraction, multiple=multiple)
 
 
@@ -342,14 +342,14 @@ def cheapest_units(scores: torch.Tensor, costs: torch.Tensor, protected: torch.T
     """Which units go, from the lowest score up, so that their costs come to `target` within half the cheapest unit; bool [units].
 
     Raises:
-        InputError: the scores are not finite, or all unprotected units together do not reach the target.
+        InputError: the scores are not finite. OutOfReach: all unprotected units together do not reach the target.
     """
     if not torch.isfinite(scores).all():
         raise InputError("the scores of some units are not finite: use dtype float32 or another calibration text")
     least = int(costs.min())
     if int(costs[~protected].sum()) < target - least / 2:
-        most = f"{int(costs[~protected].sum()):,}"
-        raise InputError(f"{int(target):,} parameters cannot go, {most} at most: every module keeps a unit; lower the fraction")
+        most = f"{int(costs[~protected].sum()):,} at most: every module keeps a unit"
+        raise OutOfReach(f"{int(target):,} parameters cannot go, {most}; lower the fraction")
     removed, total = torch.zeros_like(protected), 0
     for unit in torch.argsort(scores, stable=True).tolist():
         if not protected[unit] and total + int(costs[unit]) <= target + least / 2:
@@ -396,7 +396,7 @@ def _drop_least(model: nn.Module, influence: torch.Tensor, fraction: float) -> N
     target, totals = fraction * sum(sizes), torch.tensor(sizes).cumsum(0)
     count = int((totals - target).abs().argmin()) + 1
     if count == len(layers):
-        raise InputError(f"fraction {fraction} is nearest to all {count} layers: at least one must stay; lower the fraction")
+        raise OutOfReach(f"fraction {fraction} is nearest to all {count} layers: one must stay; lower the fraction")
     drop_layers(model, order[:count])
 
 

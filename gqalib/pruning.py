@@ -11,7 +11,7 @@ from torch import nn
 
 from gqalib import importance
 from gqalib.allocation import layer_rates, layer_weights, whole_units
-from gqalib.errors import InputError
+from gqalib.errors import InputError, OutOfReach
 from gqalib.models import count_parameters, decoder_layers, layer_shape, layer_shapes
 from gqalib.perplexity import advance
 from gqalib.presets import Pruning
@@ -86,7 +86,7 @@ def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = (
     layers, so the budget is met within one channel. With a `multiple` each of these layers keeps a multiple of it.
 
     Raises:
-        InputError: more would go than layers that keep one group and one channel (or `multiple`) each can lose.
+        OutOfReach: more would go than layers that keep one group and one channel (or `multiple`) each can lose.
     """
     layers = decoder_layers(model)
     costs = torch.tensor([unit_costs(layer) for layer in layers], dtype=torch.float64)
@@ -107,14 +107,14 @@ def spread_channels(
     """Channels to remove so that `parameters` go, the same share of each free layer's width; tensors are [layers].
 
     Raises:
-        InputError: the layers cannot lose as much and keep `multiple` channels each.
+        OutOfReach: the layers cannot lose as much and keep `multiple` channels each.
     """
     room = (free * costs * widths).sum()
     channels = whole_units((free * parameters / room).clamp(0, 1), widths, multiple)
     missing = parameters - (torch.tensor(channels) * costs).sum()
     if missing > costs.max() * multiple:
         most = f"{int((free * costs * (widths - multiple)).sum()):,} at most: every layer keeps {multiple} channel(s)"
-        raise InputError(f"{int(parameters):,} MLP parameters cannot go, {most}; lower the fraction")
+        raise OutOfReach(f"{int(parameters):,} MLP parameters cannot go, {most}; lower the fraction")
     return channels
 
 

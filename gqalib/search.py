@@ -18,7 +18,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +28,7 @@ from torch import nn
 
 from gqalib import refit
 from gqalib.allocation import beyond_multiples, cheapest
-from gqalib.errors import InputError
+from gqalib.errors import InputError, OutOfReach
 from gqalib.models import count_parameters, decoder_layers, layer_shapes
 from gqalib.perplexity import advance, kl_to
 from gqalib.perplexity import perplexity as perplexity_of
@@ -70,16 +69,18 @@ class CostTable:
             factors: of the costs of attention and MLP, [2, layers] (default: 1); a whole layer's is their mean.
 
         Raises:
-            InputError: a fraction outside (0, 1), or more than the layers can lose.
+            OutOfReach: a fraction outside (0, 1), or more than the layers can lose.
         """
         if not 0 < fraction < 1:
-            raise InputError(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
+            raise OutOfReach(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
         factors = np.ones((2, len(self.steps))) if factors is None else factors
         options = [self._options(layer, *factors[:, layer]) for layer in range(len(self.steps))]
         target = round(fraction * self.backbone)
         coarsest = max(max(group, step * channel) for (group, channel), step in zip(self.prices, self.steps, strict=True))
         chosen = cheapest([costs for costs, _, _ in options], [sizes for _, sizes, _ in options], target, coarsest)
         removed = np.array([units[choice] for (_, _, units), choice in zip(options, chosen, strict=True)])
+        if (removed == self.widths).all():
+            raise OutOfReach(f"no layer would be left without {fraction:.1%} of the backbone: give another fraction")
         self._give_back(removed, target)
         rates = (removed * self.prices).sum(1) / (np.array(self.widths) * self.prices).sum(1)
         return Plan(rates.tolist(), removed[:, 0].tolist(), removed[:, 1].tolist())
@@ -274,16 +275,15 @@ def prune_to(
         scoring: windows [count, length] for the perplexities, apart from the calibration text.
         kept: the fraction of all parameters that is to stay; met within one unit, by one sweep.
         perplexity: the most it may become; the fraction that goes is narrowed down in `trials` sweeps.
-        progress: keeps the perplexity of each sweep, and the layers of the one that is `kept`'s. A run that goes on makes the
-            best model of those before it again, by one sweep.
+        progress: keeps the perplexity of each sweep, and the layers of the one that is `kept`'s.
 
     Returns:
-        One row per sweep: `fraction` of the backbone removed, `perplexity`. The model is that of the largest fraction
-        within the target, and as it was where none of them is.
+        One row per sweep: `fraction` of the backbone removed, `perplexity`, infinite where it is more than can go.
+        The model is that of the largest fraction within the target, made by one more sweep; as it was where none is.
 
     Raises:
-        InputError: not one target but none or two, one not above the dense perplexity, or one that no plan reaches; the model
-            is as before.
+        InputError: not one target but none or two, one not above the dense perplexity, one that no plan reaches, or as
+            `refit.sweep`; the model is as before.
     """
     if (perplexity is None) == (kept is None):
         raise InputError("prune_to needs one target: give either kept or perplexity")
@@ -306,22 +306,23 @@ def _narrow_down(
     dense = perplexity_of(trial.model, scoring)
     if limit <= dense:
         raise InputError(f"a perplexity of {limit:.4g} is not above the dense model's {dense:.4g}: give a higher target")
-    low, high, best, rows = (0.0, dense), (1.0, math.inf), trial.model, []
+    low, high, rows = (0.0, dense), (1.0, math.inf), []
     for number in range(trials):
-        fraction, pruned = _between(low, high, dense, limit), None
-        reached = progress.load(f"trial-{number}")
-        if reached is None:
-            reached = math.inf
-            with suppress(InputError):  # more than the layers can lose
-                pruned = trial(table.plan(fraction))
-                reached = perplexity_of(pruned, scoring)
-            progress.keep(f"trial-{number}", reached)
+        fraction = _between(low, high, dense, limit)
+        reached = progress.once(f"trial-{number}", partial(_reached, trial, table, fraction, scoring))
         rows.append({"fraction": fraction, "perplexity": reached})
-        if reached <= limit:
-            low, best = (fraction, reached), pruned
-        else:
-            high = (fraction, reached)
-    return trial(table.plan(low[0])) if best is None else best, rows  # None: an earlier run's trial
+        low, high = ((fraction, reached), high) if reached <= limit else (low, (fraction, reached))
+    # made again, because to keep the best one meanwhile takes the memory of another model
+    return trial(table.plan(low[0])) if low[0] else trial.model, rows
+
+
+def _reached(trial: Trial, table: CostTable, fraction: float, scoring: torch.Tensor) -> float:
+    """The perplexity with this fraction removed; infinity if the layers cannot lose as much."""
+    try:
+        plan = table.plan(fraction)
+    except OutOfReach:
+        return math.inf
+    return perplexity_of(trial(plan), scoring)
 
 
 def _between(low: tuple[float, float], high: tuple[float, float], dense: float, limit: float) -> float:

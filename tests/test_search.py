@@ -157,6 +157,14 @@ def test_a_target_that_no_trial_meets_leaves_the_model_dense(trial, table, windo
     assert torch.equal(logits_of(trial.model), before)
 
 
+def test_a_sweep_that_fails_is_no_model_too_far(trial, table, windows, logits_of):
+    """Too little text, or a singular matrix, is said; it is no perplexity."""
+    before, few = logits_of(trial.model), dataclasses.replace(trial, windows=windows[:1])
+    with pytest.raises(InputError, match="20 calibration tokens are too few"):
+        search.prune_to(few, table, windows, perplexity=2 * perplexity(trial.model, windows))
+    assert torch.equal(logits_of(trial.model), before)
+
+
 @pytest.mark.parametrize(
     ("target", "says"),
     [
