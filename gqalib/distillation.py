@@ -309,4 +309,5 @@ def _stage(student: nn.Module, teacher: nn.Module, length: int, settings: Distil
     rows = max(1, min(settings.batch_tokens, MICRO_TOKENS) // length)
     terms = memory.expected("distillation", student, rows, length, settings=settings, teacher=teacher)
     terms["weights"] += terms.pop("teacher")
-    return memory.stage("distillation", terms, student.device, "lower distillation.batch_tokens, or take more cards (see README)")
+    knob = "lower distillation.batch_tokens, or take more cards (see README)"
+    return memory.stage("distillation", terms, student, knob)

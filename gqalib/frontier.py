@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from gqalib import importance, peers, pruning, refit, search
-from gqalib.cost import Used, measured
+from gqalib.cost import Used
 from gqalib.errors import InputError
+from gqalib.memory import measured_on
 from gqalib.models import count_parameters, decoder_layers, size_of
 from gqalib.perplexity import ratio_with_error, window_losses
 from gqalib.presets import Pruning
@@ -124,7 +125,7 @@ def prepare(name: str, dense: nn.Module, windows: torch.Tensor, multiple: int = 
         return None
     model = copy.deepcopy(dense)
     try:
-        with measured(dense.device) as used:
+        with measured_on(dense) as used:
             found = PREPARATIONS[name](model, windows, **({"multiple": multiple} if name == OWN else {}))
     except IMPOSSIBLE:  # the method will run into it again, and its row will say so
         return None
@@ -155,7 +156,7 @@ def try_method(
     options = {"multiple": multiple} if multiple > 1 and name not in NO_MULTIPLE else {}
     row = {"method": name, "fraction": fraction, "note": ""}
     try:
-        with measured(dense.device) as used:
+        with measured_on(dense) as used:
             METHODS[name](model, windows, fraction, *([prepared.found] if prepared else []), **options)
         if name not in DEPTH:
             check_budget(model, dense, fraction, **options)

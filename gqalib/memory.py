@@ -1,6 +1,6 @@
 """How much memory a stage needs: on paper before it starts, refused if it does not fit, measured when it is done.
 
-    with memory.stage("sweep", memory.expected("sweep", model, 128, 2048), model.device) as used:
+    with memory.stage("sweep", memory.expected("sweep", model, 128, 2048), model) as used:
         refit.sweep(model, plan, windows)
 
 Symbols: s bytes per weight; L layers; d hidden size; h query heads; q, k query and KV width, f MLP width of the widest layer; V vocabulary; n = num_examples ·
@@ -353,13 +353,34 @@ class Peak:
     seconds: float = 0.0
 
 
+def places(model: nn.Module) -> list[torch.device]:
+    """The cards that a model's layers are spread over (host memory, where some may wait, is none), or its device."""
+    cards = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return sorted(cards, key=str) or [model.device]
+
+
+@contextlib.contextmanager
+def measured_on(model: nn.Module) -> Iterator[Used]:
+    """`cost.measured` on all of a model's `places`; bytes are their sums."""
+    used = Used()
+    try:
+        with contextlib.ExitStack() as stack:
+            parts = [stack.enter_context(measured(device)) for device in places(model)]
+            yield used
+    finally:
+        used.seconds = parts[0].seconds
+        used.peak_bytes = sum(part.peak_bytes for part in parts)
+        used.held_bytes = sum(part.held_bytes for part in parts)
+
+
 @contextlib.contextmanager
 def stage(
-    name: str, terms: Terms, device: torch.device | str, knob: str = "give fewer or shorter examples", say: Callable = print
+    name: str, terms: Terms, model: nn.Module, knob: str = "give fewer or shorter examples", say: Callable = print
 ) -> Iterator[Peak]:
     """States the peak that `terms` (see `expected`) come to, runs the block, states the peak that it had.
 
-    On a GPU the peak is the allocator's; on a CPU the weights and what the process' resident set grew by.
+    Of a model that is spread over cards all count. On a GPU the peak is the allocator's; on a CPU the weights and
+    what the process' resident set grew by.
 
     Args:
         knob: what lowers the need, for the refusal. say: gets each line.
@@ -367,18 +388,19 @@ def stage(
     Raises:
         InputError: more is needed than is free; the block is not begun.
     """
-    total, weights, free = sum(terms.values()), terms.get("weights", 0), free_bytes(device)
+    devices, total, weights = places(model), sum(terms.values()), terms.get("weights", 0)
+    free, where = sum(map(free_bytes, devices)), ", ".join(map(str, devices))
     if total - weights > free:
         needed = f"{(total - weights) / 1e9:.1f} GB beside the weights' {weights / 1e9:.1f} GB"
-        raise InputError(f"{name} needs {needed}, but {free / 1e9:.1f} GB are free on {device}: {knob}")
+        raise InputError(f"{name} needs {needed}, but {free / 1e9:.1f} GB are free on {where}: {knob}")
     parts = ", ".join(f"{term} {size / 1e9:.2f}" for term, size in sorted(terms.items(), key=lambda item: -item[1]))
-    say(f"{name}: {total / 1e9:.2f} GB expected ({parts}), {free / 1e9:.1f} GB free on {device}")
+    say(f"{name}: {total / 1e9:.2f} GB expected ({parts}), {free / 1e9:.1f} GB free on {where}")
     peak, before = Peak(total / 1e9, free / 1e9), weights
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated(device)
+    if devices[0].type == "cuda":
+        before = sum(map(torch.cuda.memory_allocated, devices))
     used = Used()
     try:
-        with measured(device) as used:
+        with measured_on(model) as used:
             yield peak
     finally:
         peak.peak_gb, peak.seconds = (before + used.peak_bytes) / 1e9, used.seconds

@@ -137,7 +137,7 @@ class Notebook:
         """
         terms = memory.expected(of or name, model, *shape, **options)
         terms |= {"copies": copies * weight_bytes(model)} if copies else {}
-        with memory.stage(name, terms, model.device, f"lower {knob}") as peak:
+        with memory.stage(name, terms, model, f"lower {knob}") as peak:
             yield peak
         self.stages.append({"stage": name, **asdict(peak)})
 

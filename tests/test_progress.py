@@ -50,7 +50,7 @@ def kept(tmp_path):
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch):
     """What a method of the frontier takes is measured in more than half a second, and is no result that could be the same twice."""
-    monkeypatch.setattr(frontier, "measured", lambda device: nullcontext(frontier.Used()))
+    monkeypatch.setattr(frontier, "measured_on", lambda model: nullcontext(frontier.Used()))
 
 
 @pytest.fixture
