@@ -82,10 +82,10 @@ def finetune_lora(
             if trainer.accelerator.is_main_process:
                 state.keep("adapter", adapter)
                 state.keep("log", log)
-                for checkpoint in state.folder.glob("checkpoint-*"):
-                    shutil.rmtree(checkpoint)
         else:
             set_peft_model_state_dict(trainer.model, adapter)
+        for checkpoint in state.folder.glob("checkpoint-*") if trainer.accelerator.is_main_process else ():
+            shutil.rmtree(checkpoint)
         trainer.accelerator.wait_for_everyone()
     return trainer.model.eval(), pd.DataFrame(log)
 

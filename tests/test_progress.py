@@ -433,11 +433,12 @@ def test_lora_goes_on(num_steps, lora, counted, monkeypatch, tmp_path):
     }  # fmt: skip
 
 
-def test_lora_that_ended_is_not_trained_again(lora, monkeypatch):
-    first = lora("folder")
+def test_lora_that_ended_is_not_trained_again(lora, monkeypatch, tmp_path):
+    first, left = lora("folder"), tmp_path / "folder" / "state" / "checkpoint-9"
+    left.mkdir()  # by a kill between the result and the tidying
     with monkeypatch.context() as patch:
         patch.setattr(SFTTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
-        assert same(lora("folder"), first)
+        assert same(lora("folder"), first) and not left.exists()
     assert not same(lora("folder", learning_rate=1e-3)[0], first[0])
     assert same(lora("folder"), first)
 
@@ -539,6 +540,25 @@ def test_progress_of_a_notebook(tmp_path, monkeypatch):
         nb = notebook(tmp_path)
         nb.progress("a").keep("x", 1)
         assert notebook(tmp_path, **changes).progress("a").load("x") is None
+
+
+def test_a_training_leaves_its_result_and_no_checkpoint(tmp_path):
+    """A killed one finds its folder; the result stays until the record is written."""
+    found = []
+
+    def train(folder):
+        found.append((folder / "checkpoint").exists())
+        (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+        if len(found) == 1:
+            raise Killed
+        return {"ratio": 1.5}
+
+    with pytest.raises(Killed):
+        notebook(tmp_path).trained("a", train)
+    assert [notebook(tmp_path).trained("a", train) for _ in range(2)] == [{"ratio": 1.5}] * 2
+    assert found == [False, True] and not list(tmp_path.rglob("checkpoint"))
+    notebook(tmp_path).finish()
+    assert not (tmp_path / "progress").exists()
 
 
 @pytest.mark.parametrize("what", ["library_hash", "fingerprints", "version"])
