@@ -111,7 +111,6 @@ def expected(
     device: str | torch.device | None = None,
     streams: bool | None = None,
     settings: Recovery | Distillation | None = None,
-    teacher: nn.Module | None = None,
 ) -> Terms:
     """Bytes that a stage needs at its peak, by term; one formula per stage, in its function in `STAGES`.
 
@@ -122,7 +121,7 @@ def expected(
         num_examples, length: of the calibration text; for LoRA and distillation what goes through the model at once.
         device: what it will run on (default: where it is). On a CPU, what waits in host memory counts too.
         streams: whether the layers are streamed (default: whether they are now).
-        settings: of LoRA or distillation. teacher: of distillation.
+        settings: of LoRA or distillation, where a teacher comes on top.
 
     Raises:
         InputError: an unknown stage.
@@ -132,7 +131,8 @@ def expected(
         raise InputError(f"unknown stage {unknown!r}: use one of {', '.join(STAGES)}")
     streams = is_streamed(model) if streams is None else streams
     at_once = perplexity.tokens_at_once(model)
-    case = _Case(Shape.of(model), num_examples, length, torch.device(device or model.device).type, streams, at_once, settings, teacher)
+    on = torch.device(device or model.device).type
+    case = _Case(Shape.of(model), num_examples, length, on, streams, at_once, settings)
     terms = max((STAGES[name](case) for name in stages), key=lambda terms: sum(terms.values()))
     return {name: int(size) for name, size in terms.items() if size}
 
@@ -146,7 +146,6 @@ class _Case:
     streams: bool
     at_once: int  # tokens of a batch that goes forward only; on a GPU more than the least, where there is room
     settings: Recovery | Distillation | None
-    teacher: nn.Module | None
 
     @property
     def n(self) -> int:
@@ -288,7 +287,7 @@ def _adapter(m: Shape, r: int) -> Terms:
 
 
 def _distillation(case: _Case) -> Terms:
-    """Gradients, and Muon's momentum s per weight of the layers, AdamW's two moments for the rest; or an adapter as for LoRA; the teacher; what
+    """Gradients; Muon's momentum s per weight of the layers, AdamW's two moments for the rest; or LoRA's adapter; what
     all layers save for a batch; eleven times the logits in float32. Where products are in bf16, so are the activations, and there are copies of
     the weights, 2 bytes each. On a CPU also the probabilities of `attention.blocked`: per layer and token h times half of the keys, in float32."""
     m, settings = case.shape, case.settings or Distillation()
@@ -299,7 +298,6 @@ def _distillation(case: _Case) -> Terms:
     learning = {"gradients": m.weights, "optimisers": by_muon + 2 * (m.weights - by_muon)}
     return {
         **case.weights(),
-        "teacher": 0 if case.teacher is None else weight_bytes(case.teacher),
         **(_adapter(m, settings.lora_r) if settings.lora_r else learning),
         "weights in bf16": m.weights / 2 if in_bf16 and m.s == 4 else 0,
         "activations": case.n * m.L * ((saved if in_bf16 else m.saved(trained=True)) + probabilities),
