@@ -31,7 +31,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -44,7 +43,6 @@ from gqalib.streaming import is_streamed
 from gqalib.training import bf16_is_fast
 
 Terms = dict[str, int]  # bytes by what they are for; `weights` are there before the stage begins
-SHORT_WINDOW = 128  # tokens; for the table only
 
 
 @dataclass(frozen=True)
@@ -329,13 +327,6 @@ def sweep_flops(model: nn.Module, num_tokens: int, newton_rounds: int = 1, newto
     moments = 2 * num_tokens * ((1 + newton_rounds) * (m.q**2 + m.f**2 + m.d * (m.q + m.f)) + (2 + newton_rounds) * 2 * m.d**2)
     passes = 3 + newton_rounds * (5 + 4 * newton_steps)
     return {"float64": m.L * (moments + 5.0 * (m.q**3 + m.f**3)), "others": m.L * passes * 2.0 * num_tokens * m.layer}
-
-
-def report(model: nn.Module, cases: dict[str, tuple[str, int, int, dict]]) -> pd.DataFrame:
-    """One row per case, name → (stage, num_examples, length, options of `expected`): terms and `total` in GB."""
-    rows = {name: expected(stage, model, examples, length, **options) for name, (stage, examples, length, options) in cases.items()}
-    frame = pd.DataFrame({name: {**terms, "total": sum(terms.values())} for name, terms in rows.items()}).T / 1e9
-    return frame.rename_axis("stage")
 
 
 # ---------------------------------------------------------------- before and after
