@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, OutOfReach
 
 STRATEGIES = ("inverse", "proportional", "uniform")
 
@@ -67,18 +67,30 @@ def layer_rates(
 def whole_units(rates: torch.Tensor, counts: torch.Tensor, multiple: int = 1) -> list[int]:
     """How many units (groups or channels) each layer loses: whole numbers whose sum is the nearest to Σ rate × count.
 
-    Largest remainders round up; every layer keeps at least one unit. With `multiple` > 1 each layer keeps a multiple of
-    it (hardware likes widths that are), and the sum is met within one multiple.
+    Largest remainders round up; every layer keeps at least one unit. With `multiple` > 1 each layer whose rate is not 0
+    keeps a multiple of it (hardware likes widths that are), and the sum is met within one, if none has to lose more.
     """
-    most = torch.div(counts - 1, multiple, rounding_mode="floor")
-    ideal = torch.minimum(rates.double() * counts / multiple, most.double())
+    first, most = beyond_multiples(counts, multiple) * (rates > 0), counts // multiple - 1
+    ideal = torch.minimum(((rates.double() * counts - first) / multiple).clamp(min=0), most.double())
     removed = ideal.floor().long()
     spare = int((ideal.sum() - removed.sum()).round())
     for layer in torch.argsort(ideal - removed, descending=True, stable=True).tolist():
         if spare > 0 and removed[layer] < most[layer]:
             removed[layer] += 1
             spare -= 1
-    return (removed * multiple).tolist()
+    return (first + removed * multiple).tolist()
+
+
+def beyond_multiples(counts: torch.Tensor | np.ndarray, multiple: int) -> torch.Tensor | np.ndarray:
+    """How many units of each layer have to go before a multiple of them is left.
+
+    Raises:
+        InputError: a layer has fewer than that.
+    """
+    if (counts < multiple).any():
+        few = f"a layer of {int(counts.min())} channels"
+        raise InputError(f"{few} cannot keep a multiple of {multiple}: lower pruning.channel_multiple")
+    return counts % multiple
 
 
 def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: int, slack: int) -> list[int]:
@@ -91,7 +103,7 @@ def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: i
         costs: for each item, the cost of each of its options, float [options]. sizes: what each option is worth, int [options].
 
     Raises:
-        InputError: no choice of options comes to the target.
+        OutOfReach: no choice of options comes to the target.
     """
     unit = math.gcd(*(int(size) for item in sizes for size in item)) or 1
     best, chosen = np.full((target + slack) // unit + 1, np.inf), []
@@ -107,7 +119,7 @@ def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: i
     least = -(-target // unit)
     if not np.isfinite(best[least:].min(initial=np.inf)):
         most = sum(int(size.max()) for size in sizes)
-        raise InputError(f"{target:,} parameters cannot go, {most:,} at most and in whole units: give another fraction")
+        raise OutOfReach(f"{target:,} parameters cannot go, {most:,} at most and in whole units: give another fraction")
     left, options = least + int(best[least:].argmin()), []
     for option, size in zip(reversed(chosen), reversed(sizes), strict=True):
         options.append(int(option[left]))

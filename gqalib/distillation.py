@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from gqalib import memory, training
 from gqalib.attention import attention_implementation
 from gqalib.corpora import training_windows
+from gqalib.cost import weight_bytes
 from gqalib.errors import InputError
 from gqalib.models import load_model, load_tokenizer, resolve_device
 from gqalib.parallel import in_shards, is_in_shards, is_one_of_several, processes, rank_and_size, wait_for_all
@@ -307,6 +308,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
 def _stage(student: nn.Module, teacher: nn.Module, length: int, settings: Distillation) -> AbstractContextManager:
     """Both models are there already."""
     rows = max(1, min(settings.batch_tokens, MICRO_TOKENS) // length)
-    terms = memory.expected("distillation", student, rows, length, settings=settings, teacher=teacher)
-    terms["weights"] += terms.pop("teacher")
-    return memory.stage("distillation", terms, student.device, "lower distillation.batch_tokens, or take more cards (see README)")
+    terms = memory.expected("distillation", student, rows, length, settings=settings)
+    terms["weights"] += weight_bytes(teacher)
+    knob = "lower distillation.batch_tokens, or take more cards (see README)"
+    return memory.stage("distillation", terms, student, knob)

@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints it and exits with status 2; a notebook shows it as an ordinary exception.
     """
+
+
+class OutOfReach(InputError):
+    """The layers cannot lose as much as was asked."""

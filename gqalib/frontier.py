@@ -3,7 +3,8 @@
     method(model, windows, fraction)
 
 prunes a dense model in place: `windows` is the calibration text, token ids [count, length], `fraction` the part of the backbone
-to remove. What a method has to find out first, it finds out within the call. What of that is the same for every fraction is in
+to remove. All but those in `NO_MULTIPLE` have a `multiple`, of which the channels that stay are a whole number.
+What a method has to find out first, it finds out within the call. What of that is the same for every fraction is in
 `PREPARATIONS`: `frontier` does it once and counts it in every row, so that seconds are always those of one call alone.
 
 Where a peer has a second way that may do better, both are here: FLAP standardises columns, as its code does, or heads; LLM-Pruner
@@ -21,8 +22,9 @@ import torch
 from torch import nn
 
 from gqalib import importance, peers, pruning, refit, search
-from gqalib.cost import Used, measured
+from gqalib.cost import Used
 from gqalib.errors import InputError
+from gqalib.memory import measured_on
 from gqalib.models import count_parameters, decoder_layers, size_of
 from gqalib.perplexity import ratio_with_error, window_losses
 from gqalib.presets import Pruning
@@ -34,30 +36,45 @@ SEED_RATES = Pruning(mean_rate=0.25, strategy="inverse", alpha=1.0, min_rate=0.1
 
 
 def seed_taylor(
-    model: nn.Module, windows: torch.Tensor, fraction: float, removal: torch.Tensor | None = None, sequential: bool = True
+    model: nn.Module,
+    windows: torch.Tensor,
+    fraction: float,
+    removal: torch.Tensor | None = None,
+    sequential: bool = True,
+    multiple: int = 1,
 ) -> None:
     """The founding document's recipe: Σ |W ⊙ G|, on the model pruned so far or all at once; rates inverse to `removal_importance`."""
     removal = importance.removal_importance(model, windows) if removal is None else removal
-    pruning.prune(model, pruning.make_plan(model, removal, SEED_RATES, mean_rate=fraction), windows, sequential=sequential)
+    plan = pruning.make_plan(model, removal, SEED_RATES, mean_rate=fraction, channel_multiple=multiple)
+    pruning.prune(model, plan, windows, sequential=sequential)
 
 
-def refit_uniform(model: nn.Module, windows: torch.Tensor, fraction: float, covariances: search.Covariances | None = None) -> None:
+def refit_uniform(
+    model: nn.Module,
+    windows: torch.Tensor,
+    fraction: float,
+    covariances: search.Covariances | None = None,
+    multiple: int = 1,
+) -> None:
     """The sweep at the same rate in every layer."""
-    refit.sweep(model, pruning.uniform_plan(model, fraction), windows, covariances=covariances)
+    plan = pruning.uniform_plan(model, fraction, multiple=multiple)
+    refit.sweep(model, plan, windows, covariances=covariances)
 
 
-def refit_allocated(model: nn.Module, windows: torch.Tensor, fraction: float, prepared: tuple | None = None) -> None:
+def refit_allocated(
+    model: nn.Module, windows: torch.Tensor, fraction: float, prepared: tuple | None = None, multiple: int = 1
+) -> None:
     """The sweep by the cheapest plan of the cost table; `prepared`: by `covariances_and_table`."""
-    covariances, table = prepared or covariances_and_table(model, windows)
+    covariances, table = prepared or covariances_and_table(model, windows, multiple)
     refit.sweep(model, table.plan(fraction), windows, covariances=covariances)
 
 
 def covariances_and_table(
-    model: nn.Module, windows: torch.Tensor, progress: Progress = NOT_KEPT
+    model: nn.Module, windows: torch.Tensor, multiple: int = 1, progress: Progress = NOT_KEPT
 ) -> tuple[search.Covariances, search.CostTable]:
     """The gradients' covariances, and the cost table made of them."""
     covariances = importance.gradient_covariances(model, windows, progress=progress)
-    return covariances, search.cost_table(model, windows, covariances, progress=progress)
+    return covariances, search.cost_table(model, windows, covariances, multiple=multiple, progress=progress)
 
 
 OWN = "refit, allocated"
@@ -88,6 +105,7 @@ PREPARATIONS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {  # the 
 STAGES = "all gradients", "gradient covariances", "sweep"  # of `memory`: what the methods need most for
 PEERS = [name for name in METHODS if not name.startswith(("seed Taylor", "refit"))]
 DEPTH = ["ShortGPT", "layer removal"]  # they remove whole layers, so they meet a fraction as closely as layers allow
+NO_MULTIPLE = [*DEPTH, "FLAP", "FLAP, by head"]  # one ranking of all units, so widths come as they do
 MEASURED = ["seconds", "peak_mib", "parameters_kept_percent", "backbone_removed_percent", "perplexity", "ratio", "error"]
 IMPOSSIBLE = (InputError, torch.OutOfMemoryError)
 CLOSE = 2.0  # percentage points of the backbone: what is nearer than this to the fraction asked counts as met
@@ -101,14 +119,14 @@ class Prepared:
     used: Used
 
 
-def prepare(name: str, dense: nn.Module, windows: torch.Tensor) -> Prepared | None:
+def prepare(name: str, dense: nn.Module, windows: torch.Tensor, multiple: int = 1) -> Prepared | None:
     """The part of a method that is the same for every fraction, on a copy; None if there is none, or if it fails."""
     if name not in PREPARATIONS:
         return None
     model = copy.deepcopy(dense)
     try:
-        with measured(dense.device) as used:
-            found = PREPARATIONS[name](model, windows)
+        with measured_on(dense) as used:
+            found = PREPARATIONS[name](model, windows, **({"multiple": multiple} if name == OWN else {}))
     except IMPOSSIBLE:  # the method will run into it again, and its row will say so
         return None
     return Prepared(found, used)
@@ -122,23 +140,26 @@ def try_method(
     test: torch.Tensor,
     reference: torch.Tensor,
     prepared: Prepared | None = None,
+    multiple: int = 1,
 ) -> dict[str, object]:
     """One method at one size, on a copy of the dense model.
 
     Args:
         windows, test: token ids [count, length]. reference: the dense model's `window_losses` on `test`.
+        multiple: of which the channels that stay are a whole number, for all but `NO_MULTIPLE`.
 
     Returns:
         What was asked and what was removed, perplexity, its ratio to the dense model's with the paired standard error, seconds
         and peak memory of the pruning, the `losses` of each test window in nats. Where the method cannot do it: NaN and a `note`.
     """
     model, known = copy.deepcopy(dense), prepared.used if prepared else Used()
+    options = {"multiple": multiple} if multiple > 1 and name not in NO_MULTIPLE else {}
     row = {"method": name, "fraction": fraction, "note": ""}
     try:
-        with measured(dense.device) as used:
-            METHODS[name](model, windows, fraction, *([prepared.found] if prepared else []))
+        with measured_on(dense) as used:
+            METHODS[name](model, windows, fraction, *([prepared.found] if prepared else []), **options)
         if name not in DEPTH:
-            check_budget(model, dense, fraction)
+            check_budget(model, dense, fraction, **options)
     except IMPOSSIBLE as error:
         return row | dict.fromkeys(MEASURED, math.nan) | {"note": str(error), "losses": None}
     peak = max(known.peak_bytes, known.held_bytes + used.peak_bytes)
@@ -154,12 +175,12 @@ def describe(model: nn.Module, dense: nn.Module, test: torch.Tensor, reference: 
     return size_of(model, count_parameters(dense)) | quality
 
 
-def check_budget(model: nn.Module, dense: nn.Module, fraction: float) -> None:
-    """Raises InputError if the backbone is off the fraction by more than a channel: unequal sizes are no comparison."""
+def check_budget(model: nn.Module, dense: nn.Module, fraction: float, multiple: int = 1) -> None:
+    """Raises InputError if the backbone is off the fraction by more than one step: unequal sizes are no comparison."""
     backbone = count_parameters(dense)["backbone"]
     removed = backbone - count_parameters(model)["backbone"]
     channel = max(pruning.unit_costs(layer)[1] for layer in decoder_layers(dense))
-    if abs(removed - fraction * backbone) > channel:
+    if abs(removed - fraction * backbone) > multiple * channel:
         raise InputError(f"{removed / backbone:.2%} of the backbone went where {fraction:.2%} was asked: lower the fraction")
 
 
@@ -170,16 +191,18 @@ def frontier(
     fractions: Sequence[float],
     methods: Sequence[str] = tuple(METHODS),
     progress: Progress = NOT_KEPT,
+    multiple: int = 1,
 ) -> pd.DataFrame:
     """One row of `try_method` per method, calibration sample and fraction. `progress` keeps the rows."""
     reference, known, rows = window_losses(dense, test), {}, []
-    progress = progress.of("frontier", dense, list(samples), test)
+    progress = progress.of("frontier", dense, list(samples), test, multiple)
 
     def try_it(name: str, sample: int, fraction: float) -> dict[str, object]:
         preparation = PREPARATIONS.get(name), sample
         if preparation not in known:
-            known[preparation] = prepare(name, dense, samples[sample])
-        return {"sample": sample} | try_method(name, dense, samples[sample], fraction, test, reference, known[preparation])
+            known[preparation] = prepare(name, dense, samples[sample], multiple)
+        row = try_method(name, dense, samples[sample], fraction, test, reference, known[preparation], multiple)
+        return {"sample": sample} | row
 
     for name in methods:
         for sample in range(len(samples)):

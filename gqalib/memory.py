@@ -1,6 +1,6 @@
 """How much memory a stage needs: on paper before it starts, refused if it does not fit, measured when it is done.
 
-    with memory.stage("sweep", memory.expected("sweep", model, 128, 2048), model.device) as used:
+    with memory.stage("sweep", memory.expected("sweep", model, 128, 2048), model) as used:
         refit.sweep(model, plan, windows)
 
 Symbols: s bytes per weight; L layers; d hidden size; h query heads; q, k query and KV width, f MLP width of the widest layer; V vocabulary; n = num_examples ·
@@ -31,7 +31,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -44,7 +43,6 @@ from gqalib.streaming import is_streamed
 from gqalib.training import bf16_is_fast
 
 Terms = dict[str, int]  # bytes by what they are for; `weights` are there before the stage begins
-SHORT_WINDOW = 128  # tokens; for the table only
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,6 @@ def expected(
     device: str | torch.device | None = None,
     streams: bool | None = None,
     settings: Recovery | Distillation | None = None,
-    teacher: nn.Module | None = None,
 ) -> Terms:
     """Bytes that a stage needs at its peak, by term; one formula per stage, in its function in `STAGES`.
 
@@ -122,7 +119,7 @@ def expected(
         num_examples, length: of the calibration text; for LoRA and distillation what goes through the model at once.
         device: what it will run on (default: where it is). On a CPU, what waits in host memory counts too.
         streams: whether the layers are streamed (default: whether they are now).
-        settings: of LoRA or distillation. teacher: of distillation.
+        settings: of LoRA or distillation, where a teacher comes on top.
 
     Raises:
         InputError: an unknown stage.
@@ -132,7 +129,8 @@ def expected(
         raise InputError(f"unknown stage {unknown!r}: use one of {', '.join(STAGES)}")
     streams = is_streamed(model) if streams is None else streams
     at_once = perplexity.tokens_at_once(model)
-    case = _Case(Shape.of(model), num_examples, length, torch.device(device or model.device).type, streams, at_once, settings, teacher)
+    on = torch.device(device or model.device).type
+    case = _Case(Shape.of(model), num_examples, length, on, streams, at_once, settings)
     terms = max((STAGES[name](case) for name in stages), key=lambda terms: sum(terms.values()))
     return {name: int(size) for name, size in terms.items() if size}
 
@@ -146,7 +144,6 @@ class _Case:
     streams: bool
     at_once: int  # tokens of a batch that goes forward only; on a GPU more than the least, where there is room
     settings: Recovery | Distillation | None
-    teacher: nn.Module | None
 
     @property
     def n(self) -> int:
@@ -288,7 +285,7 @@ def _adapter(m: Shape, r: int) -> Terms:
 
 
 def _distillation(case: _Case) -> Terms:
-    """Gradients, and Muon's momentum s per weight of the layers, AdamW's two moments for the rest; or an adapter as for LoRA; the teacher; what
+    """Gradients; Muon's momentum s per weight of the layers, AdamW's two moments for the rest; or LoRA's adapter; what
     all layers save for a batch; eleven times the logits in float32. Where products are in bf16, so are the activations, and there are copies of
     the weights, 2 bytes each. On a CPU also the probabilities of `attention.blocked`: per layer and token h times half of the keys, in float32."""
     m, settings = case.shape, case.settings or Distillation()
@@ -299,7 +296,6 @@ def _distillation(case: _Case) -> Terms:
     learning = {"gradients": m.weights, "optimisers": by_muon + 2 * (m.weights - by_muon)}
     return {
         **case.weights(),
-        "teacher": 0 if case.teacher is None else weight_bytes(case.teacher),
         **(_adapter(m, settings.lora_r) if settings.lora_r else learning),
         "weights in bf16": m.weights / 2 if in_bf16 and m.s == 4 else 0,
         "activations": case.n * m.L * ((saved if in_bf16 else m.saved(trained=True)) + probabilities),
@@ -333,13 +329,6 @@ def sweep_flops(model: nn.Module, num_tokens: int, newton_rounds: int = 1, newto
     return {"float64": m.L * (moments + 5.0 * (m.q**3 + m.f**3)), "others": m.L * passes * 2.0 * num_tokens * m.layer}
 
 
-def report(model: nn.Module, cases: dict[str, tuple[str, int, int, dict]]) -> pd.DataFrame:
-    """One row per case, name → (stage, num_examples, length, options of `expected`): terms and `total` in GB."""
-    rows = {name: expected(stage, model, examples, length, **options) for name, (stage, examples, length, options) in cases.items()}
-    frame = pd.DataFrame({name: {**terms, "total": sum(terms.values())} for name, terms in rows.items()}).T / 1e9
-    return frame.rename_axis("stage")
-
-
 # ---------------------------------------------------------------- before and after
 
 
@@ -353,13 +342,34 @@ class Peak:
     seconds: float = 0.0
 
 
+def places(model: nn.Module) -> list[torch.device]:
+    """The cards that a model's layers are spread over (host memory, where some may wait, is none), or its device."""
+    cards = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return sorted(cards, key=str) or [model.device]
+
+
+@contextlib.contextmanager
+def measured_on(model: nn.Module) -> Iterator[Used]:
+    """`cost.measured` on all of a model's `places`; bytes are their sums."""
+    used = Used()
+    try:
+        with contextlib.ExitStack() as stack:
+            parts = [stack.enter_context(measured(device)) for device in places(model)]
+            yield used
+    finally:
+        used.seconds = parts[0].seconds
+        used.peak_bytes = sum(part.peak_bytes for part in parts)
+        used.held_bytes = sum(part.held_bytes for part in parts)
+
+
 @contextlib.contextmanager
 def stage(
-    name: str, terms: Terms, device: torch.device | str, knob: str = "give fewer or shorter examples", say: Callable = print
+    name: str, terms: Terms, model: nn.Module, knob: str = "give fewer or shorter examples", say: Callable = print
 ) -> Iterator[Peak]:
     """States the peak that `terms` (see `expected`) come to, runs the block, states the peak that it had.
 
-    On a GPU the peak is the allocator's; on a CPU the weights and what the process' resident set grew by.
+    Of a model that is spread over cards all count. On a GPU the peak is the allocator's; on a CPU the weights and
+    what the process' resident set grew by.
 
     Args:
         knob: what lowers the need, for the refusal. say: gets each line.
@@ -367,18 +377,19 @@ def stage(
     Raises:
         InputError: more is needed than is free; the block is not begun.
     """
-    total, weights, free = sum(terms.values()), terms.get("weights", 0), free_bytes(device)
+    devices, total, weights = places(model), sum(terms.values()), terms.get("weights", 0)
+    free, where = sum(map(free_bytes, devices)), ", ".join(map(str, devices))
     if total - weights > free:
         needed = f"{(total - weights) / 1e9:.1f} GB beside the weights' {weights / 1e9:.1f} GB"
-        raise InputError(f"{name} needs {needed}, but {free / 1e9:.1f} GB are free on {device}: {knob}")
+        raise InputError(f"{name} needs {needed}, but {free / 1e9:.1f} GB are free on {where}: {knob}")
     parts = ", ".join(f"{term} {size / 1e9:.2f}" for term, size in sorted(terms.items(), key=lambda item: -item[1]))
-    say(f"{name}: {total / 1e9:.2f} GB expected ({parts}), {free / 1e9:.1f} GB free on {device}")
+    say(f"{name}: {total / 1e9:.2f} GB expected ({parts}), {free / 1e9:.1f} GB free on {where}")
     peak, before = Peak(total / 1e9, free / 1e9), weights
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated(device)
+    if devices[0].type == "cuda":
+        before = sum(map(torch.cuda.memory_allocated, devices))
     used = Used()
     try:
-        with measured(device) as used:
+        with measured_on(model) as used:
             yield peak
     finally:
         peak.peak_gb, peak.seconds = (before + used.peak_bytes) / 1e9, used.seconds

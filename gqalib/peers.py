@@ -10,7 +10,8 @@ what they leave is counted, saved and measured alike. A model is left as it was 
 The unit of attention is the whole GQA group for every peer but torch-pruning's own mode. The sources remove single heads of
 MHA models; on a GQA model a removed query head saves no key, no value and no cache, and a KV head removed without its query
 heads breaks the pairing (02_v2_failure), so the group is the choice that favours the peer. Where a source leaves another
-choice open, the docstring of the peer says which one was taken.
+choice open, the docstring of the peer says which one was taken. Those that cut every layer alike take a `multiple`, of
+which the channels that stay are a whole number; FLAP's one ranking over all layers and the depth pruners set their own.
 
 v2, the pipeline whose failure the workbook starts from, is in `baselines`.
 """
@@ -25,7 +26,7 @@ from gqalib import importance, refit
 from gqalib.allocation import whole_units
 from gqalib.attention import attention_implementation
 from gqalib.baselines import traced_without_rotation
-from gqalib.errors import InputError
+from gqalib.errors import InputError, OutOfReach
 from gqalib.models import count_parameters, decoder_layers, layer_shape, layer_shapes
 from gqalib.perplexity import advance
 from gqalib.pruning import Plan, prune, size, spread_channels, uniform_plan, unit_costs
@@ -114,24 +115,26 @@ def by_group(columns: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 
 @peer
-def random(model: nn.Module, windows: torch.Tensor, fraction: float, seed: int = 0) -> None:
+def random(model: nn.Module, windows: torch.Tensor, fraction: float, seed: int = 0, multiple: int = 1) -> None:
     """Groups and channels at random, the same rate in every layer: the control."""
-    _prune_uniformly(model, windows, fraction, "random", seed=seed)
+    _prune_at_once(model, windows, uniform_plan(model, fraction, multiple=multiple), "random", seed=seed)
 
 
 @peer
-def magnitude(model: nn.Module, windows: torch.Tensor, fraction: float) -> None:
+def magnitude(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: int = 1) -> None:
     """The least Σ W² over all weights of a unit, o_proj included, the same rate in every layer; reads no text."""
-    _prune_uniformly(model, windows, fraction, "magnitude", include_o_proj=True)
+    _prune_at_once(model, windows, uniform_plan(model, fraction, multiple=multiple), "magnitude", include_o_proj=True)
 
 
-def _prune_uniformly(model: nn.Module, windows: torch.Tensor, fraction: float, statistic: str, **options) -> None:
+def _prune_at_once(model: nn.Module, windows: torch.Tensor, plan: Plan, statistic: str, **options) -> None:
     settings = {"group_statistic": statistic, "channel_statistic": statistic, "sequential": False, **options}
-    prune(model, uniform_plan(model, fraction), windows, **settings)
+    prune(model, plan, windows, **settings)
 
 
 @peer
-def llm_pruner(model: nn.Module, windows: torch.Tensor, fraction: float, protect: bool = True) -> None:
+def llm_pruner(
+    model: nn.Module, windows: torch.Tensor, fraction: float, protect: bool = True, multiple: int = 1
+) -> None:
     """LLM-Pruner (Ma et al., NeurIPS 2023): first-order element-wise Taylor, Σ |W ⊙ G|, one shot.
 
     Heads are chosen by its own fold (`view(size, groups).sum(0)`, which credits KV head k with query heads k, k + groups, …),
@@ -141,7 +144,7 @@ def llm_pruner(model: nn.Module, windows: torch.Tensor, fraction: float, protect
     Choices: the chosen KV heads go with the query heads that read them; all of `windows` is used, not ten short samples; a budget
     that the unprotected layers cannot give is taken from all layers.
     """
-    plan = _protecting_plan(model, fraction) if protect else uniform_plan(model, fraction)
+    plan = (_protecting_plan if protect else uniform_plan)(model, fraction, multiple=multiple)
     importance.backward(model, windows)
     for index, layer in enumerate(decoder_layers(model)):
         groups, channels = importance.misaligned_group_scores(layer), importance.channel_scores(layer)
@@ -149,20 +152,20 @@ def llm_pruner(model: nn.Module, windows: torch.Tensor, fraction: float, protect
         keep_channels(model, index, importance.largest(channels, len(channels) - plan.channels[index]))
 
 
-def _protecting_plan(model: nn.Module, fraction: float) -> Plan:
+def _protecting_plan(model: nn.Module, fraction: float, multiple: int) -> Plan:
     count = len(decoder_layers(model))
     first, last = round(count / 8), round(count / 16)
     try:
-        return uniform_plan(model, fraction, [*range(first), *range(count - last, count)])
-    except InputError:
-        return uniform_plan(model, fraction)
+        return uniform_plan(model, fraction, [*range(first), *range(count - last, count)], multiple)
+    except OutOfReach:
+        return uniform_plan(model, fraction, multiple=multiple)
 
 
 # ---------------------------------------------------------------- torch-pruning
 
 
 @peer
-def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float) -> None:
+def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: int = 1) -> None:
     """torch-pruning's pruner in its GQA mode (Fang et al., CVPR 2023; `MetaPruner` with `num_heads`, `prune_num_heads=True`).
 
     Inside each group the same number of query heads goes and all KV heads stay, so only q_proj and o_proj shrink, and two
@@ -175,7 +178,7 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float) 
     """
     import torch_pruning as tp
 
-    heads, channels = _query_heads_and_channels(model, fraction)
+    heads, channels = _query_heads_and_channels(model, fraction, multiple)
     importance.backward(model, windows)
     model.requires_grad_(True)  # the graph is traced through autograd
     layers = decoder_layers(model)
@@ -215,7 +218,7 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float) 
     record_shapes(model)
 
 
-def _query_heads_and_channels(model: nn.Module, fraction: float) -> tuple[list[int], list[int]]:
+def _query_heads_and_channels(model: nn.Module, fraction: float, multiple: int) -> tuple[list[int], list[int]]:
     """Query heads and channels that each layer loses in torch-pruning's GQA mode.
 
     A step takes one query head from every group of a layer; on MHA it is one head with its key and value.
@@ -230,22 +233,22 @@ def _query_heads_and_channels(model: nn.Module, fraction: float) -> tuple[list[i
     steps = torch.where(mha, kv_heads, queries // kv_heads - 1)  # whole_units leaves one, so two query heads of a group stay
     taken = torch.tensor(whole_units(fraction * kv_heads * costs[:, 0] / step_costs / steps, steps))
     target = fraction * count_parameters(model)["backbone"]
-    channels = spread_channels(target - (taken * step_costs).sum(), widths, costs[:, 1], torch.ones_like(costs[:, 1]))
-    return (taken * step_heads).tolist(), channels
+    left, free = target - (taken * step_costs).sum(), torch.ones_like(costs[:, 1])
+    return (taken * step_heads).tolist(), spread_channels(left, widths, costs[:, 1], free, multiple)
 
 
 # ---------------------------------------------------------------- weights and activations
 
 
 @peer
-def wanda_sp(model: nn.Module, windows: torch.Tensor, fraction: float) -> None:
+def wanda_sp(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: int = 1) -> None:
     """Wanda-sp (An et al., AAAI 2024, from Sun et al., ICLR 2024): |W_ij| · ‖X_j‖ of o_proj and down_proj, summed over a unit.
 
     The same rate in every layer, front to back: a layer reads what the layers before it, already pruned, give.
 
     Choices: no calibration text of its own; units are ranked within a layer, as in FLAP's code.
     """
-    plan, stream = uniform_plan(model, fraction), None
+    plan, stream = uniform_plan(model, fraction, multiple=multiple), None
     for index, layer in enumerate(decoder_layers(model)):
         moments = {name: Moments() for name in output_projections(layer)}
         feed(model, stream, windows, index, {name: m.see for name, m in moments.items()})
@@ -339,14 +342,14 @@ def cheapest_units(scores: torch.Tensor, costs: torch.Tensor, protected: torch.T
     """Which units go, from the lowest score up, so that their costs come to `target` within half the cheapest unit; bool [units].
 
     Raises:
-        InputError: the scores are not finite, or all unprotected units together do not reach the target.
+        InputError: the scores are not finite. OutOfReach: all unprotected units together do not reach the target.
     """
     if not torch.isfinite(scores).all():
         raise InputError("the scores of some units are not finite: use dtype float32 or another calibration text")
     least = int(costs.min())
     if int(costs[~protected].sum()) < target - least / 2:
-        most = f"{int(costs[~protected].sum()):,}"
-        raise InputError(f"{int(target):,} parameters cannot go, {most} at most: every module keeps a unit; lower the fraction")
+        most = f"{int(costs[~protected].sum()):,} at most: every module keeps a unit"
+        raise OutOfReach(f"{int(target):,} parameters cannot go, {most}; lower the fraction")
     removed, total = torch.zeros_like(protected), 0
     for unit in torch.argsort(scores, stable=True).tolist():
         if not protected[unit] and total + int(costs[unit]) <= target + least / 2:
@@ -393,7 +396,7 @@ def _drop_least(model: nn.Module, influence: torch.Tensor, fraction: float) -> N
     target, totals = fraction * sum(sizes), torch.tensor(sizes).cumsum(0)
     count = int((totals - target).abs().argmin()) + 1
     if count == len(layers):
-        raise InputError(f"fraction {fraction} is nearest to all {count} layers: at least one must stay; lower the fraction")
+        raise OutOfReach(f"fraction {fraction} is nearest to all {count} layers: one must stay; lower the fraction")
     drop_layers(model, order[:count])
 
 
@@ -401,7 +404,9 @@ def _drop_least(model: nn.Module, influence: torch.Tensor, fraction: float) -> N
 
 
 @peer
-def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, rounds: int = 16) -> None:
+def osscar(
+    model: nn.Module, windows: torch.Tensor, fraction: float, rounds: int = 16, multiple: int = 1
+) -> None:
     """OSSCAR (Meng et al., ICML 2024), in compact form: units by least-squares reconstruction error, with local search, and a refit.
 
     Front to back, at a uniform rate. With X the features that the model pruned so far feeds to o_proj or down_proj, units are
@@ -417,7 +422,7 @@ def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, rounds: int
     widest = max(linear.in_features for layer in decoder_layers(model) for linear in output_projections(layer).values())
     if windows.numel() < widest:
         raise InputError(f"{windows.numel()} calibration tokens are too few to refit {widest} features: give at least {widest}")
-    plan, stream = uniform_plan(model, fraction), None
+    plan, stream = uniform_plan(model, fraction, multiple=multiple), None
     for index in range(len(plan.groups)):
         _select_and_refit(model, stream, windows, index, "o_proj", plan.groups[index], rounds)
         _select_and_refit(model, stream, windows, index, "down_proj", plan.channels[index], rounds)

@@ -51,7 +51,7 @@ class Pruning:
     alpha: float
     min_rate: float
     max_rate: float
-    channel_multiple: int  # MLP widths stay multiples of it
+    channel_multiple: int  # MLP widths that are cut become multiples of it
 
 
 @dataclass(frozen=True)

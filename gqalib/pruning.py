@@ -11,7 +11,7 @@ from torch import nn
 
 from gqalib import importance
 from gqalib.allocation import layer_rates, layer_weights, whole_units
-from gqalib.errors import InputError
+from gqalib.errors import InputError, OutOfReach
 from gqalib.models import count_parameters, decoder_layers, layer_shape, layer_shapes
 from gqalib.perplexity import advance
 from gqalib.presets import Pruning
@@ -79,14 +79,14 @@ def size(linear: nn.Linear, rows: bool = True) -> int:
     return linear.weight.numel() + (linear.bias.numel() if rows and linear.bias is not None else 0)
 
 
-def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = ()) -> Plan:
+def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = (), multiple: int = 1) -> Plan:
     """The same rate for every layer that is not protected, so that `fraction` of the backbone goes.
 
     Whole groups come as near to the rate as they can; what their rounding leaves is spread over the channels of the same
-    layers, so the budget is met within one channel.
+    layers, so the budget is met within one channel. With a `multiple` each of these layers keeps a multiple of it.
 
     Raises:
-        InputError: more would go than layers that keep one group and one channel each can lose.
+        OutOfReach: more would go than layers that keep one group and one channel (or `multiple`) each can lose.
     """
     layers = decoder_layers(model)
     costs = torch.tensor([unit_costs(layer) for layer in layers], dtype=torch.float64)
@@ -97,21 +97,24 @@ def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = (
     free[list(protected)] = 0
     rates = free * target / (free * (kv_heads * costs[:, 0] + widths * costs[:, 1])).sum()
     groups = torch.tensor(whole_units(rates, kv_heads))
-    return Plan(rates.tolist(), groups.tolist(), spread_channels(target - (groups * costs[:, 0]).sum(), widths, costs[:, 1], free))
+    left = target - (groups * costs[:, 0]).sum()
+    return Plan(rates.tolist(), groups.tolist(), spread_channels(left, widths, costs[:, 1], free, multiple))
 
 
-def spread_channels(parameters: torch.Tensor, widths: torch.Tensor, costs: torch.Tensor, free: torch.Tensor) -> list[int]:
+def spread_channels(
+    parameters: torch.Tensor, widths: torch.Tensor, costs: torch.Tensor, free: torch.Tensor, multiple: int = 1
+) -> list[int]:
     """Channels to remove so that `parameters` go, the same share of each free layer's width; tensors are [layers].
 
     Raises:
-        InputError: the layers cannot lose as much and keep one channel each.
+        OutOfReach: the layers cannot lose as much and keep `multiple` channels each.
     """
     room = (free * costs * widths).sum()
-    channels = whole_units((free * parameters / room).clamp(0, 1), widths)
+    channels = whole_units((free * parameters / room).clamp(0, 1), widths, multiple)
     missing = parameters - (torch.tensor(channels) * costs).sum()
-    if missing > costs.max():
-        most = f"{int((free * costs * (widths - 1)).sum()):,}"
-        raise InputError(f"{int(parameters):,} MLP parameters cannot go, {most} at most: every layer keeps a channel; lower the fraction")
+    if missing > costs.max() * multiple:
+        most = f"{int((free * costs * (widths - multiple)).sum()):,} at most: every layer keeps {multiple} channel(s)"
+        raise OutOfReach(f"{int(parameters):,} MLP parameters cannot go, {most}; lower the fraction")
     return channels
 
 

@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,7 @@ from gqalib.cost import weight_bytes
 from gqalib.errors import InputError
 from gqalib.models import REPOSITORY, check_model, resolve_device
 from gqalib.presets import load_preset
-from gqalib.progress import Progress, library_hash, replacing
+from gqalib.progress import Part, Progress, library_hash, replacing
 
 SCHEMA = 1
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -137,7 +137,7 @@ class Notebook:
         """
         terms = memory.expected(of or name, model, *shape, **options)
         terms |= {"copies": copies * weight_bytes(model)} if copies else {}
-        with memory.stage(name, terms, model.device, f"lower {knob}") as peak:
+        with memory.stage(name, terms, model, f"lower {knob}") as peak:
             yield peak
         self.stages.append({"stage": name, **asdict(peak)})
 
@@ -160,6 +160,14 @@ class Notebook:
         A run with another parameter, seed, model or corpus file, device or version of anything finds nothing in it.
         """
         return Progress(progress_dir(self.run_dir, self.name) / name, self._reasons())
+
+    def trained(self, name: str, train: Callable[[Path], Part]) -> Part:
+        """What `train(folder)` comes to, kept as progress; the folder, where a killed training goes on, goes then."""
+        progress = self.progress("training")
+        folder = progress.folder / name
+        result = progress.once(name, lambda: train(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+        return result
 
     def _reasons(self) -> dict[str, Any]:
         """What the results depend on, as far as it is not an argument of what computes them."""

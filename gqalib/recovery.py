@@ -82,10 +82,10 @@ def finetune_lora(
             if trainer.accelerator.is_main_process:
                 state.keep("adapter", adapter)
                 state.keep("log", log)
-                for checkpoint in state.folder.glob("checkpoint-*"):
-                    shutil.rmtree(checkpoint)
         else:
             set_peft_model_state_dict(trainer.model, adapter)
+        for checkpoint in state.folder.glob("checkpoint-*") if trainer.accelerator.is_main_process else ():
+            shutil.rmtree(checkpoint)
         trainer.accelerator.wait_for_everyone()
     return trainer.model.eval(), pd.DataFrame(log)
 
@@ -228,7 +228,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     model, tokenizer = load_model(source, preset.dtype, "cpu" if several else preset.device), load_tokenizer(source)
     rows = instructions(preset.instructions, "train", preset.corpus, preset.recovery.num_examples)
     terms = memory.expected("LoRA", model, preset.recovery.batch_size, preset.recovery.max_length, settings=preset.recovery)
-    with nullcontext() if several else memory.stage("LoRA", terms, model.device, "lower recovery.batch_size"):
+    with nullcontext() if several else memory.stage("LoRA", terms, model, "lower recovery.batch_size"):
         _, log = finetune_lora(model, tokenizer, rows, preset.recovery, training, seed)
     state = PartialState()
     state.destroy_process_group()

@@ -18,7 +18,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,9 +27,9 @@ import torch
 from torch import nn
 
 from gqalib import refit
-from gqalib.allocation import cheapest
-from gqalib.errors import InputError
-from gqalib.models import count_parameters, decoder_layers
+from gqalib.allocation import beyond_multiples, cheapest
+from gqalib.errors import InputError, OutOfReach
+from gqalib.models import count_parameters, decoder_layers, layer_shapes
 from gqalib.perplexity import kl_to
 from gqalib.perplexity import perplexity as perplexity_of
 from gqalib.progress import NOT_KEPT, Progress
@@ -46,9 +45,9 @@ class CostTable:
     """Estimated rise of the loss, in nats per token, when so much of a module goes; lists with one entry per layer."""
 
     groups: list[np.ndarray]  # 0, 1, … of its groups removed
-    channels: list[np.ndarray]  # 0, 1, … times its step removed
+    channels: list[np.ndarray]  # 0, 1, … times its step removed, at last all but one
     steps: list[int]  # channels per level
-    multiple: int  # channels that go are a multiple of it
+    multiple: int  # channels that stay are a multiple of it
     prices: list[tuple[int, int]]  # parameters of a group and of a channel
     widths: list[tuple[int, int]]  # groups and channels
     backbone: int  # parameters
@@ -70,29 +69,42 @@ class CostTable:
             factors: of the costs of attention and MLP, [2, layers] (default: 1); a whole layer's is their mean.
 
         Raises:
-            InputError: a fraction outside (0, 1), or more than the layers can lose.
+            OutOfReach: a fraction outside (0, 1), or more than the layers can lose.
         """
         if not 0 < fraction < 1:
-            raise InputError(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
+            raise OutOfReach(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
         factors = np.ones((2, len(self.steps))) if factors is None else factors
         options = [self._options(layer, *factors[:, layer]) for layer in range(len(self.steps))]
         target = round(fraction * self.backbone)
         coarsest = max(max(group, step * channel) for (group, channel), step in zip(self.prices, self.steps, strict=True))
         chosen = cheapest([costs for costs, _, _ in options], [sizes for _, sizes, _ in options], target, coarsest)
         removed = np.array([units[choice] for (_, _, units), choice in zip(options, chosen, strict=True)])
+        if (removed == self.widths).all():
+            raise OutOfReach(f"no layer would be left without {fraction:.1%} of the backbone: give another fraction")
         self._give_back(removed, target)
         rates = (removed * self.prices).sum(1) / (np.array(self.widths) * self.prices).sum(1)
         return Plan(rates.tolist(), removed[:, 0].tolist(), removed[:, 1].tolist())
 
     def _options(self, layer: int, attention: float, mlp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Costs and sizes [options] and removed units [options, 2] of every pair of levels, and of the whole layer."""
-        groups, channels = self.groups[layer], self.channels[layer]
-        costs = (attention * groups[:, None] + mlp * channels).ravel()
-        levels = np.indices((len(groups), len(channels))).reshape(2, -1).T * (1, self.steps[layer])
+        groups, most = self.groups[layer], self.widths[layer][1] - self.multiple
+        gone = np.append(np.arange(self._first[layer], most, self.steps[layer]), most)
+        mlp_costs = np.interp(gone, self._removed(layer), self.channels[layer])
+        costs = (attention * groups[:, None] + mlp * mlp_costs).ravel()
+        levels = np.stack(np.broadcast_arrays(np.arange(len(groups))[:, None], gone), -1).reshape(-1, 2)
         if self.layers is not None:
             costs = np.append(costs, (attention + mlp) / 2 * self.layers[layer])
             levels = np.vstack([levels, self.widths[layer]])
         return costs, (levels * self.prices[layer]).sum(1), levels
+
+    @property
+    def _first(self) -> np.ndarray:
+        """Channels of each layer that go in any case, so that a multiple is left."""
+        return beyond_multiples(np.array(self.widths)[:, 1], self.multiple)
+
+    def _removed(self, layer: int) -> np.ndarray:
+        """How many channels have gone at each of the layer's costs."""
+        return np.minimum(np.arange(len(self.channels[layer])) * self.steps[layer], self.widths[layer][1] - 1)
 
     def _give_back(self, removed: np.ndarray, target: int) -> None:
         """Levels are coarse: channels that went beyond the target come back, where the last ones cost most."""
@@ -100,14 +112,17 @@ class CostTable:
         for layer in sorted(range(len(removed)), key=lambda i: self._last_cost(i, *removed[i]), reverse=True):
             whole = tuple(removed[layer]) == self.widths[layer]
             price = self.multiple * self.prices[layer][1]
-            count = 0 if whole else min(removed[layer, 1] // self.multiple, excess // price)
+            spare = removed[layer, 1] - self._first[layer]
+            count = 0 if whole else min(spare // self.multiple, excess // price)
             removed[layer, 1] -= count * self.multiple
             excess -= count * price
 
     def _last_cost(self, layer: int, groups: int, channels: int) -> float:
         """Cost per parameter of the last level of channels that went."""
-        level, costs = min(-(-channels // self.steps[layer]), len(self.channels[layer]) - 1), self.channels[layer]
-        return float(costs[level] - costs[level - 1]) / (self.steps[layer] * self.prices[layer][1]) if level else 0.0
+        removed, costs = self._removed(layer), self.channels[layer]
+        level = min(int(np.searchsorted(removed, channels)), len(costs) - 1)
+        size = (removed[level] - removed[level - 1]) * self.prices[layer][1]
+        return float(costs[level] - costs[level - 1]) / size if level else 0.0
 
 
 @torch.no_grad()
@@ -124,13 +139,14 @@ def cost_table(
 
     Args:
         windows: calibration text, token ids [count, length]. covariances: from `importance.gradient_covariances` on it.
-        multiple: channels go in multiples of it.
+        multiple: of which the channels that stay in a layer are a whole number.
         progress: keeps each module's row.
 
     Raises:
-        InputError: too little text, a singular or non-finite Gram matrix.
+        InputError: too little text, a singular or non-finite Gram matrix, fewer channels than `multiple`.
     """
     refit.check_tokens(model, windows)
+    beyond_multiples(layer_shapes(model)["intermediate_size"].to_numpy(), multiple)
     progress = progress.of("cost_table", model, windows, covariances, ingredients, multiple)
     stream, rows, steps = refit.embedded(model, windows), [], []
     for index, layer in enumerate(decoder_layers(model)):
@@ -157,9 +173,10 @@ def _costs(
 ) -> list[float]:
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
     moments, _ = refit.output_moments(sublayer, current, target)
-    most = (sublayer.num_units - 1) // step * step
     output = refit.damped(covariance.to(moments.gram.device), ingredients.output_damping)
-    _, rises = refit.removal_order(sublayer.output.weight, moments.gram, most, sublayer.unit, output, ingredients.damping, step)
+    _, rises = refit.removal_order(
+        sublayer.output.weight, moments.gram, sublayer.num_units - 1, sublayer.unit, output, ingredients.damping, step
+    )
     return [0.0, *rises.tolist()]
 
 
@@ -219,7 +236,8 @@ def evolve(
         return progress.once(name, lambda: kl_to(trial.model, trial(plans[name]), scoring))
 
     generator, width, factors = np.random.default_rng(seed), 0.4, np.ones((2, len(table.steps)))
-    plans = {"uniform": uniform_plan(trial.model, fraction), "cheapest": table.plan(fraction)}
+    uniform = uniform_plan(trial.model, fraction, multiple=table.multiple)
+    plans = {"uniform": uniform, "cheapest": table.plan(fraction)}
     scores = {name: score_of(name) for name in plans}
     centre = scores["cheapest"]
     for number in range(1, candidates - 1):
@@ -258,16 +276,15 @@ def prune_to(
         scoring: windows [count, length] for the perplexities, apart from the calibration text.
         kept: the fraction of all parameters that is to stay; met within one unit, by one sweep.
         perplexity: the most it may become; the fraction that goes is narrowed down in `trials` sweeps.
-        progress: keeps the perplexity of each sweep, and the layers of the one that is `kept`'s. A run that goes on makes the
-            best model of those before it again, by one sweep.
+        progress: keeps the perplexity of each sweep, and the layers of the one that is `kept`'s.
 
     Returns:
-        One row per sweep: `fraction` of the backbone removed, `perplexity`. The model is that of the largest fraction
-        within the target, and as it was where none of them is.
+        One row per sweep: `fraction` of the backbone removed, `perplexity`, infinite where it is more than can go.
+        The model is that of the largest fraction within the target, made by one more sweep; as it was where none is.
 
     Raises:
-        InputError: not one target but none or two, one not above the dense perplexity, or one that no plan reaches; the model
-            is as before.
+        InputError: not one target but none or two, one not above the dense perplexity, one that no plan reaches, or as
+            `refit.sweep`; the model is as before.
     """
     if (perplexity is None) == (kept is None):
         raise InputError("prune_to needs one target: give either kept or perplexity")
@@ -290,22 +307,23 @@ def _narrow_down(
     dense = perplexity_of(trial.model, scoring)
     if limit <= dense:
         raise InputError(f"a perplexity of {limit:.4g} is not above the dense model's {dense:.4g}: give a higher target")
-    low, high, best, rows = (0.0, dense), (1.0, math.inf), trial.model, []
+    low, high, rows = (0.0, dense), (1.0, math.inf), []
     for number in range(trials):
-        fraction, pruned = _between(low, high, dense, limit), None
-        reached = progress.load(f"trial-{number}")
-        if reached is None:
-            reached = math.inf
-            with suppress(InputError):  # more than the layers can lose
-                pruned = trial(table.plan(fraction))
-                reached = perplexity_of(pruned, scoring)
-            progress.keep(f"trial-{number}", reached)
+        fraction = _between(low, high, dense, limit)
+        reached = progress.once(f"trial-{number}", partial(_reached, trial, table, fraction, scoring))
         rows.append({"fraction": fraction, "perplexity": reached})
-        if reached <= limit:
-            low, best = (fraction, reached), pruned
-        else:
-            high = (fraction, reached)
-    return trial(table.plan(low[0])) if best is None else best, rows  # None: an earlier run's trial
+        low, high = ((fraction, reached), high) if reached <= limit else (low, (fraction, reached))
+    # made again, because to keep the best one meanwhile takes the memory of another model
+    return trial(table.plan(low[0])) if low[0] else trial.model, rows
+
+
+def _reached(trial: Trial, table: CostTable, fraction: float, scoring: torch.Tensor) -> float:
+    """The perplexity with this fraction removed; infinity if the layers cannot lose as much."""
+    try:
+        plan = table.plan(fraction)
+    except OutOfReach:
+        return math.inf
+    return perplexity_of(trial(plan), scoring)
 
 
 def _between(low: tuple[float, float], high: tuple[float, float], dense: float, limit: float) -> float:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -177,6 +178,19 @@ def _code(notebook: nbformat.NotebookNode) -> list[str]:
     """Source of the code cells but the one that papermill injected."""
     cells = (c for c in notebook.cells if c.cell_type == "code")
     return [c.source for c in cells if "injected-parameters" not in c.metadata.get("tags", [])]
+
+
+def reads(path: Path) -> list[str]:
+    """The records that a notebook asks for, as written in its calls of `nb.upstream("NN_name")`.
+
+    Raises:
+        InputError: a name is computed, so that only running the notebook would tell.
+    """
+    asked = re.findall(r"\.upstream\(\s*(.*?),?\s*\)", "\n".join(_code(nbformat.read(path, as_version=4))))
+    for name in asked:
+        if not re.fullmatch(r"([\"'])\w+\1", name):
+            raise InputError(f'{path.stem} computes a name, nb.upstream({name}): write it, as nb.upstream("01_name")')
+    return [name[1:-1] for name in asked]
 
 
 @contextlib.contextmanager

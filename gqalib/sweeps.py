@@ -27,7 +27,7 @@ from gqalib.figures import readable_log_axis
 from gqalib.presets import check_name, dotted_names, number_or_text
 from gqalib.progress import replacing
 from gqalib.records import NOTEBOOKS, default_run_dir, numbered_notebooks, read_record, write_atomically
-from gqalib.series import Series, locked
+from gqalib.series import Series, locked, reads
 
 KEYS = ["preset", "presets", "notebooks", "seeds", "overrides", "num_cpus", "num_gpus", "max_retries"]
 OF_THE_RUN = ["run", "preset", "seed", "seconds", "attempts", "error"]  # columns beside overrides and metrics
@@ -154,7 +154,7 @@ def _check_notebooks(grid: Grid, notebooks: Path) -> None:
         check_name(number, list(series), "notebook")
     chosen = [path for number, path in series.items() if grid.notebooks is None or number in grid.notebooks]
     for path in chosen:
-        for name in re.findall(r'upstream\(\\"(\w+)\\"\)', path.read_text(encoding="utf-8")):
+        for name in reads(path):
             if name not in {other.stem for other in chosen}:
                 raise InputError(f'notebook {path.stem} reads {name}: add "{name[:2]}" to the notebooks of the grid')
 

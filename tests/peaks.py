@@ -35,7 +35,7 @@ def ratio(stage, model, num_examples, work, **options):
     """Peak over expectation, both without the weights, which were there before."""
     terms = memory.expected(stage, model, num_examples, 128, **options)
     windows = torch.randint(1, model.config.vocab_size, (num_examples, 128))
-    with memory.stage(stage, terms, "cpu", say=lambda line: None) as peak:
+    with memory.stage(stage, terms, model, say=lambda line: None) as peak:
         work(windows)
     weights = terms["weights"] / 1e9
     return (peak.peak_gb - weights) / (peak.expected_gb - weights)

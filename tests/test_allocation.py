@@ -49,9 +49,13 @@ def test_whole_units_meet_the_target_within_one(layers):
 
 @pytest.mark.parametrize("multiple", [4, 8])
 def test_whole_units_keep_multiples(multiple):
-    counts = torch.tensor([64, 64, 32])
-    removed = whole_units(torch.tensor([0.3, 0.9, 0.99]), counts, multiple)
-    assert all((c - r) % multiple == 0 and c > r for c, r in zip(counts.tolist(), removed, strict=True))
+    """Whatever the widths are; a layer that loses nothing stays as it is."""
+    counts = torch.tensor([64, 70, 33, 30])
+    removed = whole_units(torch.tensor([0.3, 0.9, 0.99, 0.0]), counts, multiple)
+    assert all((c - r) % multiple == 0 and c > r > 0 for c, r in zip(counts[:3].tolist(), removed, strict=False))
+    assert removed[3] == 0
+    with pytest.raises(InputError, match="a layer of 30 channels cannot keep a multiple of 32: lower"):
+        whole_units(torch.ones(4), counts, 32)
 
 
 def test_inverse_weights_by_hand():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import pandas as pd
 import pytest
@@ -68,6 +69,17 @@ def test_a_preparation_changes_the_seconds_only(name, text, windows, logits_of):
     row = frontier.try_method(name, dense, text, fraction, windows, reference, prepared)
     assert row["losses"] == alone["losses"] and row["seconds"] > prepared.used.seconds > 0
     assert frontier.prepare("random", dense, text) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_widths_are_multiples(text, windows, monkeypatch):
+    """Of the own methods and of the peers alike, on 24 channels, which are none."""
+    monkeypatch.setattr(frontier, "describe", lambda model, *_: {"widths": models.layer_shapes(model).iloc[:, 2]})
+    monkeypatch.setattr(frontier, "measured_on", lambda model: nullcontext(frontier.Used()))  # it takes its time
+    names = [name for name in frontier.METHODS if name not in frontier.NO_MULTIPLE]
+    rows = frontier.frontier(small_model(), [text], windows, [0.25], names, multiple=5)
+    assert len(names) == 11 and (rows["note"] == "").all()
+    assert all(width in (5, 10, 15, 20) for widths in rows["widths"] for width in widths)
 
 
 def test_rows_of_all_samples(text, windows):

@@ -1,17 +1,19 @@
 """What a stage is said to need, what it takes, and that what lowers it changes no result."""
 
+import contextlib
 import copy
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import small_model
 
 from gqalib import InputError, importance, memory, models, pruning, refit, search, streaming
-from gqalib.cost import weight_bytes
+from gqalib.cost import Used, weight_bytes
 from gqalib.models import REPOSITORY
 from gqalib.perplexity import hidden_states_before, window_losses
 from gqalib.presets import Distillation
@@ -57,19 +59,33 @@ def test_refused_before_the_work(model, monkeypatch):
         {"weights": 10**9, "streams": 3 * 10**9},
         r"sweep needs 3\.0 GB beside the weights' 1\.0 GB, but 2\.0 GB are free on cpu: raise less",
     )
-    with pytest.raises(InputError, match=message), memory.stage("sweep", terms, "cpu", knob="raise less"):
+    with pytest.raises(InputError, match=message), memory.stage("sweep", terms, model, "raise less"):
         begun.append(True)
     assert not begun
 
 
 def test_stage_says_before_and_after(model, windows):
-    said = []
-    with memory.stage("scores", memory.expected("one-shot Taylor", model, *windows.shape), "cpu", say=said.append) as peak:
+    said, terms = [], memory.expected("one-shot Taylor", model, *windows.shape)
+    with memory.stage("scores", terms, model, say=said.append) as peak:
         assert len(said) == 1 and "expected" in said[0] and peak.peak_gb == 0
         held = torch.ones(20_000_000)
     assert "at its peak" in said[1] and peak.peak_gb >= held.nbytes / 1e9 and peak.seconds > 0
     with pytest.raises(InputError, match="unknown stage 'surgery'"):
         memory.expected(("sweep", "surgery"), model, 1, 2)
+
+
+def test_a_model_on_several_cards(monkeypatch):
+    """What is free on all of them counts, and what was taken there; host memory, where layers may wait, does not."""
+    places, said = [SimpleNamespace(device=torch.device(name)) for name in ("cuda:1", "cuda:0", "cpu", "meta")], []
+    spread = SimpleNamespace(parameters=lambda: places, device=places[0].device)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: {"cuda:0": 2, "cuda:1": 3}[str(device)] * 10**9)
+    monkeypatch.setattr(memory, "measured", lambda device: contextlib.nullcontext(Used(1.0, 10**9)))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * 10**9)
+    with memory.stage("sweep", {"weights": 8 * 10**9, "streams": 5 * 10**9}, spread, say=said.append) as peak:
+        pass
+    assert "5.0 GB free on cuda:0, cuda:1" in said[0] and (peak.free_gb, peak.peak_gb, peak.seconds) == (5.0, 10.0, 1.0)
+    with pytest.raises(InputError, match="but 5.0 GB are free on cuda:0, cuda:1"):
+        memory.stage("sweep", {"streams": 6 * 10**9}, spread).__enter__()
 
 
 def test_of_several_stages_the_largest(model):

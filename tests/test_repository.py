@@ -1,5 +1,6 @@
 """What is committed: notebooks executed once and in order, README equal to the records, nothing of anybody's machine."""
 
+import ast
 import json
 import re
 import subprocess
@@ -44,6 +45,39 @@ def test_shape_of_a_page(notebook):
     lengths = sorted(len(cell.source.splitlines()) for cell in code_cells(notebook))
     assert lengths[len(lengths) // 2] <= 10 and lengths[-1] <= 24
     assert [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
+
+
+def test_plans_heed_the_multiple(notebook):
+    """At 8B widths are to be multiples of 128: every table and every uniform plan is told so."""
+    code = "\n".join(cell.source for cell in code_cells(notebook))
+    asked = r"(?:frontier\.frontier|covariances_and_table|cost_table|uniform_plan)\("
+    calls = [code[match.end() :][:120] for match in re.finditer(asked, code)]
+    assert all("multiple" in call for call in calls), calls
+
+
+LONG = {
+    "covariances_and_table", "cost_table", "distill", "evolve", "frontier.frontier", "mend", "prune_and_recover",
+    "prune_to", "pruning.prune", "refit.sweep", "trial",
+}  # fmt: skip
+
+
+def outside_stages(node, long):
+    """The long calls below a node that stand in no `with` of a stage."""
+    if isinstance(node, ast.With) and "stage" in ast.unparse(node.items[0].context_expr):
+        return set()
+    called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+    found = {name for name in long if called == name or called.endswith(f".{name}")}
+    return found.union(*(outside_stages(child, long) for child in ast.iter_child_nodes(node)))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[8:], ids=NAMES[8:])
+def test_long_steps_state_their_memory(path):
+    """Also those in the notebook's functions: whoever calls them does it in a stage."""
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4))))
+    functions, long = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)], set(LONG)
+    for _ in functions:
+        long |= {f.name for f in functions if any(outside_stages(part, long) for part in f.body)}
+    assert not set().union(*(outside_stages(node, long) for node in tree.body if node not in functions))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("00")])

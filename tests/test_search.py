@@ -59,11 +59,30 @@ def test_plans_meet_the_budget(table, fraction, seed):
     assert -1 <= over < table.prices[0][1 if any(partly) else 0]
 
 
-def test_plans_in_multiples(model, windows):
-    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK, multiple=4)
-    plan = table.plan(0.4)
-    assert all(count % 4 == 0 for count in plan.channels) and any(plan.channels)
-    assert 0 <= removed(plan, table) - 0.4 * table.backbone < 4 * table.prices[0][1]
+@pytest.mark.parametrize("multiple", [4, 5])
+def test_plans_in_multiples(model, windows, multiple):
+    """Of the channels that stay: 24 are no multiple of 5."""
+    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK, multiple=multiple)
+    plans = [table.plan(0.4), pruning.uniform_plan(model, 0.4, multiple=multiple)]
+    for plan in plans:
+        assert all((24 - count) % multiple == 0 and count < 24 for count in plan.channels) and any(plan.channels)
+        assert abs(removed(plan, table) - 0.4 * table.backbone) < multiple * table.prices[0][1]
+    assert removed(plans[0], table) >= 0.4 * table.backbone
+
+
+def test_plans_go_down_to_one_channel(model, windows):
+    """Also where a level is many channels; and a table in multiples, asked for other ones, has plans in those."""
+    few = dataclasses.replace(QUICK, cuts=2)
+    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), few, multiple=5)
+    least = sum(group + channel for group, channel in table.prices)
+    plan = dataclasses.replace(table, multiple=1).plan(1 - (least + 1) / table.backbone)
+    assert table.steps == [10] * 3 and plan.channels == [23] * 3
+    assert [len(row) - 1 for row in table.groups] == plan.groups
+
+
+def test_a_multiple_that_no_layer_has(model, windows):
+    with pytest.raises(InputError, match="a layer of 24 channels cannot keep a multiple of 32: lower"):
+        search.cost_table(model, windows, [], QUICK, multiple=32)
 
 
 def test_a_layer_that_does_nothing_goes_whole(model, windows, logits_of):
@@ -135,6 +154,14 @@ def test_a_target_that_no_trial_meets_leaves_the_model_dense(trial, table, windo
     monkeypatch.setattr(search, "perplexity_of", lambda model, text: 2.0 if model is trial.model else 9.0)
     trials = search.prune_to(trial, table, windows, perplexity=2.1, trials=2)
     assert trials["perplexity"].tolist() == [9.0, 9.0] and trials["fraction"].gt(0).all()
+    assert torch.equal(logits_of(trial.model), before)
+
+
+def test_a_sweep_that_fails_is_no_model_too_far(trial, table, windows, logits_of):
+    """Too little text, or a singular matrix, is said; it is no perplexity."""
+    before, few = logits_of(trial.model), dataclasses.replace(trial, windows=windows[:1])
+    with pytest.raises(InputError, match="20 calibration tokens are too few"):
+        search.prune_to(few, table, windows, perplexity=2 * perplexity(trial.model, windows))
     assert torch.equal(logits_of(trial.model), before)
 
 

@@ -15,12 +15,12 @@ import pandas as pd
 import psutil
 import pytest
 from conftest import small_model
-from test_series import write_series
+from test_series import write_notebook, write_series
 
 from gqalib import InputError, sweeps, tasks
 from gqalib.__main__ import main, overrides, parser
 from gqalib.records import Notebook
-from gqalib.series import locked
+from gqalib.series import locked, reads
 
 GRID = """
 preset: tiny
@@ -125,6 +125,20 @@ def test_bad_grid_is_one_sentence_status_2_and_nothing_written(tmp_path, grid, n
     error = capsys.readouterr().err
     assert re.search(says, error) and error.count("\n") == 1
     assert not (tmp_path / "sweep").exists()
+
+
+def test_the_grid_knows_what_the_workbooks_notebooks_read():
+    before_07 = [path.stem for path in sweeps.numbered_notebooks()][:6]
+    assert reads(sweeps.NOTEBOOKS / "07_cost_analysis.ipynb") == before_07
+    with pytest.raises(InputError, match='07_cost_analysis reads 02_v2_failure: add "02" to the notebooks'):
+        sweeps._check_notebooks(sweeps.Grid(notebooks=["01", "07"]), sweeps.NOTEBOOKS)
+
+
+@pytest.mark.parametrize("name", ["path.stem", 'f"{number}_first"', "str(name)", '"01_first" if x else "02_second"'])
+def test_computed_names_are_refused(name, tmp_path):
+    write_notebook(tmp_path, "02_second", f"nb.upstream({name})")
+    with pytest.raises(InputError, match="02_second computes a name, nb.upstream.*: write it, as nb"):
+        reads(tmp_path / "02_second.ipynb")
 
 
 def test_missing_grid(tmp_path, capsys):
