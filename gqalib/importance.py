@@ -362,10 +362,15 @@ def element_scores(weight: nn.Parameter, statistic: str, generator: torch.Genera
     return (weight.detach() * weight.grad).double().abs()
 
 
+def row_scores(linear: nn.Linear, statistic: str) -> torch.Tensor:
+    """Scores by row of a projection, [out_features]: the weights and the bias, which surgery removes together."""
+    return sum(element_scores(p, statistic).view(len(p), -1).sum(1) for p in linear.parameters())
+
+
 def head_scores(layer: nn.Module, statistic: str = "taylor") -> dict[str, torch.Tensor]:
     """Scores by head: `q_proj` and `o_proj` [num_attention_heads], `k_proj` and `v_proj` [num_key_value_heads]."""
     attention = layer.self_attn
-    rows = {name: element_scores(getattr(attention, name).weight, statistic).sum(1) for name in ("q_proj", "k_proj", "v_proj")}
+    rows = {name: row_scores(getattr(attention, name), statistic) for name in ("q_proj", "k_proj", "v_proj")}
     rows["o_proj"] = element_scores(attention.o_proj.weight, statistic).sum(0)  # its columns belong to the heads
     return {name: score.view(-1, attention.head_dim).sum(1) for name, score in rows.items()}
 
@@ -403,9 +408,8 @@ def channel_scores(layer: nn.Module, statistic: str = "taylor", generator: torch
     """Score of each MLP channel, [intermediate_size]: its rows of gate_proj and up_proj and its column of down_proj."""
     if statistic == "random":
         return torch.rand(layer_shape(layer)["intermediate_size"], generator=generator, dtype=torch.float64)
-    mlp = layer.mlp
-    scores = [element_scores(linear.weight, statistic) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-    return scores[0].sum(1) + scores[1].sum(1) + scores[2].sum(0)
+    rows = row_scores(layer.mlp.gate_proj, statistic) + row_scores(layer.mlp.up_proj, statistic)
+    return rows + element_scores(layer.mlp.down_proj.weight, statistic).sum(0)
 
 
 def unit_scores(

@@ -195,7 +195,7 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float) 
         pruner = tp.pruner.MetaPruner(
             model,
             {"input_ids": windows[:1].to(model.device), "use_cache": False},
-            importance=tp.importance.GroupTaylorImportance(),
+            importance=tp.importance.GroupTaylorImportance(bias=True),
             pruning_ratio=0.0,
             pruning_ratio_dict=ratios,
             ignored_layers=[model.get_input_embeddings(), model.get_output_embeddings()]

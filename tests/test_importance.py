@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import kv_heads, small_model
+from conftest import biased_model, kv_heads, small_model
 
 from gqalib import InputError, importance, surgery
 from gqalib.perplexity import hidden_states_before, perplexity, ratio_with_error, window_losses
@@ -41,6 +41,23 @@ def test_channel_scores_by_hand(model, windows):
         (mlp.gate_proj.weight[7], mlp.gate_proj.weight.grad[7]), (mlp.up_proj.weight[7], mlp.up_proj.weight.grad[7]),
         (mlp.down_proj.weight[:, 7], mlp.down_proj.weight.grad[:, 7])))  # fmt: skip
     assert scores.shape == (24,) and scores[7].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("statistic", ["magnitude", "taylor"])
+def test_a_unit_is_all_that_surgery_removes(clone, statistic):
+    """Biases too. Where every gradient is its weight, Taylor scores are magnitudes: Σ w² of what is gone."""
+    model = biased_model()
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    layer, squares = model.model.layers[1], lambda m: sum(p.double().square().sum().item() for p in m.parameters())
+    without_group, without_channel = clone(model), clone(model)
+    surgery.keep_groups(without_group, 1, [0, 1, 3])
+    surgery.keep_channels(without_channel, 1, range(1, 24))
+    group, channel = (squares(model) - squares(pruned) for pruned in (without_group, without_channel))
+    assert importance.group_scores(layer, statistic, include_o_proj=True)[2].item() == pytest.approx(group)
+    assert importance.channel_scores(layer, statistic)[0].item() == pytest.approx(channel)
+    folds = importance.misaligned_group_scores(layer, statistic), importance.group_scores(layer, statistic)
+    assert folds[0].sum().item() == pytest.approx(folds[1].sum().item())
 
 
 def test_misaligned_fold_is_caught(windows):

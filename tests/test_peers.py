@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import biased_model, small_model
 
-from gqalib import InputError, models, peers, pruning, surgery
+from gqalib import InputError, importance, models, peers, pruning, surgery
 from gqalib.perplexity import perplexity
 
 WIDTH = sorted(set(peers.PEERS) - {"shortgpt", "layer_removal"})
@@ -94,6 +94,31 @@ def test_budget_on_an_uneven_model_with_biases(windows, clone):
         pruned = clone(model)
         peers.PEERS[name](pruned, windows, 0.3)
         assert abs(removed(pruned, dense) - 0.3 * models.count_parameters(dense)["backbone"]) <= 3 * 32 + 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["magnitude", "llm_pruner", "torch_pruning_gqa"])
+def test_what_sits_in_biases_stays(name, windows, monkeypatch):
+    """Query head 0, its group and channel 0 have small weights and the largest biases; every gradient is its weight."""
+    model = biased_model(num_key_value_heads=2)
+    for layer in model.model.layers:
+        x, mlp = layer.self_attn, layer.mlp
+        for linear, rows in ((x.q_proj, 24), (x.k_proj, 6), (x.v_proj, 6), (mlp.gate_proj, 1), (mlp.up_proj, 1)):
+            linear.weight.data[:rows] *= 1e-3
+            linear.bias.data[: min(rows, 6)] = 10
+        x.q_proj.weight.data[:6] *= 1e-3
+        x.o_proj.weight.data[:, :24] *= 1e-3
+        mlp.down_proj.weight.data[:, 0] *= 1e-3
+
+    def gradients(model, windows):
+        for parameter in model.parameters():
+            parameter.grad = parameter.detach().clone()
+
+    monkeypatch.setattr(importance, "backward", gradients)
+    peers.PEERS[name](model, windows, 0.4)
+    assert (models.layer_shapes(model)["num_attention_heads"] < 8).any()
+    for layer in model.model.layers:
+        assert (layer.self_attn.q_proj.bias == 10).sum() == 6 and (layer.mlp.gate_proj.bias == 10).sum() == 1
 
 
 # ---------------------------------------------------------------- one by one
