@@ -95,8 +95,8 @@ def shuffle_kv_heads(model: nn.Module, seed: int = 0) -> nn.Module:
         attention, count = layer.self_attn, layer_shape(layer)["num_key_value_heads"]
         shift = int(torch.randint(1, count, (1,), generator=generator)) if count > 1 else 0
         rows = rows_of_heads([(head + shift) % count for head in range(count)], attention.head_dim)
-        for projection in (attention.k_proj, attention.v_proj):
-            projection.weight.copy_(projection.weight[rows])
+        for parameter in (*attention.k_proj.parameters(), *attention.v_proj.parameters()):
+            parameter.copy_(parameter[rows])
     return model
 
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import kv_heads, small_model
+from conftest import biased_model, kv_heads, small_model
 
 from gqalib import InputError, baselines, importance, models, pruning, surgery
 from gqalib.perplexity import perplexity
@@ -157,3 +157,14 @@ def test_shuffle_breaks_only_the_pairing(windows, logits_of, clone):
     sums = [m.model.layers[1].self_attn.k_proj.weight.sum() for m in (model, shuffled)]
     assert torch.allclose(*sums, atol=1e-4)
     assert not torch.allclose(logits_of(shuffled), logits_of(model), atol=1e-3)
+
+
+def test_shuffle_takes_biases_along(clone):
+    """Each row keeps its bias, and all heads move."""
+    model = biased_model()
+    shuffled = baselines.shuffle_kv_heads(clone(model))
+    for old, new in zip(model.model.layers, shuffled.model.layers, strict=True):
+        for name in ("k_proj", "v_proj"):
+            linears = (getattr(layer.self_attn, name) for layer in (old, new))
+            before, after = (torch.cat([x.weight, x.bias[:, None]], 1).tolist() for x in linears)
+            assert sorted(before) == sorted(after) and not any(a == b for a, b in zip(before, after, strict=True))
