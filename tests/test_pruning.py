@@ -23,6 +23,16 @@ def test_prune_meets_the_budget(model, windows, sequential):
     assert perplexity(model, windows) > 1
 
 
+@pytest.mark.parametrize("rate", [0.25, 0.5])
+def test_budget_with_biases(windows, rate):
+    """The rate is one of the whole backbone: output biases count, and as they never go, channels go for them."""
+    model = biased_model(num_hidden_layers=8)
+    before = models.count_parameters(model)["backbone"]
+    plan = pruning.make_plan(model, torch.arange(1.0, 9), load_preset("tiny").pruning, mean_rate=rate)
+    pruning.prune(model, plan, windows, group_statistic="magnitude", channel_statistic="magnitude")
+    assert abs(before - models.count_parameters(model)["backbone"] - rate * before) <= 3 * 32 + 2  # one channel
+
+
 def test_first_layer_is_scored_alike(model, clone, windows):
     """Before anything is cut, sequential and one-shot scores are the same; so the first layer must come out the same."""
     plan = pruning.Plan([0.4, 0.0, 0.0], [kv_heads(model) // 2, 0, 0], [9, 0, 0])
