@@ -30,19 +30,24 @@ def prune_with_dependency_graph(model: nn.Module, kv_heads: dict[int, Sequence[i
     """Remove KV heads {layer: heads} by torch-pruning's dependency groups rooted at `k_proj`, in place.
 
     Args:
-        example: token ids [1, length] for tracing the graph.
+        example: token ids [count, length] for tracing the graph.
     """
     import torch_pruning as tp
 
     model.requires_grad_(True)  # the graph is traced through autograd
     with traced_without_rotation():
-        graph = tp.DependencyGraph().build_dependency(model, example_inputs={"input_ids": example.to(model.device), "use_cache": False})
+        graph = tp.DependencyGraph().build_dependency(model, example_inputs=traced_inputs(model, example))
     for index, heads in kv_heads.items():
         attention = decoder_layers(model)[index].self_attn
         channels = rows_of_heads(heads, attention.head_dim).tolist()
         graph.get_pruning_group(attention.k_proj, tp.prune_linear_out_channels, idxs=channels).prune()
     for parameter in model.parameters():
         parameter.grad = None
+
+
+def traced_inputs(model: nn.Module, windows: torch.Tensor) -> dict[str, object]:
+    """What a graph is traced with: it runs with all gradients on and looks at no values, so 32 tokens are enough."""
+    return {"input_ids": windows[:1, :32].to(model.device), "use_cache": False}
 
 
 def traced_without_rotation():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import biased_model, small_model
 
-from gqalib import InputError, importance, models, peers, pruning, surgery
+from gqalib import InputError, baselines, importance, models, peers, pruning, surgery
 from gqalib.perplexity import perplexity
 
 WIDTH = sorted(set(peers.PEERS) - {"shortgpt", "layer_removal"})
@@ -153,6 +153,20 @@ def test_torch_pruning_keeps_kv_heads_and_pairs_rightly(windows, clone, logits_o
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         assert torch.allclose(logits_of(model), logits_of(dense), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_pruning_traces_few_tokens(monkeypatch):
+    """Scores read whole windows; the graph does not."""
+    model, lengths, gradients = small_model(), [], importance.backward
+    windows = torch.randint(1, 61, (2, 64), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(importance, "backward", lambda *text: gradients(*text) and lengths.clear())
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].numel()))
+    peers.torch_pruning_gqa(model, windows, 0.3)
+    assert lengths and max(lengths) <= 32
+    lengths.clear()
+    baselines.prune_with_dependency_graph(model, {}, windows)
+    assert lengths and max(lengths) <= 32
 
 
 def test_wanda_scores_by_hand():
