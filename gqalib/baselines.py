@@ -41,8 +41,7 @@ def prune_with_dependency_graph(model: nn.Module, kv_heads: dict[int, Sequence[i
         attention = decoder_layers(model)[index].self_attn
         channels = rows_of_heads(heads, attention.head_dim).tolist()
         graph.get_pruning_group(attention.k_proj, tp.prune_linear_out_channels, idxs=channels).prune()
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad(set_to_none=True)
 
 
 def traced_inputs(model: nn.Module, windows: torch.Tensor) -> dict[str, object]:

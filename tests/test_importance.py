@@ -97,6 +97,24 @@ def test_gradients_do_not_depend_on_the_batch(model, windows, monkeypatch):
     assert torch.allclose(importance.group_scores(model.model.layers[0]), whole, rtol=1e-4)
 
 
+def test_many_batches_of_bf16_add_up_in_float32(monkeypatch):
+    """The scores are those of the float32 sum of 16 windows' gradients; `backward` rounds that sum once."""
+    windows = torch.randint(1, 61, (16, 20), generator=torch.Generator().manual_seed(1))
+    model, totals = small_model().bfloat16(), {}
+    layers = model.model.layers
+    for window in windows.split(1):
+        importance.backward(model, window)
+        totals = {p: totals.get(p, 0) + p.grad.float() / 16 for p in layers.parameters() if p.grad is not None}
+    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 20)
+    importance.backward(model, windows)
+    assert all(torch.equal(p.grad, total.bfloat16()) for p, total in totals.items())
+    for by_layer in (True, False):
+        for index, (_, channels) in importance.taylor_scores(model, windows, by_layer=by_layer).items():
+            mlp = layers[index].mlp
+            gate, up, down = ((x.weight * totals[x.weight]).abs() for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+            assert torch.allclose(channels.float(), gate.sum(1) + up.sum(1) + down.sum(0), rtol=1e-5)
+
+
 def test_removal_importance_with_and_without_cached_prefix(model, windows):
     cached = importance.removal_importance(model, windows)
     assert torch.allclose(cached, importance.removal_importance(model, windows, cached_prefix=False), rtol=1e-5, atol=1e-5)
