@@ -41,7 +41,7 @@ def layer_rates(
     found between two breakpoints min/w_l, max/w_l.
 
     Args:
-        sizes: parameters that each layer could lose, [layers].
+        sizes: parameters of each layer, [layers].
 
     Raises:
         InputError: a rate outside (0, 1), or a mean outside the bounds.

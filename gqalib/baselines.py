@@ -30,19 +30,23 @@ def prune_with_dependency_graph(model: nn.Module, kv_heads: dict[int, Sequence[i
     """Remove KV heads {layer: heads} by torch-pruning's dependency groups rooted at `k_proj`, in place.
 
     Args:
-        example: token ids [1, length] for tracing the graph.
+        example: token ids [count, length] for tracing the graph.
     """
     import torch_pruning as tp
 
     model.requires_grad_(True)  # the graph is traced through autograd
     with traced_without_rotation():
-        graph = tp.DependencyGraph().build_dependency(model, example_inputs={"input_ids": example.to(model.device), "use_cache": False})
+        graph = tp.DependencyGraph().build_dependency(model, example_inputs=traced_inputs(model, example))
     for index, heads in kv_heads.items():
         attention = decoder_layers(model)[index].self_attn
         channels = rows_of_heads(heads, attention.head_dim).tolist()
         graph.get_pruning_group(attention.k_proj, tp.prune_linear_out_channels, idxs=channels).prune()
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad(set_to_none=True)
+
+
+def traced_inputs(model: nn.Module, windows: torch.Tensor) -> dict[str, object]:
+    """What a graph is traced with: it runs with all gradients on and looks at no values, so 32 tokens are enough."""
+    return {"input_ids": windows[:1, :32].to(model.device), "use_cache": False}
 
 
 def traced_without_rotation():
@@ -95,8 +99,8 @@ def shuffle_kv_heads(model: nn.Module, seed: int = 0) -> nn.Module:
         attention, count = layer.self_attn, layer_shape(layer)["num_key_value_heads"]
         shift = int(torch.randint(1, count, (1,), generator=generator)) if count > 1 else 0
         rows = rows_of_heads([(head + shift) % count for head in range(count)], attention.head_dim)
-        for projection in (attention.k_proj, attention.v_proj):
-            projection.weight.copy_(projection.weight[rows])
+        for parameter in (*attention.k_proj.parameters(), *attention.v_proj.parameters()):
+            parameter.copy_(parameter[rows])
     return model
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from gqalib.errors import InputError
 from gqalib.models import decoder_layers, layer_shape
-from gqalib.parallel import mean_over_ranks, sum_over_ranks, total_over_ranks
+from gqalib.parallel import mean_over_ranks, rank_and_size, sum_over_ranks, total_over_ranks
 from gqalib.perplexity import advance, batches, exponential, layers_between, only_layers, stream_through, token_losses, window_losses
 from gqalib.progress import NOT_KEPT, Progress
 from gqalib.streaming import is_streamed
@@ -54,10 +54,11 @@ def backward(
     layers = list(range(len(decoder)) if layers is None else layers)
     model.requires_grad_(False)
     model.zero_grad(set_to_none=True)
-    for part in (part for index in layers for part in _halves(decoder[index])):
-        part.requires_grad_(True)
+    asked = [part.requires_grad_(True) for index in layers for part in _halves(decoder[index])]
     losses, num_predicted = [], windows.shape[0] * (windows.shape[1] - 1)
-    differentiate(model, windows, lambda step: losses.append(step.backward()), hidden_states, first_layer, divisor=num_predicted)
+    where = {"hidden_states": hidden_states, "first_layer": first_layer, "divisor": num_predicted}
+    with _summed_in_float32(asked, windows):
+        differentiate(model, windows, lambda step: losses.append(step.backward()), **where)
     for index in layers:
         for parameter in (p for p in decoder[index].parameters() if p.grad is not None):
             _finite(parameter.grad, index)
@@ -86,6 +87,22 @@ def _asking(model: nn.Module, modules: Iterable[nn.Module] = ()) -> Iterator[Non
     finally:
         for parameter, before in asked.items():
             parameter.requires_grad_(before)
+
+
+@contextmanager
+def _summed_in_float32(modules: Iterable[nn.Module], windows: torch.Tensor) -> Iterator[None]:
+    """Inside, gradients of half-precision weights of several batches add up in float32; what is left is rounded."""
+    several = len(list(batches(windows))) * rank_and_size()[1] > 1
+    short = [p for module in modules for p in module.parameters() if several and p.dtype.itemsize < 4]
+    for parameter in short:
+        parameter.grad_dtype = torch.float32
+    try:
+        yield
+    finally:
+        for parameter in short:
+            total, parameter.grad = parameter.grad, None
+            parameter.grad_dtype = parameter.dtype
+            parameter.grad = None if total is None else total.to(parameter.dtype)
 
 
 # ---------------------------------------------------------------- passes forward and backward
@@ -194,7 +211,8 @@ def taylor_scores(
     by_layer = min(num_batches, len(layers)) > 1 if by_layer is None else by_layer
     scores_of = partial(group_scores, include_o_proj=include_o_proj), channel_scores
     model.zero_grad(set_to_none=True)
-    with _asking(model, [part for i in layers for part in _halves(decoder[i])]), ExitStack() as hooks:
+    asked = [part for i in layers for part in _halves(decoder[i])]
+    with _asking(model, asked), _summed_in_float32(asked, windows), ExitStack() as hooks:
         for index in layers:
             for half, part in enumerate(_halves(decoder[index])):
                 take = partial(_take, found, (index, half), scores_of[half], decoder[index], part)
@@ -362,10 +380,15 @@ def element_scores(weight: nn.Parameter, statistic: str, generator: torch.Genera
     return (weight.detach() * weight.grad).double().abs()
 
 
+def row_scores(linear: nn.Linear, statistic: str) -> torch.Tensor:
+    """Scores by row of a projection, [out_features]: the weights and the bias, which surgery removes together."""
+    return sum(element_scores(p, statistic).view(len(p), -1).sum(1) for p in linear.parameters())
+
+
 def head_scores(layer: nn.Module, statistic: str = "taylor") -> dict[str, torch.Tensor]:
     """Scores by head: `q_proj` and `o_proj` [num_attention_heads], `k_proj` and `v_proj` [num_key_value_heads]."""
     attention = layer.self_attn
-    rows = {name: element_scores(getattr(attention, name).weight, statistic).sum(1) for name in ("q_proj", "k_proj", "v_proj")}
+    rows = {name: row_scores(getattr(attention, name), statistic) for name in ("q_proj", "k_proj", "v_proj")}
     rows["o_proj"] = element_scores(attention.o_proj.weight, statistic).sum(0)  # its columns belong to the heads
     return {name: score.view(-1, attention.head_dim).sum(1) for name, score in rows.items()}
 
@@ -403,9 +426,8 @@ def channel_scores(layer: nn.Module, statistic: str = "taylor", generator: torch
     """Score of each MLP channel, [intermediate_size]: its rows of gate_proj and up_proj and its column of down_proj."""
     if statistic == "random":
         return torch.rand(layer_shape(layer)["intermediate_size"], generator=generator, dtype=torch.float64)
-    mlp = layer.mlp
-    scores = [element_scores(linear.weight, statistic) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-    return scores[0].sum(1) + scores[1].sum(1) + scores[2].sum(0)
+    rows = row_scores(layer.mlp.gate_proj, statistic) + row_scores(layer.mlp.up_proj, statistic)
+    return rows + element_scores(layer.mlp.down_proj.weight, statistic).sum(0)
 
 
 def unit_scores(

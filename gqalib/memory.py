@@ -94,10 +94,9 @@ class Shape:
         """Bytes per token of the logits: themselves and up to twice in float32, V·(4 + s or 8); 12·V with a backward pass."""
         return self.V * (12 if backward else 8 if self.s == 4 else self.s + 8)
 
-    @property
-    def gradients(self) -> int:
-        """s·3df, the MLP's weights' gradients, and 17·df to 20·df of float64 while one of them is scored."""
-        return self.d * self.f * (3 * self.s + 16 + self.s)
+    def gradients(self, size: int) -> int:
+        """3·df of `size` bytes, the MLP's weights' gradients, and 17·df to 20·df while one of them is scored."""
+        return self.d * self.f * (3 * size + 16 + size)
 
 
 def expected(
@@ -153,6 +152,11 @@ class _Case:
     def batch(self) -> int:
         return self.tokens(perplexity.BATCH_TOKENS)
 
+    @property
+    def gradient(self) -> int:
+        """Bytes of one gradient: float32 where batches are summed."""
+        return 4 if self.n > self.batch else self.shape.s
+
     def tokens(self, at_once: int) -> int:
         """Of a batch: whole windows."""
         return min(self.n, max(1, at_once // self.length) * self.length)
@@ -192,21 +196,23 @@ def _taylor_one_shot(case: _Case) -> Terms:
     """
     m = case.shape
     if case.batch == case.n and not case.streams:
-        return _whole_pass(case, case.batch * m.L * m.saved(trained=True), gradients=m.gradients)
-    return _by_layer(case, case.batch * m.saved(trained=True), m.gradients)
+        return _whole_pass(case, case.batch * m.L * m.saved(trained=True), gradients=m.gradients(m.s))
+    return _by_layer(case, case.batch * m.saved(trained=True), m.gradients(case.gradient))
 
 
 def _all_gradients(case: _Case) -> Terms:
     """One batch at a time, and the gradients of all weights: how LLM-Pruner and torch-pruning score. Layers are not streamed."""
     m = case.shape
-    return {**_whole_pass(case, case.batch * m.L * m.saved(trained=True), 0), "gradients": m.L * m.layer * m.s}
+    passed = _whole_pass(case, case.batch * m.L * m.saved(trained=True), 0)
+    return {**passed, "gradients": m.L * m.layer * case.gradient}
 
 
 def _taylor_sequential(case: _Case) -> Terms:
     """As one batch of the one-shot scores, but only the layer in work saves what its weights' gradients need; two streams more."""
     m = case.shape
     saved = case.batch * (m.saved(trained=True) + (m.L - 1) * m.saved(trained=False))
-    return {**_whole_pass(case, saved, m.gradients + m.layer * m.s), "streams": case.buffers(2)}
+    gradients = m.gradients(case.gradient) + m.layer * case.gradient
+    return {**_whole_pass(case, saved, gradients), "streams": case.buffers(2)}
 
 
 def _gradient_covariances(case: _Case) -> Terms:

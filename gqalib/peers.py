@@ -25,7 +25,7 @@ from torch import nn
 from gqalib import importance, refit
 from gqalib.allocation import whole_units
 from gqalib.attention import attention_implementation
-from gqalib.baselines import traced_without_rotation
+from gqalib.baselines import traced_inputs, traced_without_rotation
 from gqalib.errors import InputError, OutOfReach
 from gqalib.models import count_parameters, decoder_layers, layer_shape, layer_shapes
 from gqalib.perplexity import advance
@@ -197,8 +197,8 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float, 
     with traced_without_rotation(), attention_implementation("eager", model):
         pruner = tp.pruner.MetaPruner(
             model,
-            {"input_ids": windows[:1].to(model.device), "use_cache": False},
-            importance=tp.importance.GroupTaylorImportance(),
+            traced_inputs(model, windows),
+            importance=tp.importance.GroupTaylorImportance(bias=True),
             pruning_ratio=0.0,
             pruning_ratio_dict=ratios,
             ignored_layers=[model.get_input_embeddings(), model.get_output_embeddings()]

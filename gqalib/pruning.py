@@ -38,14 +38,14 @@ class Plan:
 
         Groups are coarse, so what their rounding leaves of the total is spread over the channels of all layers: the
         parameters removed meet Σ rate × size within one channel (or `channel_multiple`), as far as one unit per layer stays.
+        Output biases count in `layer_sizes` but never go; channels go for them.
         """
         shapes = layer_shapes(model)
         kv_heads, widths = (torch.tensor(shapes[name].to_numpy()) for name in ("num_key_value_heads", "intermediate_size"))
-        layers = decoder_layers(model)
-        attention = torch.tensor([sum(p.numel() for p in layer.self_attn.parameters()) for layer in layers])
-        mlp = torch.tensor([sum(p.numel() for p in layer.mlp.parameters()) for layer in layers])
+        costs = torch.tensor([unit_costs(layer) for layer in decoder_layers(model)])
+        attention, mlp = kv_heads * costs[:, 0], widths * costs[:, 1]
         groups = torch.tensor(whole_units(rates, kv_heads))
-        spare = (rates * attention - groups / kv_heads * attention).sum() / mlp.sum()
+        spare = (rates * (layer_sizes(model) - mlp) - groups / kv_heads * attention).sum() / mlp.sum()
         return cls(rates.tolist(), groups.tolist(), whole_units((rates + spare).clamp(0, 1), widths, channel_multiple))
 
 
@@ -119,7 +119,7 @@ def spread_channels(
 
 
 def layer_sizes(model: nn.Module) -> torch.Tensor:
-    """Parameters of the projections of each layer, float64 [layers]."""
+    """Parameters of the projections of each layer, all biases included, float64 [layers]."""
     sizes = [sum(p.numel() for m in (x.self_attn, x.mlp) for p in m.parameters()) for x in decoder_layers(model)]
     return torch.tensor(sizes, dtype=torch.float64)
 

@@ -33,7 +33,7 @@ from gqalib.models import count_parameters, decoder_layers, layer_shapes
 from gqalib.perplexity import kl_to
 from gqalib.perplexity import perplexity as perplexity_of
 from gqalib.progress import NOT_KEPT, Progress
-from gqalib.pruning import Plan, uniform_plan, unit_costs
+from gqalib.pruning import Plan, layer_sizes, uniform_plan, unit_costs
 from gqalib.streaming import at_work
 from gqalib.surgery import take_layers
 
@@ -50,8 +50,13 @@ class CostTable:
     multiple: int  # channels that stay are a multiple of it
     prices: list[tuple[int, int]]  # parameters of a group and of a channel
     widths: list[tuple[int, int]]  # groups and channels
-    backbone: int  # parameters
+    sizes: list[int]  # parameters of the layer: all units, and output biases, which go only with it
     layers: np.ndarray | None = None  # measured rise when the whole layer goes; None: none may
+
+    @property
+    def backbone(self) -> int:
+        """Parameters of all layers."""
+        return sum(self.sizes)
 
     def with_layers(self, removal: torch.Tensor, dense: float) -> "CostTable":
         """The same table with each whole layer as one more level.
@@ -81,7 +86,8 @@ class CostTable:
         removed = np.array([units[choice] for (_, _, units), choice in zip(options, chosen, strict=True)])
         if (removed == self.widths).all():
             raise OutOfReach(f"no layer would be left without {fraction:.1%} of the backbone: give another fraction")
-        self._give_back(removed, target)
+        gone = sum(int(sizes[choice]) for (_, sizes, _), choice in zip(options, chosen, strict=True))
+        self._give_back(removed, gone - target)
         rates = (removed * self.prices).sum(1) / (np.array(self.widths) * self.prices).sum(1)
         return Plan(rates.tolist(), removed[:, 0].tolist(), removed[:, 1].tolist())
 
@@ -92,10 +98,11 @@ class CostTable:
         mlp_costs = np.interp(gone, self._removed(layer), self.channels[layer])
         costs = (attention * groups[:, None] + mlp * mlp_costs).ravel()
         levels = np.stack(np.broadcast_arrays(np.arange(len(groups))[:, None], gone), -1).reshape(-1, 2)
+        sizes = (levels * self.prices[layer]).sum(1)
         if self.layers is not None:
             costs = np.append(costs, (attention + mlp) / 2 * self.layers[layer])
-            levels = np.vstack([levels, self.widths[layer]])
-        return costs, (levels * self.prices[layer]).sum(1), levels
+            levels, sizes = np.vstack([levels, self.widths[layer]]), np.append(sizes, self.sizes[layer])
+        return costs, sizes, levels
 
     @property
     def _first(self) -> np.ndarray:
@@ -106,9 +113,8 @@ class CostTable:
         """How many channels have gone at each of the layer's costs."""
         return np.minimum(np.arange(len(self.channels[layer])) * self.steps[layer], self.widths[layer][1] - 1)
 
-    def _give_back(self, removed: np.ndarray, target: int) -> None:
+    def _give_back(self, removed: np.ndarray, excess: int) -> None:
         """Levels are coarse: channels that went beyond the target come back, where the last ones cost most."""
-        excess = int((removed * self.prices).sum()) - target
         for layer in sorted(range(len(removed)), key=lambda i: self._last_cost(i, *removed[i]), reverse=True):
             whole = tuple(removed[layer]) == self.widths[layer]
             price = self.multiple * self.prices[layer][1]
@@ -164,7 +170,7 @@ def cost_table(
     return CostTable(
         rows[::2], rows[1::2], steps, multiple, [unit_costs(layer) for layer in layers],
         [tuple(sublayer.num_units for sublayer in refit.sublayers(layer)) for layer in layers],
-        count_parameters(model)["backbone"],
+        layer_sizes(model).long().tolist(),
     )  # fmt: skip
 
 

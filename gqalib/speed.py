@@ -26,6 +26,7 @@ from gqalib import cost
 from gqalib.errors import InputError
 from gqalib.modeling_gqa_llama import GqaLlamaConfig
 from gqalib.models import count_parameters, decoder_layers, layer_shapes, random_model
+from gqalib.pruning import unit_costs
 
 GIB = 2**30
 
@@ -272,16 +273,21 @@ def uniform_shape(config: GqaLlamaConfig, kept: float, multiple: int = 1) -> Gqa
     Raises:
         InputError: embeddings, norms, one group and `multiple` channels of each layer are more than that.
     """
-    counts = count_parameters(random_model(config, device="meta"))
-    layers, group_size = config.num_hidden_layers, config.num_attention_heads // config.num_key_value_heads
-    group, channel = config.hidden_size * config.head_dim * 2 * (group_size + 1), 3 * config.hidden_size
+    model = random_model(config, device="meta")
+    counts, shapes = count_parameters(model), layer_shapes(model)
+    layers, kv_heads = len(shapes), shapes["num_key_value_heads"].sum()
+    size = round(shapes["num_attention_heads"].sum() / kv_heads)
+    smallest = _reshaped(config, num_attention_heads=size, num_key_value_heads=1, intermediate_size=multiple)
+    smallest = random_model(smallest, device="meta")
+    group, channel = unit_costs(decoder_layers(smallest)[0])
+    output_biases = count_parameters(smallest)["backbone"] / layers - group - multiple * channel
     backbone = kept * counts["total"] - counts["embeddings"] - counts["norms"]
-    groups = max(1, round(config.num_key_value_heads * backbone / counts["backbone"]))
-    width = round((backbone / layers - groups * group) / channel / multiple) * multiple
+    groups = max(1, round(kv_heads / layers * backbone / counts["backbone"]))
+    width = round((backbone / layers - groups * group - output_biases) / channel / multiple) * multiple
     if width < multiple:
-        least = 100 * (counts["embeddings"] + counts["norms"] + layers * (group + multiple * channel)) / counts["total"]
+        least = 100 * count_parameters(smallest)["total"] / counts["total"]
         raise InputError(f"{100 * kept:.4g} % of the parameters cannot be kept, {least:.4g} % at least must: give a larger share")
-    return _reshaped(config, num_attention_heads=groups * group_size, num_key_value_heads=groups, intermediate_size=width)
+    return _reshaped(config, num_attention_heads=groups * size, num_key_value_heads=groups, intermediate_size=width)
 
 
 def _reshaped(config: GqaLlamaConfig, **changes: int) -> GqaLlamaConfig:

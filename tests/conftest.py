@@ -34,6 +34,14 @@ def small_model(seed: int = 0, **changes) -> GqaLlamaForCausalLM:
     return model
 
 
+def biased_model(**changes) -> GqaLlamaForCausalLM:
+    """Biases everywhere, as in a Qwen, and none of them zero."""
+    model = small_model(attention_bias=True, mlp_bias=True, **changes)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_() if name.endswith("bias") else None
+    return model
+
+
 @pytest.fixture(params=[(8, 4, True), (8, 2, False), (4, 4, True), (9, 3, False)], ids=["2:1-tied", "4:1", "mha-tied", "3:1"])
 def model(request):
     """Different group sizes, tied and untied embeddings, MHA as groups of one."""

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import kv_heads, small_model
+from conftest import biased_model, kv_heads, small_model
 
 from gqalib import InputError, importance, surgery
 from gqalib.perplexity import hidden_states_before, perplexity, ratio_with_error, window_losses
@@ -43,6 +43,23 @@ def test_channel_scores_by_hand(model, windows):
     assert scores.shape == (24,) and scores[7].item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("statistic", ["magnitude", "taylor"])
+def test_a_unit_is_all_that_surgery_removes(clone, statistic):
+    """Biases too. Where every gradient is its weight, Taylor scores are magnitudes: Σ w² of what is gone."""
+    model = biased_model()
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    layer, squares = model.model.layers[1], lambda m: sum(p.double().square().sum().item() for p in m.parameters())
+    without_group, without_channel = clone(model), clone(model)
+    surgery.keep_groups(without_group, 1, [0, 1, 3])
+    surgery.keep_channels(without_channel, 1, range(1, 24))
+    group, channel = (squares(model) - squares(pruned) for pruned in (without_group, without_channel))
+    assert importance.group_scores(layer, statistic, include_o_proj=True)[2].item() == pytest.approx(group)
+    assert importance.channel_scores(layer, statistic)[0].item() == pytest.approx(channel)
+    folds = importance.misaligned_group_scores(layer, statistic), importance.group_scores(layer, statistic)
+    assert folds[0].sum().item() == pytest.approx(folds[1].sum().item())
+
+
 def test_misaligned_fold_is_caught(windows):
     """On a layer where one group is worthless the aligned fold finds it; LLM-Pruner's gives most of its worthlessness to others."""
     model = small_model(num_attention_heads=8, num_key_value_heads=2)
@@ -78,6 +95,24 @@ def test_gradients_do_not_depend_on_the_batch(model, windows, monkeypatch):
     monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 40)
     importance.backward(model, windows)
     assert torch.allclose(importance.group_scores(model.model.layers[0]), whole, rtol=1e-4)
+
+
+def test_many_batches_of_bf16_add_up_in_float32(monkeypatch):
+    """The scores are those of the float32 sum of 16 windows' gradients; `backward` rounds that sum once."""
+    windows = torch.randint(1, 61, (16, 20), generator=torch.Generator().manual_seed(1))
+    model, totals = small_model().bfloat16(), {}
+    layers = model.model.layers
+    for window in windows.split(1):
+        importance.backward(model, window)
+        totals = {p: totals.get(p, 0) + p.grad.float() / 16 for p in layers.parameters() if p.grad is not None}
+    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 20)
+    importance.backward(model, windows)
+    assert all(torch.equal(p.grad, total.bfloat16()) for p, total in totals.items())
+    for by_layer in (True, False):
+        for index, (_, channels) in importance.taylor_scores(model, windows, by_layer=by_layer).items():
+            mlp = layers[index].mlp
+            gate, up, down = ((x.weight * totals[x.weight]).abs() for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+            assert torch.allclose(channels.float(), gate.sum(1) + up.sum(1) + down.sum(0), rtol=1e-5)
 
 
 def test_removal_importance_with_and_without_cached_prefix(model, windows):

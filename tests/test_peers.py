@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import biased_model, small_model
 
-from gqalib import InputError, models, peers, pruning, surgery
+from gqalib import InputError, baselines, importance, models, peers, pruning, surgery
 from gqalib.perplexity import perplexity
 
 WIDTH = sorted(set(peers.PEERS) - {"shortgpt", "layer_removal"})
@@ -96,6 +96,31 @@ def test_budget_on_an_uneven_model_with_biases(windows, clone):
         assert abs(removed(pruned, dense) - 0.3 * models.count_parameters(dense)["backbone"]) <= 3 * 32 + 2
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["magnitude", "llm_pruner", "torch_pruning_gqa"])
+def test_what_sits_in_biases_stays(name, windows, monkeypatch):
+    """Query head 0, its group and channel 0 have small weights and the largest biases; every gradient is its weight."""
+    model = biased_model(num_key_value_heads=2)
+    for layer in model.model.layers:
+        x, mlp = layer.self_attn, layer.mlp
+        for linear, rows in ((x.q_proj, 24), (x.k_proj, 6), (x.v_proj, 6), (mlp.gate_proj, 1), (mlp.up_proj, 1)):
+            linear.weight.data[:rows] *= 1e-3
+            linear.bias.data[: min(rows, 6)] = 10
+        x.q_proj.weight.data[:6] *= 1e-3
+        x.o_proj.weight.data[:, :24] *= 1e-3
+        mlp.down_proj.weight.data[:, 0] *= 1e-3
+
+    def gradients(model, windows):
+        for parameter in model.parameters():
+            parameter.grad = parameter.detach().clone()
+
+    monkeypatch.setattr(importance, "backward", gradients)
+    peers.PEERS[name](model, windows, 0.4)
+    assert (models.layer_shapes(model)["num_attention_heads"] < 8).any()
+    for layer in model.model.layers:
+        assert (layer.self_attn.q_proj.bias == 10).sum() == 6 and (layer.mlp.gate_proj.bias == 10).sum() == 1
+
+
 # ---------------------------------------------------------------- one by one
 
 
@@ -128,6 +153,20 @@ def test_torch_pruning_keeps_kv_heads_and_pairs_rightly(windows, clone, logits_o
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         assert torch.allclose(logits_of(model), logits_of(dense), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_pruning_traces_few_tokens(monkeypatch):
+    """Scores read whole windows; the graph does not."""
+    model, lengths, gradients = small_model(), [], importance.backward
+    windows = torch.randint(1, 61, (2, 64), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(importance, "backward", lambda *text: gradients(*text) and lengths.clear())
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].numel()))
+    peers.torch_pruning_gqa(model, windows, 0.3)
+    assert lengths and max(lengths) <= 32
+    lengths.clear()
+    baselines.prune_with_dependency_graph(model, {}, windows)
+    assert lengths and max(lengths) <= 32
 
 
 def test_wanda_scores_by_hand():

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import kv_heads, small_model
+from conftest import biased_model, kv_heads, small_model
 
 from gqalib import InputError, baselines, importance, models, pruning, surgery
 from gqalib.perplexity import perplexity
@@ -21,6 +21,16 @@ def test_prune_meets_the_budget(model, windows, sequential):
     assert (table["num_attention_heads"] % table["num_key_value_heads"] == 0).all()
     assert table["rate_asked"].tolist() == rates.tolist()
     assert perplexity(model, windows) > 1
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5])
+def test_budget_with_biases(windows, rate):
+    """The rate is one of the whole backbone: output biases count, and as they never go, channels go for them."""
+    model = biased_model(num_hidden_layers=8)
+    before = models.count_parameters(model)["backbone"]
+    plan = pruning.make_plan(model, torch.arange(1.0, 9), load_preset("tiny").pruning, mean_rate=rate)
+    pruning.prune(model, plan, windows, group_statistic="magnitude", channel_statistic="magnitude")
+    assert abs(before - models.count_parameters(model)["backbone"] - rate * before) <= 3 * 32 + 2  # one channel
 
 
 def test_first_layer_is_scored_alike(model, clone, windows):
@@ -157,3 +167,14 @@ def test_shuffle_breaks_only_the_pairing(windows, logits_of, clone):
     sums = [m.model.layers[1].self_attn.k_proj.weight.sum() for m in (model, shuffled)]
     assert torch.allclose(*sums, atol=1e-4)
     assert not torch.allclose(logits_of(shuffled), logits_of(model), atol=1e-3)
+
+
+def test_shuffle_takes_biases_along(clone):
+    """Each row keeps its bias, and all heads move."""
+    model = biased_model()
+    shuffled = baselines.shuffle_kv_heads(clone(model))
+    for old, new in zip(model.model.layers, shuffled.model.layers, strict=True):
+        for name in ("k_proj", "v_proj"):
+            linears = (getattr(layer.self_attn, name) for layer in (old, new))
+            before, after = (torch.cat([x.weight, x.bias[:, None]], 1).tolist() for x in linears)
+            assert sorted(before) == sorted(after) and not any(a == b for a, b in zip(before, after, strict=True))

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import biased_model
 
 from gqalib import InputError, importance, models, pruning, refit, search
 from gqalib.perplexity import kl_to, perplexity
@@ -96,6 +97,16 @@ def test_a_layer_that_does_nothing_goes_whole(model, windows, logits_of):
     assert plan.whole_layers(model) == [1]
     refit.sweep(model, plan, windows, QUICK, covariances=covariances)
     assert len(model.model.layers) == 2 and torch.allclose(logits_of(model), before, atol=1e-2)
+
+
+def test_whole_layers_take_their_output_biases_along(windows):
+    model = biased_model(num_hidden_layers=8)
+    before, covariances = models.count_parameters(model)["backbone"], importance.gradient_covariances(model, windows)
+    table = search.cost_table(model, windows, covariances, QUICK)
+    plan = dataclasses.replace(table, layers=np.zeros(8)).plan(0.7)
+    refit.sweep(model, plan, windows, QUICK, covariances=covariances)
+    assert len(model.model.layers) <= 3
+    assert 0 <= before - models.count_parameters(model)["backbone"] - 0.7 * before < table.prices[0][1]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0])

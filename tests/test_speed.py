@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import kv_heads, small_config, small_model
+from conftest import biased_model, kv_heads, small_config, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -214,6 +214,18 @@ def test_uniform_shape_keeps_what_was_asked(kept):
     share = (counts["backbone"] / dense["backbone"]) * 8
     assert abs(cut.num_key_value_heads - max(1, share)) <= 0.5
     assert config.num_key_value_heads == 8  # the config that was given is left alone
+
+
+def test_uniform_shape_with_biases():
+    """Of a model that was pruned unevenly: its own groups are what is cut, and output biases stay."""
+    model = biased_model(num_key_value_heads=8)
+    for index, width in enumerate((4, 7, 24)):
+        surgery.keep_groups(model, index, range(index + 1))
+        surgery.keep_channels(model, index, range(width))
+    cut = models.random_model(speed.uniform_shape(model.config, 0.9), device="meta")
+    counts, dense = models.count_parameters(cut), models.count_parameters(model)
+    assert abs(counts["total"] - 0.9 * dense["total"]) <= 3 * (3 * 32 + 2) / 2
+    assert (models.layer_shapes(cut)["num_key_value_heads"] == 2).all()
 
 
 def test_uniform_shape_of_an_uneven_model_runs_and_multiples_are_kept(model, windows, logits_of):
