@@ -30,7 +30,7 @@ from gqalib.errors import InputError
 from gqalib.models import load_model, load_tokenizer, save_model
 from gqalib.parallel import is_one_of_several, total_over_ranks
 from gqalib.presets import Preset, Recovery
-from gqalib.progress import Progress, digest, library_hash
+from gqalib.progress import Progress, digest, library_hash, onto_disk
 
 
 def finetune_lora(
@@ -253,6 +253,7 @@ def into_folder(out: Path) -> tuple[Path, Callable[[nn.Module, PreTrainedTokeniz
     def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         shutil.rmtree(training / "merged", ignore_errors=True)  # of one that was killed
         save_model(model, tokenizer, training / "merged")
+        onto_disk(training / "merged")
         os.rename(training / "merged", out)
         shutil.rmtree(training)
 
