@@ -44,7 +44,7 @@ SKIPPED_FOLDERS = {"test", "tests", "_tests", "testing", "lib2to3", "site-packag
 HELD_OUT_ONE_IN = 25  # one file in 25 is validation text, another one test text
 SPREAD = 32  # a sample is drawn from so many times its own length of text
 RANDOM_DOCUMENTS, RANDOM_WORDS, RANDOM_VOCABULARY = 2**15, 2**9, 2**9  # 16.8M words a split, of the words that every shape knows
-CHARACTERS_PER_TOKEN = 16  # more than any text has: so much of a running text is read for a number of tokens
+CHARACTERS_PER_TOKEN = 6  # as much of a running text is encoded at first, and twice as much where that is too little
 DATASETS = {  # name: (hub path, configuration, text column)
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
     "c4": ("allenai/c4", "en", "text"),
@@ -229,13 +229,18 @@ def token_ids(documents: Iterator[str], tokenizer, num_tokens: int | None = None
 
 def running_text_ids(documents: Iterator[str], tokenizer, num_tokens: int) -> torch.Tensor:
     """Token ids of one text, its parts joined by a blank line and encoded in one piece, as LLM-Pruner and GPTQ read WikiText-2."""
-    parts, num_characters = [], 0
+    parts, num_characters, enough = [], 0, CHARACTERS_PER_TOKEN * num_tokens
     for part in documents:
         parts.append(part)
         num_characters += len(part)
-        if num_characters > CHARACTERS_PER_TOKEN * num_tokens:
-            break
-    return torch.tensor(_encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)[:num_tokens], dtype=torch.long)
+        if num_characters > enough:
+            ids = _encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)
+            if len(ids) > num_tokens + 1:  # the last token may be another if the text goes on, and a mark may follow it
+                break
+            enough *= 2
+    else:
+        ids = _encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)
+    return torch.tensor(ids[:num_tokens], dtype=torch.long)
 
 
 def windows(ids: torch.Tensor, length: int, source: str = "the text") -> torch.Tensor:
@@ -361,7 +366,7 @@ def _hub_documents(corpus: str, split: str) -> Iterator[str]:
 def is_running_text(corpus: str) -> bool:
     """Whether the corpus is one text in rows or paragraphs; otherwise its documents stand for themselves."""
     if not corpus.startswith("file:"):
-        return corpus in DATASETS
+        return corpus == "wikitext2"
     path = corpus_path(corpus)
     return path.suffix not in JSON and END_OF_DOCUMENT not in path.read_text(encoding="utf-8")
 

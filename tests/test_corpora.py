@@ -81,8 +81,23 @@ def test_running_text_is_encoded_in_one_piece(tmp_path):
     paragraphs, stories = tmp_path / "a.txt", tmp_path / "b.txt"
     paragraphs.write_text("one\n\ntwo")
     stories.write_text("one<|endoftext|>two")
-    kinds = [corpora.is_running_text(name) for name in ("wikitext2", f"file:{paragraphs}", f"file:{stories}", "python-docs")]
-    assert kinds == [True, True, False, False]
+    names = ("wikitext2", f"file:{paragraphs}", f"file:{stories}", "python-docs", "c4")
+    assert [corpora.is_running_text(name) for name in names] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(("word", "most"), [("four", 6), ("a word of many letters".replace(" ", ""), 24)])
+def test_no_more_of_a_running_text_is_encoded_than_its_tokens_need(word, most, monkeypatch):
+    encoded, encode = [], corpora._encode
+    monkeypatch.setattr(corpora, "_encode", lambda _, text, **how: encoded.append(len(text)) or encode(_, text, **how))
+    ids = corpora.running_text_ids(iter([f"{word} {word}"] * 9999), Words(99), 1000)
+    assert ids.tolist() == [99] + [1 + len(word)] * 999 and max(encoded) < 1.3 * most * 1000
+
+
+def test_documents_of_c4_stand_for_themselves(monkeypatch):
+    rows = ({"text": f"{'x' * i} end"} for i in range(1, 99))
+    monkeypatch.setattr("datasets.load_dataset", lambda *where, **how: rows)
+    assert corpora.training_windows("c4", Words(99), 3, 6).tolist() == [[99, 2, 4], [99, 3, 4]]
+    assert next(rows)["text"] == "xxx end"  # no more of them was read
 
 
 def test_file_corpus_splits_in_order(tmp_path):
