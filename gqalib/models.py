@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gqalib.errors import InputError
 from gqalib.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
@@ -54,10 +54,15 @@ def _check_folder(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} has no readable config.json: give a folder written by save_pretrained") from error
-    if config.get("model_type") not in (LlamaConfig.model_type, GqaLlamaConfig.model_type):
-        raise InputError(f"{folder} is a {config.get('model_type')!r} model, no Llama: only Llama models can be pruned here")
+    _check_config(folder, config)
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no *.safetensors (pickled weights are not read): save it again as safetensors")
+
+
+def _check_config(model: str | Path, config: dict) -> None:
+    kind = config.get("model_type")
+    if kind not in (LlamaConfig.model_type, GqaLlamaConfig.model_type):
+        raise InputError(f"{model} is a {kind!r} model, no Llama: only Llama models can be pruned here")
 
 
 def resolve_device(device: str) -> str:
@@ -70,6 +75,8 @@ def resolve_device(device: str) -> str:
 def load_config(model: str) -> GqaLlamaConfig:
     """The configuration of a folder, hub id or shape.
 
+    A plain Llama's is read as ours at once: transformers would refuse heads that do not divide `hidden_size`.
+
     Raises:
         InputError: it cannot be had, or is no Llama's.
     """
@@ -77,14 +84,11 @@ def load_config(model: str) -> GqaLlamaConfig:
     if source.startswith(SHAPE):
         return shape_config(source)
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:  # a hub id that is absent, gated or out of reach, or a config that cannot be
+        data, _ = GqaLlamaConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:  # a hub id that is absent, gated or out of reach
         raise InputError(_why_not(model, error)) from error
-    if config.model_type == LlamaConfig.model_type:
-        return to_gqa_config(config)
-    if config.model_type != GqaLlamaConfig.model_type:
-        raise InputError(f"{model} is a {config.model_type!r} model, no Llama: only Llama models can be pruned here")
-    return config
+    _check_config(model, data)
+    return GqaLlamaConfig(**{k: v for k, v in data.items() if k not in ("model_type", "architectures", "auto_map")})
 
 
 def _why_not(model: str, error: BaseException) -> str:
@@ -133,12 +137,6 @@ def _check_weights(model: str, found: dict) -> None:
         raise InputError(f"the weights of {model} are of another configuration ({wrong[0]}): give the config.json that was saved with them")
 
 
-def to_gqa_config(config: LlamaConfig) -> GqaLlamaConfig:
-    """The same shape as a `GqaLlamaConfig`."""
-    data = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    return GqaLlamaConfig(**data)
-
-
 def shape_config(name: str) -> GqaLlamaConfig:
     """The configuration that `shape:NAME` stands for.
 
@@ -167,7 +165,10 @@ def random_model(config: GqaLlamaConfig, dtype: str = "float32", device: str = "
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; a padding token is set where there is none. A shape's has a word `w7` for token 7."""
     source = check_model(str(model))
-    tokenizer = _word_tokenizer(shape_config(source).vocab_size) if source.startswith(SHAPE) else AutoTokenizer.from_pretrained(source)
+    if source.startswith(SHAPE):
+        tokenizer = _word_tokenizer(shape_config(source).vocab_size)
+    else:  # a tokenizer depends on the kind of model alone, and transformers would check the folder's own head counts
+        tokenizer = AutoTokenizer.from_pretrained(source, config=LlamaConfig(name_or_path=source))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -41,6 +41,21 @@ def test_is_llama(windows, tmp_path):
     assert torch.equal(loaded(windows).logits, llama(windows).logits)
 
 
+def edit(folder, **changes):
+    """Change values of a folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_llama_whose_heads_do_not_divide_its_hidden_size(windows, tokenizer, tmp_path):
+    """transformers refuses it as a Llama, and its tokenizer, too, although `head_dim` is given."""
+    llama = small_model(hidden_size=64, num_attention_heads=12, num_key_value_heads=4, head_dim=8)
+    models.save_model(llama, tokenizer, tmp_path)
+    edit(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"], auto_map={})
+    assert torch.equal(models.load_model(str(tmp_path), device="cpu")(windows).logits, llama(windows).logits)
+    assert models.load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+
+
 def test_save_load_same_logits(uneven, logits_of, tokenizer, tmp_path):
     models.save_model(uneven, tokenizer, tmp_path)
     for loaded in (models.load_model(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
@@ -144,8 +159,7 @@ def test_folders_that_are_no_model(tmp_path, config, files, says):
 )
 def test_weights_of_another_configuration(changes, says, tokenizer, tmp_path):
     models.save_model(small_model(), tokenizer, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"per_layer_config": None} | changes
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    edit(tmp_path, per_layer_config=None, **changes)
     with pytest.raises(InputError, match=f"of another configuration .*{says}.*: give the config.json that was saved with them"):
         models.load_model(str(tmp_path))
 
@@ -171,10 +185,10 @@ def test_hub_models_that_cannot_be_had(cause, says, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(models.GqaLlamaForCausalLM, "from_pretrained", refuse)
-        patch.setattr(models.AutoConfig, "from_pretrained", lambda source: small_config())
+        patch.setattr(models.GqaLlamaConfig, "get_config_dict", lambda source: (small_config().to_dict(), {}))
         with pytest.raises(InputError, match=says):
             models.load_model("a/b")
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(models.GqaLlamaConfig, "get_config_dict", refuse)
     with pytest.raises(InputError, match=says) as caught:
         models.load_model("a/b")
     assert "\n" not in str(caught.value)
