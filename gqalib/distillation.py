@@ -30,7 +30,7 @@ from gqalib import memory, training
 from gqalib.attention import attention_implementation
 from gqalib.corpora import training_windows
 from gqalib.errors import InputError
-from gqalib.models import load_model, load_tokenizer, resolve_device
+from gqalib.models import load_model, load_tokenizer, resolve_device, to_device
 from gqalib.parallel import in_shards, is_in_shards, is_one_of_several, processes, rank_and_size, wait_for_all
 from gqalib.perplexity import NO_LABEL, kl_divergence
 from gqalib.presets import Distillation, Preset
@@ -297,7 +297,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     text = training_windows(preset.corpus, tokenizer, length, settings.num_tokens)
     with processes(resolve_device(preset.device)) as place, nullcontext() if several else _stage(student, teacher, length, settings):
         is_main = rank_and_size()[0] == 0
-        log = distill(student, teacher.to(place) if several else teacher, text, settings, folder)
+        log = distill(student, to_device(teacher, place) if several else teacher, text, settings, folder)
     if is_main:
         trained = trained_student(load_model(source, dtype, "cpu"), settings, folder)
         save(trained.to(getattr(torch, preset.dtype)), tokenizer)

@@ -1,4 +1,7 @@
-"""The one exception that means "your input, not our code"."""
+"""The one exception that means "your input, not our code", and the doors at which other exceptions become one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -6,3 +9,20 @@ class InputError(ValueError):
 
     The command line prints it and exits with status 2; a notebook shows it as an ordinary exception.
     """
+
+
+@contextmanager
+def one_sentence(what: str, fix: str) -> Iterator[None]:
+    """Whatever fails inside, whoever raises it, ends as "what (reason): fix"; an `InputError` passes as it is."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} ({reason(error)}): {fix}") from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an exception says, and of what that line announces."""
+    said = getattr(error, "strerror", None) or str(error).replace(":\n", ": ") or type(error).__name__
+    return " ".join(said.splitlines()[0].split()).rstrip(".")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, one_sentence, reason
 from gqalib.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
 
 REPOSITORY = Path(__file__).parent.parent
@@ -50,11 +51,8 @@ def check_model(model: str) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} has no readable config.json: give a folder written by save_pretrained") from error
-    _check_config(folder, config)
+    with one_sentence(f"{folder} has no readable config.json", "give a folder written by save_pretrained"):
+        _check_config(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no *.safetensors (pickled weights are not read): save it again as safetensors")
 
@@ -63,6 +61,9 @@ def _check_config(model: str | Path, config: dict) -> None:
     kind = config.get("model_type")
     if kind not in (LlamaConfig.model_type, GqaLlamaConfig.model_type):
         raise InputError(f"{model} is a {kind!r} model, no Llama: only Llama models can be pruned here")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "bitsandbytes")
+        raise InputError(f"{model} is quantized ({method}): give the model that it was made from")
 
 
 def resolve_device(device: str) -> str:
@@ -85,10 +86,11 @@ def load_config(model: str) -> GqaLlamaConfig:
         return shape_config(source)
     try:
         data, _ = GqaLlamaConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:  # a hub id that is absent, gated or out of reach
-        raise InputError(_why_not(model, error)) from error
-    _check_config(model, data)
-    return GqaLlamaConfig(**{k: v for k, v in data.items() if k not in ("model_type", "architectures", "auto_map")})
+    except Exception as error:  # a hub id that is absent, gated or out of reach
+        raise InputError(_why_not(source, error)) from error
+    with one_sentence(f"the config.json of {model} is no Llama's", "correct it"):
+        _check_config(model, data)
+        return GqaLlamaConfig(**{k: v for k, v in data.items() if k not in ("model_type", "architectures", "auto_map")})
 
 
 def _why_not(model: str, error: BaseException) -> str:
@@ -100,8 +102,10 @@ def _why_not(model: str, error: BaseException) -> str:
         return f"model {model} is gated: ask for access on its page, then log in with `hf auth login`, or give a folder that holds it"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return f"model {model} is not on the hub, or private: check the name, log in with `hf auth login`, or give a folder"
-    reason = str(error).splitlines()[0].rstrip(".")
-    return f"model {model} cannot be loaded ({reason}): connect, log in with `hf auth login` if it is gated, or give a folder"
+    fix = "check its files, or save it again"
+    if not Path(model).is_dir():
+        fix = "connect, log in with `hf auth login` if it is gated, or give a folder"
+    return f"model {model} cannot be loaded ({reason(error)}): {fix}"
 
 
 def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwargs) -> GqaLlamaForCausalLM:
@@ -119,13 +123,27 @@ def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwarg
     if source.startswith(SHAPE):
         kwargs.pop("device_map", None)
         return random_model(config, dtype, device, **kwargs)
-    options = {"config": config, "dtype": getattr(torch, dtype), "ignore_mismatched_sizes": True, "output_loading_info": True, **kwargs}
+    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True, **kwargs}
     try:
         loaded, found = GqaLlamaForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:  # the configuration is public, the weights are not
-        raise InputError(_why_not(model, error)) from error
+    except Exception as error:  # the configuration is public, the weights are not; half a file; no room
+        raise InputError(_why_not(source, error)) from error
     _check_weights(model, found)
-    return (loaded if "device_map" in kwargs else loaded.to(resolve_device(device))).eval()
+    return (loaded if "device_map" in kwargs else to_device(loaded, device)).eval()
+
+
+def to_device(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """The model on this device, in place.
+
+    Raises:
+        InputError: there is no such device, or no room on it.
+    """
+    with _at(device):
+        return model.to(resolve_device(device))
+
+
+def _at(device: str | torch.device) -> AbstractContextManager:
+    return one_sentence(f"the model cannot be put on {device}", "give a device that is there and has room, or cpu")
 
 
 def _check_weights(model: str, found: dict) -> None:
@@ -156,19 +174,25 @@ def random_model(config: GqaLlamaConfig, dtype: str = "float32", device: str = "
     The same seed gives the same weights on the same kind of device; torch's own generators are left as they were. On the device
     `meta` it has shapes only, and takes no memory.
     """
-    device = torch.device(resolve_device(device))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
-        torch.manual_seed(seed)
-        return GqaLlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype), **kwargs).eval()
+    with _at(device):
+        device = torch.device(resolve_device(device))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+            torch.manual_seed(seed)
+            return GqaLlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype), **kwargs).eval()
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; a padding token is set where there is none. A shape's has a word `w7` for token 7."""
+    """The tokenizer beside a model; a padding token is set where there is none. A shape's has a word `w7` for token 7.
+
+    Raises:
+        InputError: there is none that can be read.
+    """
     source = check_model(str(model))
     if source.startswith(SHAPE):
         tokenizer = _word_tokenizer(shape_config(source).vocab_size)
     else:  # a tokenizer depends on the kind of model alone, and transformers would check the folder's own head counts
-        tokenizer = AutoTokenizer.from_pretrained(source, config=LlamaConfig(name_or_path=source))
+        with one_sentence(f"the tokenizer of {model} cannot be loaded", "put tokenizer.json beside the weights"):
+            tokenizer = AutoTokenizer.from_pretrained(source, config=LlamaConfig(name_or_path=source))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gqalib import InputError, cost, models, surgery
+from gqalib import InputError, cost, models, streaming, surgery
 
 
 @pytest.fixture
@@ -162,6 +162,50 @@ def test_weights_of_another_configuration(changes, says, tokenizer, tmp_path):
     edit(tmp_path, per_layer_config=None, **changes)
     with pytest.raises(InputError, match=f"of another configuration .*{says}.*: give the config.json that was saved with them"):
         models.load_model(str(tmp_path))
+
+
+def torn(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is quantized \(gptq\): give the model that it"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"is quantized \(awq\): give the model"),
+        ({"quantization_config": {"load_in_4bit": True}}, r"is quantized \(bitsandbytes\): give the model"),
+        ({"rms_norm_eps": 1}, r"no Llama's \(.*'rms_norm_eps': .* expected float, got int \(value: 1\)\): correct it"),
+        ({"num_attention_heads": 0, "head_dim": None}, r"is no Llama's \(.*\): correct it"),
+        ({"num_key_value_heads": 3}, r"is no Llama's \(.* layer 0 has 8 query heads, 3 KV heads .*\): correct it"),
+        (torn, r"cannot be loaded \(.* incomplete metadata.*\): check its files, or save it again"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"no readable config.json \(.*\): give a folder"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xe9"), r"no readable config.json \(.*\): give"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer of .* cannot be loaded \(.+\): put token"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), r"tokenizer of .* cannot be loaded \(.+\): put"),
+    ],
+)
+def test_whatever_cannot_be_loaded_is_one_sentence(damage, says, tokenizer, tmp_path):
+    models.save_model(small_model(), tokenizer, tmp_path)
+    edit(tmp_path, **damage) if isinstance(damage, dict) else damage(tmp_path)
+    with pytest.raises(InputError, match=says) as caught:
+        models.load_tokenizer(str(tmp_path)), models.load_model(str(tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["mtia:9", "nonsense"])
+def test_a_device_that_cannot_be_had(device, logits_of):
+    model = small_model()
+    expected = logits_of(model)
+    uses = [
+        lambda: models.to_device(model, device),
+        lambda: models.load_model("shape:tiny", device=device),
+        lambda: streaming.streamed(model, device).__enter__(),
+    ]
+    for use in uses:
+        with pytest.raises(InputError, match=rf"^the model cannot be put on {device} \(.+\): give a device .*$"):
+            use()
+    assert torch.equal(logits_of(model), expected)
 
 
 def hub_error(kind):
