@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, one_sentence, read_text
 from gqalib.models import REPOSITORY
 
 SPLITS = ("train", "validation", "test")
@@ -334,10 +334,8 @@ def _continued(documents: Iterator[str]) -> Iterator[dict[str, str]]:
 
 def _alpaca(name: str, split: str) -> list[dict]:
     if name.startswith("file:"):
-        return _part(_json_rows(corpus_path(name)), split)
-    from datasets import load_dataset
-
-    return _part(load_dataset("yahma/alpaca-cleaned", split="train"), split)
+        return _part(_json_rows(corpus_path(name), {"instruction", "output"}), split)
+    return _part(list(_hub_rows("instructions", "yahma/alpaca-cleaned", split="train")), split)
 
 
 def _alpaca_row(row: dict) -> dict[str, str]:
@@ -350,17 +348,22 @@ def _alpaca_row(row: dict) -> dict[str, str]:
 
 
 def _hub_documents(corpus: str, split: str) -> Iterator[str]:
+    path, configuration, column = DATASETS[corpus]
+    if corpus == "c4" and split == "test":
+        split = "validation"  # C4 has no test split
+    return (row[column] for row in _hub_rows("corpus", path, configuration, split=split, streaming=corpus == "c4"))
+
+
+def _hub_rows(what: str, path: str, *where: str, **options) -> Iterator[dict]:
+    """Rows of a dataset, which the first of them may bring from the hub.
+
+    Raises:
+        InputError: it, or a row of it, cannot be had.
+    """
     from datasets import load_dataset
 
-    path, configuration, column = DATASETS[corpus]
-    try:
-        if corpus == "c4":  # training and validation shards are streamed; C4 has no test split
-            rows = load_dataset(path, configuration, split="train" if split == "train" else "validation", streaming=True)
-        else:
-            rows = load_dataset(path, configuration, split=split)
-    except (ConnectionError, FileNotFoundError, ValueError) as error:
-        raise InputError(f"corpus {corpus} cannot be loaded ({error}): connect, or give file:PATH") from error
-    return (row[column] for row in rows)
+    with one_sentence(f"{what} {path} cannot be loaded", "connect, or give file:PATH"):
+        yield from load_dataset(path, *where, **options)
 
 
 def is_running_text(corpus: str) -> bool:
@@ -368,7 +371,7 @@ def is_running_text(corpus: str) -> bool:
     if not corpus.startswith("file:"):
         return corpus == "wikitext2"
     path = corpus_path(corpus)
-    return path.suffix not in JSON and END_OF_DOCUMENT not in path.read_text(encoding="utf-8")
+    return path.suffix not in JSON and END_OF_DOCUMENT not in read_text(path, "corpus file")
 
 
 def _split_file(path: Path, split: str) -> list[str]:
@@ -376,9 +379,10 @@ def _split_file(path: Path, split: str) -> list[str]:
     if not path.is_file():
         raise InputError(f"corpus file {path} does not exist: give file:PATH of a text, JSON or JSONL file")
     if path.suffix in JSON:
-        documents = [row["text"] if "text" in row else f"{row['instruction']}\n{row['output']}" for row in _json_rows(path)]
+        rows = _json_rows(path, {"text"}, {"instruction", "output"})
+        documents = [row["text"] if _has(row, {"text"}) else f"{row['instruction']}\n{row['output']}" for row in rows]
     else:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, "corpus file")
         documents = text.split(END_OF_DOCUMENT) if END_OF_DOCUMENT in text else re.split(r"\n\s*\n", text)
     documents = [document.strip() for document in documents if document.strip()]
     if not documents:
@@ -391,16 +395,19 @@ def _part(rows, split: str) -> list:
     return [rows[i] for i in range(len(rows) * first // 100, len(rows) * last // 100)]
 
 
-def _json_rows(path: Path) -> list[dict]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as {path.suffix or 'JSON'} rows: {error}") from error
-    needed = ({"text"}, {"instruction", "output"})
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and any(n <= r.keys() for n in needed) for r in rows):
-        raise InputError(f"{path} must hold rows with a field text, or with instruction and output")
+def _json_rows(path: Path, *fields: set[str]) -> list[dict]:
+    text = read_text(path, "file")
+    with one_sentence(f"{path} cannot be read as {path.suffix or 'JSON'} rows", "correct it"):
+        whole = path.suffix == ".json"
+        rows = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+    if not isinstance(rows, list) or not all(any(_has(row, names) for names in fields) for row in rows):
+        needed = " or ".join(" and ".join(sorted(names)) for names in fields)
+        raise InputError(f"{path} must hold rows with text in the fields {needed}")
     return rows
+
+
+def _has(row: object, fields: set[str]) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(name), str) for name in fields)
 
 
 def _encode(tokenizer, text: str, add_special_tokens: bool) -> list[int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -20,6 +21,16 @@ def one_sentence(what: str, fix: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{what} ({reason(error)}): {fix}") from error
+
+
+def read_text(path: Path, what: str) -> str:
+    """A user's file of UTF-8 text, with or without a byte order mark.
+
+    Raises:
+        InputError: it cannot be read, or is in another encoding.
+    """
+    with one_sentence(f"{what} {path} cannot be read", "give a text file in UTF-8"):
+        return Path(path).read_text(encoding="utf-8-sig")
 
 
 def reason(error: Exception) -> str:
