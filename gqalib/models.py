@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import find_adapter_config_file
 
 from gqalib.errors import InputError, one_sentence, reason
 from gqalib.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
@@ -86,8 +87,11 @@ def load_config(model: str) -> GqaLlamaConfig:
         return shape_config(source)
     try:
         data, _ = GqaLlamaConfig.get_config_dict(source)
+        adapter = find_adapter_config_file(source)
     except Exception as error:  # a hub id that is absent, gated or out of reach
         raise InputError(_why_not(source, error)) from error
+    if adapter:  # from_pretrained would put it on top of the weights without a word
+        raise InputError(f"{model} holds an adapter beside its weights: remove {Path(adapter).name}, or merge the two")
     with one_sentence(f"the config.json of {model} is no Llama's", "correct it"):
         _check_config(model, data)
         return GqaLlamaConfig(**{k: v for k, v in data.items() if k not in ("model_type", "architectures", "auto_map")})

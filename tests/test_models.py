@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import kv_heads, small_config, small_model
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from peft import get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gqalib import InputError, cost, models, streaming, surgery
+from gqalib import InputError, cost, models, recovery, streaming, surgery
 
 
 @pytest.fixture
@@ -162,6 +163,19 @@ def test_weights_of_another_configuration(changes, says, tokenizer, tmp_path):
     edit(tmp_path, per_layer_config=None, **changes)
     with pytest.raises(InputError, match=f"of another configuration .*{says}.*: give the config.json that was saved with them"):
         models.load_model(str(tmp_path))
+
+
+def test_an_adapter_beside_the_weights_is_no_part_of_the_model(tokenizer, logits_of, clone, tmp_path):
+    """transformers would put it on top without a word."""
+    model = small_model()
+    models.save_model(model, tokenizer, tmp_path)
+    with recovery._quiet():
+        get_peft_model(clone(model), recovery.lora_config(2, 4)).save_pretrained(tmp_path)
+    for load in (models.load_model, models.load_config):
+        with pytest.raises(InputError, match="an adapter beside its weights: remove adapter_config.json, or merge"):
+            load(str(tmp_path))
+    (tmp_path / "adapter_config.json").unlink()
+    assert torch.equal(logits_of(models.load_model(str(tmp_path), device="cpu")), logits_of(model))
 
 
 def torn(folder):
