@@ -70,7 +70,7 @@ def finetune_lora(
     run = {"settings": dataclasses.asdict(settings), "seed": seed, "start": digest(model, rows), "library": library_hash()}
     with args.main_process_first(local=False):
         state = Progress(_state(folder), run | {"processes": args.world_size})
-    with _quiet():
+    with _quiet(), _unchanged(model.config, model.generation_config):
         trainer = _trainer(model, tokenizer, rows, settings, args, checkpoint_s)
         log, adapter = state.load("log"), state.load("adapter")
         if log is None or adapter is None:
@@ -95,6 +95,18 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # trl's and peft's, about transformers
         yield
+
+
+@contextmanager
+def _unchanged(*configs: object) -> Iterator[None]:
+    """Afterwards they are as they came: trl writes into them, and transformers saves odd ones only if nobody has."""
+    before = [dict(vars(config)) for config in configs]
+    try:
+        yield
+    finally:
+        for config, values in zip(configs, before, strict=True):
+            vars(config).clear()
+            vars(config).update(values)
 
 
 def _state(folder: Path) -> Path:

@@ -71,6 +71,8 @@ def test_too_few_windows_for_the_processes(windows, monkeypatch):
 def test_scores_that_cannot_be(arguments, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "missing" / "scores.safetensors")]) == 2
     assert "does not exist" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder: give a file" in capsys.readouterr().err
     (tmp_path / "other.safetensors").write_text("nothing")
     with pytest.raises(InputError, match="holds no scores"):
         scoring.read(tmp_path / "other.safetensors")
