@@ -8,12 +8,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from gqalib.errors import InputError, one_sentence, reason
 from gqalib.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
@@ -88,13 +89,24 @@ def load_config(model: str) -> GqaLlamaConfig:
     try:
         data, _ = GqaLlamaConfig.get_config_dict(source)
         adapter = find_adapter_config_file(source)
+        tied = data.get("tie_word_embeddings", False) and not _has_own_head(source)
     except Exception as error:  # a hub id that is absent, gated or out of reach
         raise InputError(_why_not(source, error)) from error
     if adapter:  # from_pretrained would put it on top of the weights without a word
         raise InputError(f"{model} holds an adapter beside its weights: remove {Path(adapter).name}, or merge the two")
     with one_sentence(f"the config.json of {model} is no Llama's", "correct it"):
         _check_config(model, data)
-        return GqaLlamaConfig(**{k: v for k, v in data.items() if k not in ("model_type", "architectures", "auto_map")})
+        data = {key: value for key, value in data.items() if key not in ("model_type", "architectures", "auto_map")}
+        return GqaLlamaConfig(**data | {"tie_word_embeddings": tied})
+
+
+def _has_own_head(source: str) -> bool:
+    """Whether the weights, if they are on this machine, hold an lm_head that is not the embedding table."""
+    names, found = ("lm_head.weight", "model.embed_tokens.weight"), {}
+    for path in Path(cached_file(source, "config.json")).parent.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in set(names).intersection(file.keys())}
+    return len(found) == 2 and not torch.equal(*found.values())
 
 
 def _why_not(model: str, error: BaseException) -> str:
@@ -133,6 +145,7 @@ def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwarg
     except Exception as error:  # the configuration is public, the weights are not; half a file; no room
         raise InputError(_why_not(source, error)) from error
     _check_weights(model, found)
+    loaded.config.tie_word_embeddings = "lm_head.weight" in loaded.all_tied_weights_keys  # whatever config.json says
     return (loaded if "device_map" in kwargs else to_device(loaded, device)).eval()
 
 

@@ -178,6 +178,22 @@ def test_an_adapter_beside_the_weights_is_no_part_of_the_model(tokenizer, logits
     assert torch.equal(logits_of(models.load_model(str(tmp_path), device="cpu")), logits_of(model))
 
 
+@pytest.mark.parametrize("same", [False, True], ids=["own lm_head", "the table twice"])
+def test_what_the_weights_tie_is_tied_whatever_the_configuration_says(same, tokenizer, windows, tmp_path):
+    """So that counts on paper are those of the model."""
+    model = small_model(tie_word_embeddings=False)
+    if same:
+        model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
+    models.save_model(model, tokenizer, tmp_path)
+    edit(tmp_path, tie_word_embeddings=True)
+    loaded, config = models.load_model(str(tmp_path), device="cpu"), models.load_config(str(tmp_path))
+    on_paper = models.random_model(config, device="meta")
+    assert torch.equal(loaded(windows).logits, model(windows).logits)
+    assert loaded.config.tie_word_embeddings == config.tie_word_embeddings == same
+    for count in (models.count_parameters, cost.weight_bytes, cost.step_bytes):
+        assert count(on_paper) == count(loaded)
+
+
 def torn(folder):
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -241,9 +257,10 @@ def test_hub_models_that_cannot_be_had(cause, says, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("first line.\nsecond line") from cause
 
+    untied = small_config(tie_word_embeddings=False)
     with monkeypatch.context() as patch:
         patch.setattr(models.GqaLlamaForCausalLM, "from_pretrained", refuse)
-        patch.setattr(models.GqaLlamaConfig, "get_config_dict", lambda source: (small_config().to_dict(), {}))
+        patch.setattr(models.GqaLlamaConfig, "get_config_dict", lambda source: (untied.to_dict(), {}))
         with pytest.raises(InputError, match=says):
             models.load_model("a/b")
     monkeypatch.setattr(models.GqaLlamaConfig, "get_config_dict", refuse)
