@@ -30,6 +30,7 @@ import torch
 
 from gqalib.errors import InputError, one_sentence, read_text
 from gqalib.models import REPOSITORY
+from gqalib.perplexity import NO_LABEL
 
 SPLITS = ("train", "validation", "test")
 JSON = (".json", ".jsonl")
@@ -314,6 +315,28 @@ def instructions(name: str, split: str, corpus: str, num_rows: int | None = None
     else:
         raise InputError(f"unknown instructions {name!r}: use python-docs, alpaca-cleaned, corpus or file:PATH")
     return list(itertools.islice(rows, num_rows))
+
+
+def examples(rows: list[dict[str, str]], tokenizer, max_length: int) -> list[dict[str, list[int]]]:
+    """`input_ids` and `labels` of `prompt` / `completion` rows, labels on the completion and one end of text alone.
+
+    Raises:
+        InputError: no row has a prompt of less than `max_length` tokens.
+    """
+    found = [_example(row, tokenizer, max_length) for row in rows]
+    found = [example for example in found if set(example["labels"][1:]) - {NO_LABEL}]
+    if not found:
+        said = f"no row has a token of its completion within max_length = {max_length}"
+        raise InputError(f"{said}: give shorter prompts or more tokens")
+    return found
+
+
+def _example(row: dict[str, str], tokenizer, max_length: int) -> dict[str, list[int]]:
+    """Encoded in one piece; the completion begins where the prompt alone, perhaps with an end mark, differs."""
+    prompt, ids = (_encode(tokenizer, text, True) for text in (row["prompt"], row["prompt"] + row["completion"]))
+    begin = next((i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other), len(prompt))
+    ids += [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
+    return {"input_ids": ids[:max_length], "labels": ([NO_LABEL] * begin + ids[begin:])[:max_length]}
 
 
 def _described(split: str) -> Iterator[dict[str, str]]:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from gqalib import memory
-from gqalib.corpora import instructions
+from gqalib.corpora import examples, instructions
 from gqalib.errors import InputError
 from gqalib.models import load_model, load_tokenizer, save_model
 from gqalib.parallel import is_one_of_several, total_over_ranks
@@ -60,18 +60,20 @@ def finetune_lora(
         The model with its adapter, and the training log: `step`, `tokens`, `loss` (nats per token), `learning_rate`, `seconds`.
 
     Raises:
-        InputError: no rows, accumulation that the number of processes does not divide, or the loss became infinite or NaN.
+        InputError: no rows, or none whose prompt is short enough, accumulation that the number of processes does not
+            divide, or the loss became infinite or NaN.
     """
     if not rows:
         raise InputError("there are no rows to learn from: give instructions with at least one prompt and completion")
     rows = rows[: settings.num_examples]
+    encoded = examples(rows, tokenizer, settings.max_length)
     args = _arguments(settings, _state(folder), seed, model.device)
     args.gradient_accumulation_steps = _share(settings.gradient_accumulation_steps, args.world_size)
     run = {"settings": dataclasses.asdict(settings), "seed": seed, "start": digest(model, rows), "library": library_hash()}
     with args.main_process_first(local=False):
         state = Progress(_state(folder), run | {"processes": args.world_size})
     with _quiet(), _unchanged(model.config, model.generation_config):
-        trainer = _trainer(model, tokenizer, rows, settings, args, checkpoint_s)
+        trainer = _trainer(model, tokenizer, encoded, settings, args, checkpoint_s)
         log, adapter = state.load("log"), state.load("adapter")
         if log is None or adapter is None:
             _go_on(trainer)
@@ -162,11 +164,11 @@ class _Checkpoints(TrainerCallback):
         self.saved = time.monotonic()
 
 
-def _trainer(model, tokenizer, rows, settings: Recovery, args: SFTConfig, checkpoint_s: float) -> SFTTrainer:
+def _trainer(model, tokenizer, encoded, settings: Recovery, args: SFTConfig, checkpoint_s: float) -> SFTTrainer:
     trainer = SFTTrainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(encoded),
         processing_class=tokenizer,
         peft_config=lora_config(settings.lora_r, settings.lora_alpha, settings.lora_dropout),
     )
@@ -194,7 +196,6 @@ def _arguments(settings: Recovery, folder: Path, seed: int, device: torch.device
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         max_length=settings.max_length,
         report_to=settings.report_to,
-        completion_only_loss=True,
         packing=False,  # right only with FlashAttention
         activation_checkpointing=False,
         bf16=False,  # the weights' own dtype decides

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from conftest import small_model
+from test_distillation import marked
 
 from gqalib import InputError, recovery, surgery
 from gqalib.models import load_model, save_model
@@ -83,6 +84,20 @@ def test_what_came_in_odd_goes_out_as_it_came(tokenizer, settings, tmp_path):
     saved = json.loads((tmp_path / "out" / generation).read_text())
     assert {key: saved[key] for key in saved.keys() - {"transformers_version", "_from_model_config"}} == odd
     assert (tmp_path / "out" / config).read_text() == (tmp_path / "model" / config).read_text()
+
+
+def test_an_end_mark_stands_at_the_end_alone(tokenizer, settings, tmp_path, monkeypatch):
+    seen, one_end = [], {"input_ids": [1, 2, 3, 4, 5, 6, 7, 0], "labels": [-100] * 3 + [4, 5, 6, 7, 0]}
+    monkeypatch.setattr(recovery, "_go_on", lambda trainer: seen.extend(trainer.train_dataset))
+    monkeypatch.setattr(recovery, "_log", lambda trainer: [])
+    recovery.finetune_lora(small_model(), marked(tokenizer), ROWS, settings, tmp_path)
+    assert [{key: row[key] for key in one_end} for row in seen] == [one_end] * 16
+
+
+def test_prompts_that_are_too_long(tokenizer, settings, tmp_path):
+    with pytest.raises(InputError, match="no row has a token of its completion within max_length = 2"):
+        recovery.finetune_lora(small_model(), tokenizer, ROWS, dataclasses.replace(settings, max_length=2), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_rows(tokenizer, settings, tmp_path):
