@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import random
 import re
 import sysconfig
@@ -434,4 +435,9 @@ def _has(row: object, fields: set[str]) -> bool:
 
 
 def _encode(tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    last, rows = max(ids, default=0), getattr(tokenizer, "num_rows", math.inf)
+    if last >= rows:
+        token = f"{tokenizer.convert_ids_to_tokens(last)!r}, token {last}"
+        raise InputError(f"the text has {token}, but the model's embeddings end at {rows - 1}: take it out of the text")
+    return ids

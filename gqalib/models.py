@@ -97,7 +97,10 @@ def load_config(model: str) -> GqaLlamaConfig:
     with one_sentence(f"the config.json of {model} is no Llama's", "correct it"):
         _check_config(model, data)
         data = {key: value for key, value in data.items() if key not in ("model_type", "architectures", "auto_map")}
-        return GqaLlamaConfig(**data | {"tie_word_embeddings": tied})
+        config = GqaLlamaConfig(**data | {"tie_word_embeddings": tied})
+    if config.pad_token_id not in range(config.vocab_size):
+        config.pad_token_id = None
+    return config
 
 
 def _has_own_head(source: str) -> bool:
@@ -199,19 +202,25 @@ def random_model(config: GqaLlamaConfig, dtype: str = "float32", device: str = "
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; a padding token is set where there is none. A shape's has a word `w7` for token 7.
+    """The tokenizer beside a model, which knows the model's `num_rows`. A shape's has a word `w7` for token 7.
+
+    The end of a text is its padding token where it has none, or one without a row in the embedding table.
 
     Raises:
-        InputError: there is none that can be read.
+        InputError: there is none that can be read, or none with an end of text.
     """
-    source = check_model(str(model))
+    source, rows = check_model(str(model)), load_config(model).vocab_size
     if source.startswith(SHAPE):
-        tokenizer = _word_tokenizer(shape_config(source).vocab_size)
+        tokenizer = _word_tokenizer(rows)
     else:  # a tokenizer depends on the kind of model alone, and transformers would check the folder's own head counts
         with one_sentence(f"the tokenizer of {model} cannot be loaded", "put tokenizer.json beside the weights"):
             tokenizer = AutoTokenizer.from_pretrained(source, config=LlamaConfig(name_or_path=source))
-    if tokenizer.pad_token is None:
+    if tokenizer.eos_token_id not in range(rows):
+        why = f"eos_token = {tokenizer.eos_token!r} is none of the {rows} that the model has embeddings for"
+        raise InputError(f"the tokenizer of {model} cannot end a text ({why}): correct its tokenizer_config.json")
+    if tokenizer.pad_token_id not in range(rows):
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.num_rows = rows
     return tokenizer
 
 

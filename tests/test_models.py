@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gqalib import InputError, cost, models, recovery, streaming, surgery
+from gqalib import InputError, corpora, cost, models, recovery, streaming, surgery
 
 
 @pytest.fixture
@@ -307,6 +307,35 @@ def test_a_pruned_shape_saves_and_loads(tmp_path):
     ids = torch.arange(20)[None]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert models.load_tokenizer(str(tmp_path))("w7 . w9")["input_ids"] == [7, 1, 9]
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_rows(tokenizer, tmp_path):
+    """The end of a text pads; a text with such a token, and an end without a row, is one sentence."""
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    models.save_model(small_model(vocab_size=2), tokenizer, tmp_path)
+    loaded = models.load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_token_id == 2 and loaded.pad_token_id == loaded.eos_token_id == 0
+    says = r"the text has '\[PAD\]', token 2, but the model's embeddings end at 1: take it out of the text"
+    for encode in (corpora.token_ids, lambda *text: corpora.running_text_ids(*text, 9)):
+        assert encode(iter(["a"]), loaded).max() < 2
+        with pytest.raises(InputError, match=says):
+            encode(iter(["a", "a[PAD]"]), loaded)
+    with pytest.raises(InputError, match=says):
+        corpora.examples([{"prompt": "a", "completion": "[PAD]"}], loaded, 9)
+    for mark in ("[PAD]", None):
+        tokenizer.eos_token = mark
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(InputError, match="cannot end a text .*: correct its tokenizer_config.json"):
+            models.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("pad", [61, -1])
+def test_a_padding_token_without_a_row_is_none(pad, tokenizer, logits_of, tmp_path):
+    model = small_model()
+    models.save_model(model, tokenizer, tmp_path)
+    edit(tmp_path, pad_token_id=pad)
+    loaded = models.load_model(str(tmp_path), device="cpu")
+    assert loaded.config.pad_token_id is None and torch.equal(logits_of(loaded), logits_of(model))
 
 
 def test_the_tokenizer_of_a_shape():
