@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import random
 import re
 import sysconfig
@@ -28,8 +29,9 @@ from pathlib import Path
 
 import torch
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, one_sentence, read_text
 from gqalib.models import REPOSITORY
+from gqalib.perplexity import NO_LABEL
 
 SPLITS = ("train", "validation", "test")
 JSON = (".json", ".jsonl")
@@ -44,7 +46,7 @@ SKIPPED_FOLDERS = {"test", "tests", "_tests", "testing", "lib2to3", "site-packag
 HELD_OUT_ONE_IN = 25  # one file in 25 is validation text, another one test text
 SPREAD = 32  # a sample is drawn from so many times its own length of text
 RANDOM_DOCUMENTS, RANDOM_WORDS, RANDOM_VOCABULARY = 2**15, 2**9, 2**9  # 16.8M words a split, of the words that every shape knows
-CHARACTERS_PER_TOKEN = 16  # more than any text has: so much of a running text is read for a number of tokens
+CHARACTERS_PER_TOKEN = 6  # as much of a running text is encoded at first, and twice as much where that is too little
 DATASETS = {  # name: (hub path, configuration, text column)
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
     "c4": ("allenai/c4", "en", "text"),
@@ -229,13 +231,18 @@ def token_ids(documents: Iterator[str], tokenizer, num_tokens: int | None = None
 
 def running_text_ids(documents: Iterator[str], tokenizer, num_tokens: int) -> torch.Tensor:
     """Token ids of one text, its parts joined by a blank line and encoded in one piece, as LLM-Pruner and GPTQ read WikiText-2."""
-    parts, num_characters = [], 0
+    parts, num_characters, enough = [], 0, CHARACTERS_PER_TOKEN * num_tokens
     for part in documents:
         parts.append(part)
         num_characters += len(part)
-        if num_characters > CHARACTERS_PER_TOKEN * num_tokens:
-            break
-    return torch.tensor(_encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)[:num_tokens], dtype=torch.long)
+        if num_characters > enough:
+            ids = _encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)
+            if len(ids) > num_tokens + 1:  # the last token may be another if the text goes on, and a mark may follow it
+                break
+            enough *= 2
+    else:
+        ids = _encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)
+    return torch.tensor(ids[:num_tokens], dtype=torch.long)
 
 
 def windows(ids: torch.Tensor, length: int, source: str = "the text") -> torch.Tensor:
@@ -311,6 +318,28 @@ def instructions(name: str, split: str, corpus: str, num_rows: int | None = None
     return list(itertools.islice(rows, num_rows))
 
 
+def examples(rows: list[dict[str, str]], tokenizer, max_length: int) -> list[dict[str, list[int]]]:
+    """`input_ids` and `labels` of `prompt` / `completion` rows, labels on the completion and one end of text alone.
+
+    Raises:
+        InputError: no row has a prompt of less than `max_length` tokens.
+    """
+    found = [_example(row, tokenizer, max_length) for row in rows]
+    found = [example for example in found if set(example["labels"][1:]) - {NO_LABEL}]
+    if not found:
+        said = f"no row has a token of its completion within max_length = {max_length}"
+        raise InputError(f"{said}: give shorter prompts or more tokens")
+    return found
+
+
+def _example(row: dict[str, str], tokenizer, max_length: int) -> dict[str, list[int]]:
+    """Encoded in one piece; the completion begins where the prompt alone, perhaps with an end mark, differs."""
+    prompt, ids = (_encode(tokenizer, text, True) for text in (row["prompt"], row["prompt"] + row["completion"]))
+    begin = next((i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other), len(prompt))
+    ids += [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
+    return {"input_ids": ids[:max_length], "labels": ([NO_LABEL] * begin + ids[begin:])[:max_length]}
+
+
 def _described(split: str) -> Iterator[dict[str, str]]:
     for name, path in source_files():
         if split_of(name) == split:
@@ -329,10 +358,8 @@ def _continued(documents: Iterator[str]) -> Iterator[dict[str, str]]:
 
 def _alpaca(name: str, split: str) -> list[dict]:
     if name.startswith("file:"):
-        return _part(_json_rows(corpus_path(name)), split)
-    from datasets import load_dataset
-
-    return _part(load_dataset("yahma/alpaca-cleaned", split="train"), split)
+        return _part(_json_rows(corpus_path(name), {"instruction", "output"}), split)
+    return _part(list(_hub_rows("instructions", "yahma/alpaca-cleaned", split="train")), split)
 
 
 def _alpaca_row(row: dict) -> dict[str, str]:
@@ -345,25 +372,30 @@ def _alpaca_row(row: dict) -> dict[str, str]:
 
 
 def _hub_documents(corpus: str, split: str) -> Iterator[str]:
+    path, configuration, column = DATASETS[corpus]
+    if corpus == "c4" and split == "test":
+        split = "validation"  # C4 has no test split
+    return (row[column] for row in _hub_rows("corpus", path, configuration, split=split, streaming=corpus == "c4"))
+
+
+def _hub_rows(what: str, path: str, *where: str, **options) -> Iterator[dict]:
+    """Rows of a dataset, which the first of them may bring from the hub.
+
+    Raises:
+        InputError: it, or a row of it, cannot be had.
+    """
     from datasets import load_dataset
 
-    path, configuration, column = DATASETS[corpus]
-    try:
-        if corpus == "c4":  # training and validation shards are streamed; C4 has no test split
-            rows = load_dataset(path, configuration, split="train" if split == "train" else "validation", streaming=True)
-        else:
-            rows = load_dataset(path, configuration, split=split)
-    except (ConnectionError, FileNotFoundError, ValueError) as error:
-        raise InputError(f"corpus {corpus} cannot be loaded ({error}): connect, or give file:PATH") from error
-    return (row[column] for row in rows)
+    with one_sentence(f"{what} {path} cannot be loaded", "connect, or give file:PATH"):
+        yield from load_dataset(path, *where, **options)
 
 
 def is_running_text(corpus: str) -> bool:
     """Whether the corpus is one text in rows or paragraphs; otherwise its documents stand for themselves."""
     if not corpus.startswith("file:"):
-        return corpus in DATASETS
+        return corpus == "wikitext2"
     path = corpus_path(corpus)
-    return path.suffix not in JSON and END_OF_DOCUMENT not in path.read_text(encoding="utf-8")
+    return path.suffix not in JSON and END_OF_DOCUMENT not in read_text(path, "corpus file")
 
 
 def _split_file(path: Path, split: str) -> list[str]:
@@ -371,9 +403,10 @@ def _split_file(path: Path, split: str) -> list[str]:
     if not path.is_file():
         raise InputError(f"corpus file {path} does not exist: give file:PATH of a text, JSON or JSONL file")
     if path.suffix in JSON:
-        documents = [row["text"] if "text" in row else f"{row['instruction']}\n{row['output']}" for row in _json_rows(path)]
+        rows = _json_rows(path, {"text"}, {"instruction", "output"})
+        documents = [row["text"] if _has(row, {"text"}) else f"{row['instruction']}\n{row['output']}" for row in rows]
     else:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, "corpus file")
         documents = text.split(END_OF_DOCUMENT) if END_OF_DOCUMENT in text else re.split(r"\n\s*\n", text)
     documents = [document.strip() for document in documents if document.strip()]
     if not documents:
@@ -386,17 +419,25 @@ def _part(rows, split: str) -> list:
     return [rows[i] for i in range(len(rows) * first // 100, len(rows) * last // 100)]
 
 
-def _json_rows(path: Path) -> list[dict]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as {path.suffix or 'JSON'} rows: {error}") from error
-    needed = ({"text"}, {"instruction", "output"})
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and any(n <= r.keys() for n in needed) for r in rows):
-        raise InputError(f"{path} must hold rows with a field text, or with instruction and output")
+def _json_rows(path: Path, *fields: set[str]) -> list[dict]:
+    text = read_text(path, "file")
+    with one_sentence(f"{path} cannot be read as {path.suffix or 'JSON'} rows", "correct it"):
+        whole = path.suffix == ".json"
+        rows = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+    if not isinstance(rows, list) or not all(any(_has(row, names) for names in fields) for row in rows):
+        needed = " or ".join(" and ".join(sorted(names)) for names in fields)
+        raise InputError(f"{path} must hold rows with text in the fields {needed}")
     return rows
 
 
+def _has(row: object, fields: set[str]) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(name), str) for name in fields)
+
+
 def _encode(tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    last, rows = max(ids, default=0), getattr(tokenizer, "num_rows", math.inf)
+    if last >= rows:
+        token = f"{tokenizer.convert_ids_to_tokens(last)!r}, token {last}"
+        raise InputError(f"the text has {token}, but the model's embeddings end at {rows - 1}: take it out of the text")
+    return ids

@@ -28,10 +28,10 @@ from transformers import PreTrainedTokenizerBase
 
 from gqalib import memory, training
 from gqalib.attention import attention_implementation
-from gqalib.corpora import training_windows
+from gqalib.corpora import examples, training_windows
 from gqalib.cost import weight_bytes
 from gqalib.errors import InputError
-from gqalib.models import load_model, load_tokenizer, resolve_device
+from gqalib.models import load_model, load_tokenizer, resolve_device, to_device
 from gqalib.parallel import in_shards, is_in_shards, is_one_of_several, processes, rank_and_size, wait_for_all
 from gqalib.perplexity import NO_LABEL, kl_divergence
 from gqalib.presets import Distillation, Preset
@@ -146,28 +146,18 @@ def instruction_batches(
     Raises:
         InputError: no row has a prompt of less than `max_length` tokens.
     """
-    examples = [e for e in (_example(row, tokenizer, max_length) for row in rows) if training.num_predicted(e)]
-    if not examples:
-        raise InputError(f"no row has a token of its completion within max_length = {max_length}: give shorter prompts or more tokens")
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    batches = [_pad([examples[i] for i in order[first : first + batch_size]]) for first in range(0, len(order), batch_size)]
+    found = examples(rows, tokenizer, max_length)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).split(batch_size)
+    batches = [_pad([found[i] for i in numbers]) for numbers in order]
     ends = list(itertools.accumulate(map(training.num_tokens_of, batches)))
     return lambda tokens_seen: batches[bisect.bisect_right(ends, tokens_seen % ends[-1])]
 
 
-def _example(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, torch.Tensor]:
-    prompt = tokenizer(row["prompt"], verbose=False)["input_ids"]
-    completion = tokenizer(row["completion"], add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
-    ids = torch.tensor([prompt + completion], dtype=torch.long)[:, :max_length]
-    labels = ids.clone()
-    labels[:, : len(prompt)] = NO_LABEL
-    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-
-
-def _pad(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Rows of unequal length in one batch, filled on the right with what no loss and no token count sees."""
+    rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
     filling = {"input_ids": 0, "labels": NO_LABEL, "attention_mask": 0}
-    return {name: pad_sequence([e[name][0] for e in examples], True, value) for name, value in filling.items()}
+    return {key: pad_sequence([torch.tensor(row[key]) for row in rows], True, value) for key, value in filling.items()}
 
 
 def prune_and_recover(
@@ -298,7 +288,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     text = training_windows(preset.corpus, tokenizer, length, settings.num_tokens)
     with processes(resolve_device(preset.device)) as place, nullcontext() if several else _stage(student, teacher, length, settings):
         is_main = rank_and_size()[0] == 0
-        log = distill(student, teacher.to(place) if several else teacher, text, settings, folder)
+        log = distill(student, to_device(teacher, place) if several else teacher, text, settings, folder)
     if is_main:
         trained = trained_student(load_model(source, dtype, "cpu"), settings, folder)
         save(trained.to(getattr(torch, preset.dtype)), tokenizer)

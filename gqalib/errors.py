@@ -1,4 +1,8 @@
-"""The one exception that means "your input, not our code"."""
+"""The one exception that means "your input, not our code", and the doors at which other exceptions become one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -10,3 +14,30 @@ class InputError(ValueError):
 
 class OutOfReach(InputError):
     """The layers cannot lose as much as was asked."""
+
+
+@contextmanager
+def one_sentence(what: str, fix: str) -> Iterator[None]:
+    """Whatever fails inside, whoever raises it, ends as "what (reason): fix"; an `InputError` passes as it is."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} ({reason(error)}): {fix}") from error
+
+
+def read_text(path: Path, what: str) -> str:
+    """A user's file of UTF-8 text, with or without a byte order mark.
+
+    Raises:
+        InputError: it cannot be read, or is in another encoding.
+    """
+    with one_sentence(f"{what} {path} cannot be read", "give a text file in UTF-8"):
+        return Path(path).read_text(encoding="utf-8-sig")
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an exception says, and of what that line announces."""
+    said = getattr(error, "strerror", None) or str(error).replace(":\n", ": ") or type(error).__name__
+    return " ".join(said.splitlines()[0].split()).rstrip(".")

@@ -2,18 +2,21 @@
 
 import json
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pandas as pd
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file, find_adapter_config_file
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, one_sentence, reason
 from gqalib.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
 
 REPOSITORY = Path(__file__).parent.parent
@@ -50,14 +53,19 @@ def check_model(model: str) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} has no readable config.json: give a folder written by save_pretrained") from error
-    if config.get("model_type") not in (LlamaConfig.model_type, GqaLlamaConfig.model_type):
-        raise InputError(f"{folder} is a {config.get('model_type')!r} model, no Llama: only Llama models can be pruned here")
+    with one_sentence(f"{folder} has no readable config.json", "give a folder written by save_pretrained"):
+        _check_config(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no *.safetensors (pickled weights are not read): save it again as safetensors")
+
+
+def _check_config(model: str | Path, config: dict) -> None:
+    kind = config.get("model_type")
+    if kind not in (LlamaConfig.model_type, GqaLlamaConfig.model_type):
+        raise InputError(f"{model} is a {kind!r} model, no Llama: only Llama models can be pruned here")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "bitsandbytes")
+        raise InputError(f"{model} is quantized ({method}): give the model that it was made from")
 
 
 def resolve_device(device: str) -> str:
@@ -70,6 +78,8 @@ def resolve_device(device: str) -> str:
 def load_config(model: str) -> GqaLlamaConfig:
     """The configuration of a folder, hub id or shape.
 
+    A plain Llama's is read as ours at once: transformers would refuse heads that do not divide `hidden_size`.
+
     Raises:
         InputError: it cannot be had, or is no Llama's.
     """
@@ -77,14 +87,29 @@ def load_config(model: str) -> GqaLlamaConfig:
     if source.startswith(SHAPE):
         return shape_config(source)
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:  # a hub id that is absent, gated or out of reach, or a config that cannot be
-        raise InputError(_why_not(model, error)) from error
-    if config.model_type == LlamaConfig.model_type:
-        return to_gqa_config(config)
-    if config.model_type != GqaLlamaConfig.model_type:
-        raise InputError(f"{model} is a {config.model_type!r} model, no Llama: only Llama models can be pruned here")
+        data, _ = GqaLlamaConfig.get_config_dict(source)
+        adapter = find_adapter_config_file(source)
+        tied = data.get("tie_word_embeddings", False) and not _has_own_head(source)
+    except Exception as error:  # a hub id that is absent, gated or out of reach
+        raise InputError(_why_not(source, error)) from error
+    if adapter:  # from_pretrained would put it on top of the weights without a word
+        raise InputError(f"{model} holds an adapter beside its weights: remove {Path(adapter).name}, or merge the two")
+    with one_sentence(f"the config.json of {model} is no Llama's", "correct it"):
+        _check_config(model, data)
+        data = {key: value for key, value in data.items() if key not in ("model_type", "architectures", "auto_map")}
+        config = GqaLlamaConfig(**data | {"tie_word_embeddings": tied})
+    if config.pad_token_id not in range(config.vocab_size):
+        config.pad_token_id = None
     return config
+
+
+def _has_own_head(source: str) -> bool:
+    """Whether the weights, if they are on this machine, hold an lm_head that is not the embedding table."""
+    names, found = ("lm_head.weight", "model.embed_tokens.weight"), {}
+    for path in Path(cached_file(source, "config.json")).parent.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in set(names).intersection(file.keys())}
+    return len(found) == 2 and not torch.equal(*found.values())
 
 
 def _why_not(model: str, error: BaseException) -> str:
@@ -96,8 +121,10 @@ def _why_not(model: str, error: BaseException) -> str:
         return f"model {model} is gated: ask for access on its page, then log in with `hf auth login`, or give a folder that holds it"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return f"model {model} is not on the hub, or private: check the name, log in with `hf auth login`, or give a folder"
-    reason = str(error).splitlines()[0].rstrip(".")
-    return f"model {model} cannot be loaded ({reason}): connect, log in with `hf auth login` if it is gated, or give a folder"
+    fix = "check its files, or save it again"
+    if not Path(model).is_dir():
+        fix = "connect, log in with `hf auth login` if it is gated, or give a folder"
+    return f"model {model} cannot be loaded ({reason(error)}): {fix}"
 
 
 def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwargs) -> GqaLlamaForCausalLM:
@@ -115,13 +142,28 @@ def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwarg
     if source.startswith(SHAPE):
         kwargs.pop("device_map", None)
         return random_model(config, dtype, device, **kwargs)
-    options = {"config": config, "dtype": getattr(torch, dtype), "ignore_mismatched_sizes": True, "output_loading_info": True, **kwargs}
+    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True, **kwargs}
     try:
         loaded, found = GqaLlamaForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:  # the configuration is public, the weights are not
-        raise InputError(_why_not(model, error)) from error
+    except Exception as error:  # the configuration is public, the weights are not; half a file; no room
+        raise InputError(_why_not(source, error)) from error
     _check_weights(model, found)
-    return (loaded if "device_map" in kwargs else loaded.to(resolve_device(device))).eval()
+    loaded.config.tie_word_embeddings = "lm_head.weight" in loaded.all_tied_weights_keys  # whatever config.json says
+    return (loaded if "device_map" in kwargs else to_device(loaded, device)).eval()
+
+
+def to_device(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """The model on this device, in place.
+
+    Raises:
+        InputError: there is no such device, or no room on it.
+    """
+    with _at(device):
+        return model.to(resolve_device(device))
+
+
+def _at(device: str | torch.device) -> AbstractContextManager:
+    return one_sentence(f"the model cannot be put on {device}", "give a device that is there and has room, or cpu")
 
 
 def _check_weights(model: str, found: dict) -> None:
@@ -131,12 +173,6 @@ def _check_weights(model: str, found: dict) -> None:
     wrong += [f"{name} is left over" for name in sorted(found["unexpected_keys"])]
     if wrong:
         raise InputError(f"the weights of {model} are of another configuration ({wrong[0]}): give the config.json that was saved with them")
-
-
-def to_gqa_config(config: LlamaConfig) -> GqaLlamaConfig:
-    """The same shape as a `GqaLlamaConfig`."""
-    data = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    return GqaLlamaConfig(**data)
 
 
 def shape_config(name: str) -> GqaLlamaConfig:
@@ -158,18 +194,33 @@ def random_model(config: GqaLlamaConfig, dtype: str = "float32", device: str = "
     The same seed gives the same weights on the same kind of device; torch's own generators are left as they were. On the device
     `meta` it has shapes only, and takes no memory.
     """
-    device = torch.device(resolve_device(device))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
-        torch.manual_seed(seed)
-        return GqaLlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype), **kwargs).eval()
+    with _at(device):
+        device = torch.device(resolve_device(device))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+            torch.manual_seed(seed)
+            return GqaLlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype), **kwargs).eval()
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; a padding token is set where there is none. A shape's has a word `w7` for token 7."""
-    source = check_model(str(model))
-    tokenizer = _word_tokenizer(shape_config(source).vocab_size) if source.startswith(SHAPE) else AutoTokenizer.from_pretrained(source)
-    if tokenizer.pad_token is None:
+    """The tokenizer beside a model, which knows the model's `num_rows`. A shape's has a word `w7` for token 7.
+
+    The end of a text is its padding token where it has none, or one without a row in the embedding table.
+
+    Raises:
+        InputError: there is none that can be read, or none with an end of text.
+    """
+    source, rows = check_model(str(model)), load_config(model).vocab_size
+    if source.startswith(SHAPE):
+        tokenizer = _word_tokenizer(rows)
+    else:  # a tokenizer depends on the kind of model alone, and transformers would check the folder's own head counts
+        with one_sentence(f"the tokenizer of {model} cannot be loaded", "put tokenizer.json beside the weights"):
+            tokenizer = AutoTokenizer.from_pretrained(source, config=LlamaConfig(name_or_path=source))
+    if tokenizer.eos_token_id not in range(rows):
+        why = f"eos_token = {tokenizer.eos_token!r} is none of the {rows} that the model has embeddings for"
+        raise InputError(f"the tokenizer of {model} cannot end a text ({why}): correct its tokenizer_config.json")
+    if tokenizer.pad_token_id not in range(rows):
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.num_rows = rows
     return tokenizer
 
 

@@ -15,7 +15,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, one_sentence
+from gqalib.models import to_device
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -39,7 +40,8 @@ def processes(device: str) -> Iterator[str]:
         return
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+        with one_sentence(f"the process has no card {device}", "start as many processes as there are cards"):
+            torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield device
@@ -108,7 +110,7 @@ def in_shards(model: nn.Module, opts: list[torch.optim.Optimizer]) -> list[torch
         return [prepared.optimizer for prepared in accelerator.prepare(model, *opts)[1:]]
     if accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise InputError(f"accelerate is set to {accelerator.distributed_type.value}: use FSDP with fsdp_version 2, or --multi_gpu")
-    model.to(accelerator.device)
+    to_device(model, accelerator.device)
     return opts
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, read_text
 
 FOLDER = Path(__file__).parent / "presets"
 
@@ -225,7 +225,7 @@ def load_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
 
 def _read(name: str) -> dict[str, Any]:
     """The values of a preset's file on top of those of its `base`, another preset, if it names one."""
-    data = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    data = yaml.safe_load(read_text(FOLDER / f"{name}.yaml", "preset"))
     base = data.pop("base", None)
     return _merged(_read(base), data) if base else data
 

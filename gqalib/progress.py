@@ -105,11 +105,17 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:  # on the disk before it has the name, so that a power cut leaves no half part either
-            os.fsync(file.fileno())
+        onto_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def onto_disk(path: Path) -> None:
+    """A file, or all files of a folder, on the disk before it gets its name: a power cut leaves no half part."""
+    for place in filter(Path.is_file, [path, *path.rglob("*")]):
+        with place.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _text(path: Path) -> str | None:

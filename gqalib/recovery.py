@@ -25,12 +25,12 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from gqalib import memory
-from gqalib.corpora import instructions
+from gqalib.corpora import examples, instructions
 from gqalib.errors import InputError
 from gqalib.models import load_model, load_tokenizer, save_model
 from gqalib.parallel import is_one_of_several, total_over_ranks
 from gqalib.presets import Preset, Recovery
-from gqalib.progress import Progress, digest, library_hash
+from gqalib.progress import Progress, digest, library_hash, onto_disk
 
 
 def finetune_lora(
@@ -60,18 +60,20 @@ def finetune_lora(
         The model with its adapter, and the training log: `step`, `tokens`, `loss` (nats per token), `learning_rate`, `seconds`.
 
     Raises:
-        InputError: no rows, accumulation that the number of processes does not divide, or the loss became infinite or NaN.
+        InputError: no rows, or none whose prompt is short enough, accumulation that the number of processes does not
+            divide, or the loss became infinite or NaN.
     """
     if not rows:
         raise InputError("there are no rows to learn from: give instructions with at least one prompt and completion")
     rows = rows[: settings.num_examples]
+    encoded = examples(rows, tokenizer, settings.max_length)
     args = _arguments(settings, _state(folder), seed, model.device)
     args.gradient_accumulation_steps = _share(settings.gradient_accumulation_steps, args.world_size)
     run = {"settings": dataclasses.asdict(settings), "seed": seed, "start": digest(model, rows), "library": library_hash()}
     with args.main_process_first(local=False):
         state = Progress(_state(folder), run | {"processes": args.world_size})
-    with _quiet():
-        trainer = _trainer(model, tokenizer, rows, settings, args, checkpoint_s)
+    with _quiet(), _unchanged(model.config, model.generation_config):
+        trainer = _trainer(model, tokenizer, encoded, settings, args, checkpoint_s)
         log, adapter = state.load("log"), state.load("adapter")
         if log is None or adapter is None:
             _go_on(trainer)
@@ -95,6 +97,18 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # trl's and peft's, about transformers
         yield
+
+
+@contextmanager
+def _unchanged(*configs: object) -> Iterator[None]:
+    """Afterwards they are as they came: trl writes into them, and transformers saves odd ones only if nobody has."""
+    before = [dict(vars(config)) for config in configs]
+    try:
+        yield
+    finally:
+        for config, values in zip(configs, before, strict=True):
+            vars(config).clear()
+            vars(config).update(values)
 
 
 def _state(folder: Path) -> Path:
@@ -150,11 +164,11 @@ class _Checkpoints(TrainerCallback):
         self.saved = time.monotonic()
 
 
-def _trainer(model, tokenizer, rows, settings: Recovery, args: SFTConfig, checkpoint_s: float) -> SFTTrainer:
+def _trainer(model, tokenizer, encoded, settings: Recovery, args: SFTConfig, checkpoint_s: float) -> SFTTrainer:
     trainer = SFTTrainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(encoded),
         processing_class=tokenizer,
         peft_config=lora_config(settings.lora_r, settings.lora_alpha, settings.lora_dropout),
     )
@@ -182,7 +196,6 @@ def _arguments(settings: Recovery, folder: Path, seed: int, device: torch.device
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         max_length=settings.max_length,
         report_to=settings.report_to,
-        completion_only_loss=True,
         packing=False,  # right only with FlashAttention
         activation_checkpointing=False,
         bf16=False,  # the weights' own dtype decides
@@ -253,6 +266,7 @@ def into_folder(out: Path) -> tuple[Path, Callable[[nn.Module, PreTrainedTokeniz
     def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         shutil.rmtree(training / "merged", ignore_errors=True)  # of one that was killed
         save_model(model, tokenizer, training / "merged")
+        onto_disk(training / "merged")
         os.rename(training / "merged", out)
         shutil.rmtree(training)
 

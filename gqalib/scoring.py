@@ -58,11 +58,13 @@ def write(preset: Preset, seed: int, path: Path) -> None:
     """Score a preset's model on its calibration samples; the first process writes the file, whole or not at all.
 
     Raises:
-        InputError: the folder is missing, or as `scores_of`.
+        InputError: the folder is missing, `path` is one, or as `scores_of`.
     """
     path = path.absolute()
     if not path.parent.is_dir():
         raise InputError(f"folder {path.parent} does not exist: make it, or give another --out")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give a file, such as --out {path / 'scores.safetensors'}")
     with parallel.processes(resolve_device(preset.device)) as device:
         model, tokenizer = load_model(preset.model, preset.dtype, device), load_tokenizer(preset.model)
 

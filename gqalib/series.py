@@ -19,7 +19,7 @@ from gqalib.corpora import check_corpus, evaluation_windows
 from gqalib.errors import InputError
 from gqalib.models import REPOSITORY, check_model, load_tokenizer
 from gqalib.presets import load_preset
-from gqalib.progress import library_hash
+from gqalib.progress import library_hash, onto_disk
 from gqalib.publishing import frontier_table, results_table
 from gqalib.records import NOTEBOOKS, default_run_dir, fingerprints, numbered_notebooks, progress_dir, read_record, sha256
 
@@ -152,6 +152,7 @@ class Series:
             if sys.exc_info()[0] is not None:
                 temporary.unlink(missing_ok=True)
         read_record(record)  # a notebook that wrote none has not finished
+        onto_disk(temporary)
         temporary.replace(self.run_dir / path.name)
         (self.run_dir / f"{path.stem}.failed.ipynb").unlink(missing_ok=True)
 

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from gqalib.models import to_device
+
 
 @contextmanager
 def streamed(model: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
@@ -17,15 +19,16 @@ def streamed(model: nn.Module, device: torch.device | str) -> Iterator[nn.Module
 
     Afterwards the whole model is on the CPU. Layers that are put into the model meanwhile stay where they are.
     """
-    decoder, device = model.get_decoder(), torch.device(device)
+    decoder = model.get_decoder()
     with ExitStack() as stack:
         stack.callback(model.to, "cpu")
-        layers = list(decoder.layers)
-        decoder.layers = nn.ModuleList()
-        model.to(device)
-        decoder.layers = nn.ModuleList(layer.to("cpu") for layer in layers)
+        layers, decoder.layers = list(decoder.layers), nn.ModuleList()
+        try:
+            to_device(model, device)
+        finally:
+            decoder.layers = nn.ModuleList(layer.to("cpu") for layer in layers)
         for layer in layers:
-            layer.streamed_to = device
+            layer.streamed_to = torch.device(device)
             stack.callback(delattr, layer, "streamed_to")
             stack.callback(layer.register_forward_pre_hook(_arrive).remove)
             stack.callback(layer.register_forward_hook(_leave, always_call=True).remove)

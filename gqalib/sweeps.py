@@ -22,7 +22,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from gqalib import tasks
-from gqalib.errors import InputError
+from gqalib.errors import InputError, read_text
 from gqalib.figures import readable_log_axis
 from gqalib.presets import check_name, dotted_names, number_or_text
 from gqalib.progress import replacing
@@ -90,11 +90,10 @@ def read_grid(path: Path) -> Grid:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    text = read_text(path, "grid")
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise InputError(f"grid {path} cannot be read ({error.strerror}): give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
         raise InputError(f"grid {path} is no YAML: {' '.join(str(error).split())}") from error
     if not data:
         raise InputError(f"grid {path} is empty: write for example seeds: [0, 1]")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gqalib.errors import InputError
+from gqalib.progress import replacing
 from gqalib.series import KERNEL_DIED, Series
 
 PROGRAM = ("-m", "gqalib")
@@ -82,14 +83,17 @@ def _ray(address: str | None) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         path = os.environ.get("PYTHONPATH", "")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_without_iri_grammar(folder), path]))
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        sent = [sys.modules[function.__module__] for function in (_attempt, replacing)]
+        for module in sent:
+            ray.cloudpickle.register_pickle_by_value(module)
         try:
             _start(ray, address, folder)
             ray._private.worker._worker_logs_enabled = False  # of a dead worker Ray tells in a paragraph, the sweep in a line
             yield ray
         finally:
             os.environ["PYTHONPATH"] = path
-            ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+            for module in sent:
+                ray.cloudpickle.unregister_pickle_by_value(module)
             ray.shutdown()
 
 
@@ -180,6 +184,5 @@ def _close(attempts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _write(place: Path, attempts: list[dict[str, Any]]) -> None:
-    temporary = place / ".attempts.json"
-    temporary.write_text(json.dumps(attempts, indent=1), encoding="utf-8")
-    temporary.replace(place / "attempts.json")
+    with replacing(place / "attempts.json") as file:
+        file.write_text(json.dumps(attempts, indent=1), encoding="utf-8")

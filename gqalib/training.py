@@ -28,6 +28,7 @@ from gqalib.corpora import HELD_OUT_ONE_IN
 from gqalib.errors import InputError
 from gqalib.parallel import as_sharded, is_in_shards, rank_and_size, sum_over_ranks, total_over_ranks, wait_for_all, whole
 from gqalib.perplexity import NO_LABEL
+from gqalib.progress import onto_disk, replacing
 
 END_OF_TEXT = "<|endoftext|>"
 Batch = torch.Tensor | dict[str, torch.Tensor]  # token ids [rows, length], or with `labels` (and `attention_mask`) beside `input_ids`
@@ -386,8 +387,9 @@ def _write_checkpoint(folder: Path, model: nn.Module, trained: dict, state: dict
     model.config.save_pretrained(folder / name)
     save_file(trained, folder / name / "model.safetensors", {"format": "pt"})
     save_file(state, folder / name / "optimizers.safetensors")
-    (folder / "state.tmp").write_text(json.dumps({"checkpoint": name, "tokens_seen": tokens_seen}))
-    os.replace(folder / "state.tmp", folder / "state.json")
+    onto_disk(folder / name)
+    with replacing(folder / "state.json") as file:
+        file.write_text(json.dumps({"checkpoint": name, "tokens_seen": tokens_seen}))
     shutil.rmtree(folder / last, ignore_errors=True)
 
 
@@ -424,8 +426,8 @@ def _forget_after(folder: Path, tokens_seen: int) -> None:
     """Drop the lines of the log that are later than a checkpoint, and one that a kill cut short."""
     if (folder / "log.jsonl").exists():
         whole = (folder / "log.jsonl").read_text().split("\n")[:-1]
-        (folder / "log.tmp").write_text("".join(f"{line}\n" for line in whole if json.loads(line)["tokens"] <= tokens_seen))
-        os.replace(folder / "log.tmp", folder / "log.jsonl")
+        with replacing(folder / "log.jsonl") as file:
+            file.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["tokens"] <= tokens_seen))
 
 
 def model_card(recipe: Recipe, num_text_tokens: int, quality: dict[str, float], seconds: float) -> str:

@@ -81,8 +81,23 @@ def test_running_text_is_encoded_in_one_piece(tmp_path):
     paragraphs, stories = tmp_path / "a.txt", tmp_path / "b.txt"
     paragraphs.write_text("one\n\ntwo")
     stories.write_text("one<|endoftext|>two")
-    kinds = [corpora.is_running_text(name) for name in ("wikitext2", f"file:{paragraphs}", f"file:{stories}", "python-docs")]
-    assert kinds == [True, True, False, False]
+    names = ("wikitext2", f"file:{paragraphs}", f"file:{stories}", "python-docs", "c4")
+    assert [corpora.is_running_text(name) for name in names] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(("word", "most"), [("four", 6), ("a word of many letters".replace(" ", ""), 24)])
+def test_no_more_of_a_running_text_is_encoded_than_its_tokens_need(word, most, monkeypatch):
+    encoded, encode = [], corpora._encode
+    monkeypatch.setattr(corpora, "_encode", lambda _, text, **how: encoded.append(len(text)) or encode(_, text, **how))
+    ids = corpora.running_text_ids(iter([f"{word} {word}"] * 9999), Words(99), 1000)
+    assert ids.tolist() == [99] + [1 + len(word)] * 999 and max(encoded) < 1.3 * most * 1000
+
+
+def test_documents_of_c4_stand_for_themselves(monkeypatch):
+    rows = iter([{"text": f"{'x' * i} end"} for i in range(1, 99)])
+    monkeypatch.setattr("datasets.load_dataset", lambda *where, **how: rows)
+    assert corpora.training_windows("c4", Words(99), 3, 6).tolist() == [[99, 2, 4], [99, 3, 4]]
+    assert next(rows)["text"] == "xxx end"  # no more of them was read
 
 
 def test_file_corpus_splits_in_order(tmp_path):
@@ -127,9 +142,57 @@ def test_bad_files(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n\n ")
     (tmp_path / "torn.json").write_text('[{"text": ')
     (tmp_path / "other.jsonl").write_text('{"body": "x"}')
-    for name, says in (("empty.txt", "no text"), ("torn.json", "cannot be read"), ("other.jsonl", "field text")):
+    for name, says in (("empty.txt", "no text"), ("torn.json", "cannot be read"), ("other.jsonl", "fields text or")):
         with pytest.raises(InputError, match=says):
             corpora.read_corpus(f"file:{tmp_path / name}", "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("t.txt", "caf\xe9".encode("latin-1"), r"t.txt cannot be read \(.* byte 0xe9 .*\): give a text file in UTF-8"),
+        ("t.txt", "word".encode("utf-16"), r"t.txt cannot be read \(.*\): give a text file in UTF-8"),
+        ("t.json", '[{"text": "\xe9"}]'.encode("latin-1"), r"t.json cannot be read \(.*\): give a text file in UTF-8"),
+        ("t.jsonl", b'{"text": null}', r"t.jsonl must hold rows with text in the fields text or instruction and"),
+        ("t.json", b'{"text": "a"}', r"t.json must hold rows"),
+        ("t.json", b"[" * 100_000, r"t.json cannot be read as .json rows \(.*recursion.*\): correct it"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_one_sentence(name, content, says, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    for read in (corpora.check_corpus, lambda corpus: corpora.training_windows(corpus, Words(), 4, 40)):
+        with pytest.raises(InputError, match=says) as caught:
+            read(f"file:{tmp_path / name}")
+        assert "\n" not in str(caught.value)
+
+
+def test_instructions_need_instructions(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(InputError, match="must hold rows with text in the fields instruction and output"):
+        corpora.instructions(f"file:{tmp_path / 't.jsonl'}", "train", "")
+
+
+def test_a_missing_text_is_one_sentence():
+    with pytest.raises(InputError, match="/no/where.txt .*: give"):
+        corpora.training_windows("file:/no/where.txt", Words(), 4, 40)
+
+
+def test_marks_and_line_ends_of_other_systems(tmp_path):
+    (tmp_path / "t.jsonl").write_bytes('\ufeff{"text": "a\u2028b"}\r\n \r\n{"text": "c"}'.encode())
+    assert list(corpora.read_corpus(f"file:{tmp_path / 't.jsonl'}", "train")) == ["a\u2028b"]
+
+
+def test_a_hub_that_breaks_off_is_one_sentence(monkeypatch):
+    def rows():
+        yield {"text": "a", "instruction": "b", "output": "c"}
+        raise RuntimeError("no route\nmore")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *where, **how: rows())
+    says = r" cannot be loaded \(no route\): connect, or give file:PATH$"
+    with pytest.raises(InputError, match="corpus allenai/c4" + says):
+        list(corpora.read_corpus("c4", "train"))
+    with pytest.raises(InputError, match="instructions yahma/alpaca-cleaned" + says):
+        corpora.instructions("alpaca-cleaned", "train", "")
 
 
 def test_samples_share_no_row():

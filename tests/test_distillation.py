@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import small_model
 from safetensors import safe_open
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 
 from gqalib import InputError, distillation, models, pruning, surgery, training
@@ -294,6 +295,20 @@ def test_instruction_batches(tokenizer):
     assert seen[3] == 15 and seen[6] == 30 and torch.equal(single(seen[1])["input_ids"], single(seen[4])["input_ids"])
     with pytest.raises(InputError, match="within max_length = 1"):
         distillation.instruction_batches(ROWS, tokenizer, max_length=1, batch_size=1)
+
+
+def marked(tokenizer):
+    """The same tokenizer, with marks before and after every text that it encodes."""
+    marks = TemplateProcessing(single="<u> $A <e>", special_tokens=[("<u>", 1), ("<e>", 0)])
+    tokenizer.backend_tokenizer.post_processor = marks
+    return tokenizer
+
+
+def test_an_end_mark_stands_at_the_end_alone(tokenizer):
+    batch = distillation.instruction_batches(ROWS[:2], marked(tokenizer), max_length=8, batch_size=2)(0)
+    none = training.NO_LABEL
+    assert sorted(batch["input_ids"].tolist()) == [[1, 2, 3, 4, 5, 6, 7, 0], [1, 8, 9, 0, 0, 0, 0, 0]]
+    assert sorted(batch["labels"].tolist()) == [[none] * 3 + [4, 5, 6, 7, 0], [none] * 2 + [9, 0] + [none] * 4]
 
 
 def test_distils_on_instructions(tokenizer, teacher, student, tmp_path):

@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import kv_heads, small_config, small_model
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from peft import get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gqalib import InputError, cost, models, surgery
+from gqalib import InputError, corpora, cost, models, recovery, streaming, surgery
 
 
 @pytest.fixture
@@ -39,6 +40,21 @@ def test_is_llama(windows, tmp_path):
     loaded = models.load_model(str(tmp_path))
     assert type(loaded).__name__ == "GqaLlamaForCausalLM"
     assert torch.equal(loaded(windows).logits, llama(windows).logits)
+
+
+def edit(folder, **changes):
+    """Change values of a folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_llama_whose_heads_do_not_divide_its_hidden_size(windows, tokenizer, tmp_path):
+    """transformers refuses it as a Llama, and its tokenizer, too, although `head_dim` is given."""
+    llama = small_model(hidden_size=64, num_attention_heads=12, num_key_value_heads=4, head_dim=8)
+    models.save_model(llama, tokenizer, tmp_path)
+    edit(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"], auto_map={})
+    assert torch.equal(models.load_model(str(tmp_path), device="cpu")(windows).logits, llama(windows).logits)
+    assert models.load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
 
 
 def test_save_load_same_logits(uneven, logits_of, tokenizer, tmp_path):
@@ -144,10 +160,82 @@ def test_folders_that_are_no_model(tmp_path, config, files, says):
 )
 def test_weights_of_another_configuration(changes, says, tokenizer, tmp_path):
     models.save_model(small_model(), tokenizer, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"per_layer_config": None} | changes
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    edit(tmp_path, per_layer_config=None, **changes)
     with pytest.raises(InputError, match=f"of another configuration .*{says}.*: give the config.json that was saved with them"):
         models.load_model(str(tmp_path))
+
+
+def test_an_adapter_beside_the_weights_is_no_part_of_the_model(tokenizer, logits_of, clone, tmp_path):
+    """transformers would put it on top without a word."""
+    model = small_model()
+    models.save_model(model, tokenizer, tmp_path)
+    with recovery._quiet():
+        get_peft_model(clone(model), recovery.lora_config(2, 4)).save_pretrained(tmp_path)
+    for load in (models.load_model, models.load_config):
+        with pytest.raises(InputError, match="an adapter beside its weights: remove adapter_config.json, or merge"):
+            load(str(tmp_path))
+    (tmp_path / "adapter_config.json").unlink()
+    assert torch.equal(logits_of(models.load_model(str(tmp_path), device="cpu")), logits_of(model))
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["own lm_head", "the table twice"])
+def test_what_the_weights_tie_is_tied_whatever_the_configuration_says(same, tokenizer, windows, tmp_path):
+    """So that counts on paper are those of the model."""
+    model = small_model(tie_word_embeddings=False)
+    if same:
+        model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
+    models.save_model(model, tokenizer, tmp_path)
+    edit(tmp_path, tie_word_embeddings=True)
+    loaded, config = models.load_model(str(tmp_path), device="cpu"), models.load_config(str(tmp_path))
+    on_paper = models.random_model(config, device="meta")
+    assert torch.equal(loaded(windows).logits, model(windows).logits)
+    assert loaded.config.tie_word_embeddings == config.tie_word_embeddings == same
+    for count in (models.count_parameters, cost.weight_bytes, cost.step_bytes):
+        assert count(on_paper) == count(loaded)
+
+
+def torn(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is quantized \(gptq\): give the model that it"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"is quantized \(awq\): give the model"),
+        ({"quantization_config": {"load_in_4bit": True}}, r"is quantized \(bitsandbytes\): give the model"),
+        ({"rms_norm_eps": 1}, r"no Llama's \(.*'rms_norm_eps': .* expected float, got int \(value: 1\)\): correct it"),
+        ({"num_attention_heads": 0, "head_dim": None}, r"is no Llama's \(.*\): correct it"),
+        ({"num_key_value_heads": 3}, r"is no Llama's \(.* layer 0 has 8 query heads, 3 KV heads .*\): correct it"),
+        (torn, r"cannot be loaded \(.* incomplete metadata.*\): check its files, or save it again"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"no readable config.json \(.*\): give a folder"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xe9"), r"no readable config.json \(.*\): give"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer of .* cannot be loaded \(.+\): put token"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), r"tokenizer of .* cannot be loaded \(.+\): put"),
+    ],
+)
+def test_whatever_cannot_be_loaded_is_one_sentence(damage, says, tokenizer, tmp_path):
+    models.save_model(small_model(), tokenizer, tmp_path)
+    edit(tmp_path, **damage) if isinstance(damage, dict) else damage(tmp_path)
+    with pytest.raises(InputError, match=says) as caught:
+        models.load_tokenizer(str(tmp_path)), models.load_model(str(tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["mtia:9", "nonsense"])
+def test_a_device_that_cannot_be_had(device, logits_of):
+    model = small_model()
+    expected = logits_of(model)
+    uses = [
+        lambda: models.to_device(model, device),
+        lambda: models.load_model("shape:tiny", device=device),
+        lambda: streaming.streamed(model, device).__enter__(),
+    ]
+    for use in uses:
+        with pytest.raises(InputError, match=rf"^the model cannot be put on {device} \(.+\): give a device .*$"):
+            use()
+    assert torch.equal(logits_of(model), expected)
 
 
 def hub_error(kind):
@@ -169,12 +257,13 @@ def test_hub_models_that_cannot_be_had(cause, says, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("first line.\nsecond line") from cause
 
+    untied = small_config(tie_word_embeddings=False)
     with monkeypatch.context() as patch:
         patch.setattr(models.GqaLlamaForCausalLM, "from_pretrained", refuse)
-        patch.setattr(models.AutoConfig, "from_pretrained", lambda source: small_config())
+        patch.setattr(models.GqaLlamaConfig, "get_config_dict", lambda source: (untied.to_dict(), {}))
         with pytest.raises(InputError, match=says):
             models.load_model("a/b")
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(models.GqaLlamaConfig, "get_config_dict", refuse)
     with pytest.raises(InputError, match=says) as caught:
         models.load_model("a/b")
     assert "\n" not in str(caught.value)
@@ -218,6 +307,35 @@ def test_a_pruned_shape_saves_and_loads(tmp_path):
     ids = torch.arange(20)[None]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert models.load_tokenizer(str(tmp_path))("w7 . w9")["input_ids"] == [7, 1, 9]
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_rows(tokenizer, tmp_path):
+    """The end of a text pads; a text with such a token, and an end without a row, is one sentence."""
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    models.save_model(small_model(vocab_size=2), tokenizer, tmp_path)
+    loaded = models.load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_token_id == 2 and loaded.pad_token_id == loaded.eos_token_id == 0
+    says = r"the text has '\[PAD\]', token 2, but the model's embeddings end at 1: take it out of the text"
+    for encode in (corpora.token_ids, lambda *text: corpora.running_text_ids(*text, 9)):
+        assert encode(iter(["a"]), loaded).max() < 2
+        with pytest.raises(InputError, match=says):
+            encode(iter(["a", "a[PAD]"]), loaded)
+    with pytest.raises(InputError, match=says):
+        corpora.examples([{"prompt": "a", "completion": "[PAD]"}], loaded, 9)
+    for mark in ("[PAD]", None):
+        tokenizer.eos_token = mark
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(InputError, match="cannot end a text .*: correct its tokenizer_config.json"):
+            models.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("pad", [61, -1])
+def test_a_padding_token_without_a_row_is_none(pad, tokenizer, logits_of, tmp_path):
+    model = small_model()
+    models.save_model(model, tokenizer, tmp_path)
+    edit(tmp_path, pad_token_id=pad)
+    loaded = models.load_model(str(tmp_path), device="cpu")
+    assert loaded.config.pad_token_id is None and torch.equal(logits_of(loaded), logits_of(model))
 
 
 def test_the_tokenizer_of_a_shape():

@@ -71,6 +71,8 @@ def test_too_few_windows_for_the_processes(windows, monkeypatch):
 def test_scores_that_cannot_be(arguments, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "missing" / "scores.safetensors")]) == 2
     assert "does not exist" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder: give a file" in capsys.readouterr().err
     (tmp_path / "other.safetensors").write_text("nothing")
     with pytest.raises(InputError, match="holds no scores"):
         scoring.read(tmp_path / "other.safetensors")
@@ -97,3 +99,11 @@ def test_what_accelerate_may_be_told(monkeypatch):
     monkeypatch.setattr(parallel, "Accelerator", lambda **_: told)
     with pytest.raises(InputError, match="accelerate is set to DEEPSPEED: use FSDP with fsdp_version 2, or --multi_gpu"):
         parallel.in_shards(small_model(), [])
+
+
+def test_more_processes_than_cards(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: (_ for _ in ()).throw(RuntimeError("no ordinal\nmore")))
+    says = r"the process has no card cuda:99 \(no ordinal\): start as many processes as there are cards"
+    with pytest.raises(InputError, match=says), parallel.processes("cuda"):
+        pass

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from test_series import write_notebook
 from torch import nn
 from trl import SFTTrainer
 
-from gqalib import frontier, importance, models, progress, pruning, recovery, refit, search, series
+from gqalib import frontier, importance, models, progress, pruning, recovery, refit, search, series, tasks, training
 from gqalib.perplexity import perplexity
 from gqalib.presets import load_preset
 from gqalib.progress import NOT_KEPT, Progress, digest
@@ -351,6 +352,34 @@ def test_a_part_appears_whole_or_not_at_all(kept, tmp_path, monkeypatch):
         kept().keep("x", 2)
     assert kept().load("x") == 1
     assert sorted(file.name for file in (tmp_path / "progress").iterdir()) == ["key.json", "x.json"]
+
+
+def test_what_takes_a_name_is_on_the_disk_before(tmp_path, tokenizer, monkeypatch):
+    """A checkpoint, its log, a sweep's attempts, a merged model, a notebook: no power cut leaves half of one."""
+    on_disk, fsync = set(), os.fsync
+    monkeypatch.setattr(progress.os, "fsync", lambda number: (on_disk.add(os.fstat(number).st_ino), fsync(number)))
+    (tmp_path / "log.jsonl").write_text('{"tokens": 5}\n{"tokens": 9}\n')
+    training.save_checkpoint(tmp_path, small_model(), [], 5)
+    training._forget_after(tmp_path, 5)
+    tasks._write(tmp_path, [])
+    training_folder, save = recovery.into_folder(tmp_path / "out")
+    training_folder.mkdir()
+    save(small_model(), tokenizer)
+    (tmp_path / "notebooks").mkdir()
+    write_notebook(tmp_path / "notebooks", "01_first")
+    run_dir, overrides = tmp_path / "run", {"model": str(tmp_path / "out")}
+    job = series.Series(overrides=overrides, run_dir=run_dir, notebooks=tmp_path / "notebooks")
+
+    def execute(path, out, *_, **__):
+        notebook(run_dir).finish()
+        shutil.copy(path, out)
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    job.execute(job.paths[0])
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "notebooks"]
+    names = "model.safetensors optimizers.safetensors state.json log.jsonl attempts.json 01_first.ipynb"
+    assert set(names.split()) <= {path.name for path in files}
+    assert not [path for path in files if path.stat().st_ino not in on_disk]
 
 
 def test_nothing_is_kept_by_default(tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 import dataclasses
+import json
 
 import pytest
 import torch
 from conftest import small_model
+from test_distillation import marked
 
 from gqalib import InputError, recovery, surgery
+from gqalib.models import load_model, save_model
 from gqalib.perplexity import perplexity
 from gqalib.presets import load_preset
 
@@ -67,6 +70,34 @@ def test_adapter_evaluates_as_it_is(tokenizer, settings, windows, tmp_path):
     assert perplexity(adapted, windows) != pytest.approx(before, rel=1e-3)
     with adapted.disable_adapter():
         assert perplexity(adapted, windows) == pytest.approx(before, rel=1e-6)
+
+
+def test_what_came_in_odd_goes_out_as_it_came(tokenizer, settings, tmp_path):
+    """A temperature without `do_sample` is saved as long as nobody has touched the configuration; training would."""
+    save_model(small_model(pad_token_id=None, eos_token_id=[0, 7]), tokenizer, tmp_path / "model")
+    odd = {"temperature": 0.9, "eos_token_id": [0, 7], "bos_token_id": 5}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(odd))
+    model = load_model(tmp_path / "model")
+    adapted, _ = recovery.finetune_lora(model, tokenizer, ROWS, settings, tmp_path / "training")
+    save_model(recovery.merge(adapted), tokenizer, tmp_path / "out")
+    config, generation = ("config.json", "generation_config.json")
+    saved = json.loads((tmp_path / "out" / generation).read_text())
+    assert {key: saved[key] for key in saved.keys() - {"transformers_version", "_from_model_config"}} == odd
+    assert (tmp_path / "out" / config).read_text() == (tmp_path / "model" / config).read_text()
+
+
+def test_an_end_mark_stands_at_the_end_alone(tokenizer, settings, tmp_path, monkeypatch):
+    seen, one_end = [], {"input_ids": [1, 2, 3, 4, 5, 6, 7, 0], "labels": [-100] * 3 + [4, 5, 6, 7, 0]}
+    monkeypatch.setattr(recovery, "_go_on", lambda trainer: seen.extend(trainer.train_dataset))
+    monkeypatch.setattr(recovery, "_log", lambda trainer: [])
+    recovery.finetune_lora(small_model(), marked(tokenizer), ROWS, settings, tmp_path)
+    assert [{key: row[key] for key in one_end} for row in seen] == [one_end] * 16
+
+
+def test_prompts_that_are_too_long(tokenizer, settings, tmp_path):
+    with pytest.raises(InputError, match="no row has a token of its completion within max_length = 2"):
+        recovery.finetune_lora(small_model(), tokenizer, ROWS, dataclasses.replace(settings, max_length=2), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_rows(tokenizer, settings, tmp_path):

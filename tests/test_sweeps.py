@@ -143,9 +143,11 @@ def test_computed_names_are_refused(name, tmp_path):
 
 def test_missing_grid(tmp_path, capsys):
     assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
-    assert re.fullmatch(
-        r"error: grid .*none.yaml cannot be read \(No such file or directory\): give a YAML file\n", capsys.readouterr().err
-    )
+    says = r"error: grid .*none.yaml cannot be read \(No such file or directory\): give a text file in UTF-8\n"
+    assert re.fullmatch(says, capsys.readouterr().err)
+    (tmp_path / "latin.yaml").write_bytes(b"# caf\xe9")
+    assert main(["sweep", str(tmp_path / "latin.yaml")]) == 2
+    assert re.fullmatch(r"error: grid .*latin.yaml cannot be read \(.*\): give a text .*\n", capsys.readouterr().err)
 
 
 def test_every_combination_is_one_run(jobs):
