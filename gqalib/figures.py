@@ -9,7 +9,8 @@ import torch
 from matplotlib.colors import SymLogNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gqalib.perplexity import batches, token_losses
+from gqalib.measure.perplexity import token_losses
+from gqalib.stream import batches
 
 # Also apart in greyscale: from dark to light. Markers say the same for lines.
 COLORS = {"dense": "#222222", "v2": "#b2182b", "v3": "#2166ac", "recovered": "#5aae61", "other": "#a0a0a0"}
@@ -40,13 +41,17 @@ def draw_gqa_layout(ax: plt.Axes, num_attention_heads: int, num_key_value_heads:
     ax.axis("off")
 
 
-def draw_pairing(ax: plt.Axes, pairs: Sequence[tuple[int, int, int]], num_attention_heads: int, num_key_value_heads: int) -> None:
+def draw_pairing(
+    ax: plt.Axes, pairs: Sequence[tuple[int, int, int]], num_attention_heads: int, num_key_value_heads: int
+) -> None:
     """Which KV head each query head reads (filled) and which is its own (ring); `pairs` from `baselines.pairing`."""
     heads, read, own = np.array(pairs).T
     right = read == own
     ax.scatter(heads[right], read[right], marker="s", s=26, color=COLORS["v3"], label="reads its own")
     ax.scatter(heads[~right], read[~right], marker="X", s=30, color=COLORS["v2"], label="reads another's")
-    ax.scatter(heads, own, marker="o", s=62, facecolors="none", edgecolors=COLORS["dense"], linewidths=0.9, label="its own")
+    ax.scatter(
+        heads, own, marker="o", s=62, facecolors="none", edgecolors=COLORS["dense"], linewidths=0.9, label="its own"
+    )
     ax.set(xlim=(-0.7, num_attention_heads - 0.3), ylim=(num_key_value_heads - 0.5, -0.5), ylabel="KV head")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -59,7 +64,9 @@ def heatmap(ax: plt.Axes, values: np.ndarray, label: str, change: bool = False) 
     """
     limit = max(2.0, np.nanmax(np.abs(values)))
     norm = SymLogNorm(linthresh=1, vmin=-limit, vmax=limit) if change else None
-    image = ax.imshow(values.T, origin="lower", cmap="RdBu_r" if change else "viridis", norm=norm, interpolation="nearest")
+    image = ax.imshow(
+        values.T, origin="lower", cmap="RdBu_r" if change else "viridis", norm=norm, interpolation="nearest"
+    )
     ax.grid(False)
     ax.set_xlabel("layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -105,14 +112,24 @@ def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
         ax.bar(x, own["speedup"] - 1, width * 0.9, bottom=1, color=_colour_of(name), alpha=shade, label=name)
         ax.errorbar(x, own["speedup"], reach, fmt="none", ecolor=COLORS["dense"], lw=1, capsize=2)
         ceiling = own["ceiling"].where(own["speedup"].notna())
-        ax.scatter(x, ceiling, marker="_", s=1500 * width / len(points), color=COLORS["v2"], lw=2, label=None if index else "ceiling")
+        ax.scatter(
+            x,
+            ceiling,
+            marker="_",
+            s=1500 * width / len(points),
+            color=COLORS["v2"],
+            lw=2,
+            label=None if index else "ceiling",
+        )
         for place in x[own["speedup"].isna()]:
             ax.text(place, 1.03, "not measured", rotation=90, ha="center", va="bottom", fontsize=8)
     ax.axhline(1, color=COLORS["dense"], lw=0.8)
     ax.set_xticks(range(len(points)), [f"{size} × {context:,}" for size, context in points])
     ax.set_title(phase, loc="left")
     ax.set(xlabel="sequences × tokens", ylabel="speed-up over dense (×)", yscale="log")
-    readable_log_axis(ax.yaxis, steps=(1, 1.5, 2, 3, 5, 7) if rows["ceiling"].max() > 2 else (1, 1.1, 1.2, 1.3, 1.5, 2, 5, 7, 8, 9))
+    readable_log_axis(
+        ax.yaxis, steps=(1, 1.5, 2, 3, 5, 7) if rows["ceiling"].max() > 2 else (1, 1.1, 1.2, 1.3, 1.5, 2, 5, 7, 8, 9)
+    )
     ax.grid(axis="x", visible=False)
 
 
@@ -143,5 +160,10 @@ def loss_by_position(model: torch.nn.Module, windows: torch.Tensor) -> np.ndarra
     rows = []
     for part in batches(windows):
         input_ids = windows[part].to(model.device)
-        rows.append(token_losses(model(input_ids=input_ids, use_cache=False).logits, input_ids).view(len(input_ids), -1).double().cpu())
+        rows.append(
+            token_losses(model(input_ids=input_ids, use_cache=False).logits, input_ids)
+            .view(len(input_ids), -1)
+            .double()
+            .cpu()
+        )
     return torch.cat(rows).mean(0).numpy()

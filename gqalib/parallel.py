@@ -1,4 +1,4 @@
-"""Several processes, one calibration or one training: each takes its share of the windows, and what they sum is summed over all.
+"""One training in several processes: each takes its share of a step, and what they sum is summed over all.
 
 `torchrun` or `accelerate launch` starts them; where `accelerate` says FSDP 2, `in_shards` splits a model that is trained over them.
 Inside one process everything here does nothing.
@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gqalib.errors import InputError, one_sentence
-from gqalib.models import to_device
+from gqalib.model.load import to_device
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -49,12 +49,6 @@ def processes(device: str) -> Iterator[str]:
         dist.destroy_process_group()
 
 
-def share(windows: torch.Tensor) -> torch.Tensor:
-    """This process' rows of windows [count, length]: every size-th, from its rank on; none if there are fewer rows than processes."""
-    rank, size = rank_and_size()
-    return windows[rank::size]
-
-
 def sum_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
     """Replace tensors, of the same shapes everywhere, by their sums over all processes, in one message per dtype and device."""
     groups: dict[tuple, list[torch.Tensor]] = {}
@@ -66,17 +60,10 @@ def sum_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
         joined = torch.cat([tensor.flatten() for tensor in group])
         on_wire = joined.to("cuda") if dist.get_backend() == "nccl" else joined
         dist.all_reduce(on_wire)
-        for tensor, total in zip(group, on_wire.to(joined.device).split([tensor.numel() for tensor in group]), strict=True):
+        for tensor, total in zip(
+            group, on_wire.to(joined.device).split([tensor.numel() for tensor in group]), strict=True
+        ):
             tensor.copy_(total.view_as(tensor))
-
-
-def mean_over_ranks(values: torch.Tensor) -> float:
-    """Mean of all processes' values, [count] in each."""
-    if rank_and_size()[1] == 1:
-        return values.mean().item()
-    totals = torch.stack([values.sum(), values.new_tensor(len(values))])
-    sum_over_ranks([totals])
-    return (totals[0] / totals[1]).item()
 
 
 def total_over_ranks(number: int) -> int:
@@ -109,7 +96,9 @@ def in_shards(model: nn.Module, opts: list[torch.optim.Optimizer]) -> list[torch
     if accelerator.is_fsdp2:
         return [prepared.optimizer for prepared in accelerator.prepare(model, *opts)[1:]]
     if accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise InputError(f"accelerate is set to {accelerator.distributed_type.value}: use FSDP with fsdp_version 2, or --multi_gpu")
+        raise InputError(
+            f"accelerate is set to {accelerator.distributed_type.value}: use FSDP with fsdp_version 2, or --multi_gpu"
+        )
     to_device(model, accelerator.device)
     return opts
 

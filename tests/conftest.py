@@ -13,8 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from gqalib import models
-from gqalib.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
+from gqalib.model import shapes
+from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
 
 
 def small_config(**changes) -> GqaLlamaConfig:
@@ -42,7 +42,9 @@ def biased_model(**changes) -> GqaLlamaForCausalLM:
     return model
 
 
-@pytest.fixture(params=[(8, 4, True), (8, 2, False), (4, 4, True), (9, 3, False)], ids=["2:1-tied", "4:1", "mha-tied", "3:1"])
+@pytest.fixture(
+    params=[(8, 4, True), (8, 2, False), (4, 4, True), (9, 3, False)], ids=["2:1-tied", "4:1", "mha-tied", "3:1"]
+)
 def model(request):
     """Different group sizes, tied and untied embeddings, MHA as groups of one."""
     heads, kv_heads, tied = request.param
@@ -77,4 +79,4 @@ def clone():
 
 
 def kv_heads(model, layer=0) -> int:
-    return models.layer_shape(models.decoder_layers(model)[layer])["num_key_value_heads"]
+    return shapes.layer_shape(shapes.decoder_layers(model)[layer])["num_key_value_heads"]

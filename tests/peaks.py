@@ -13,13 +13,29 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from gqalib import distillation, importance, memory, perplexity, pruning, recovery, refit, search
-from gqalib.modeling_gqa_llama import GqaLlamaForCausalLM
-from gqalib.presets import Distillation, Recovery
+from gqalib import stream
+from gqalib.measure import memory, perplexity
+from gqalib.model.modeling_gqa_llama import GqaLlamaForCausalLM
+from gqalib.prune import allocate, founding, refit, scores
+from gqalib.recover import distill
+from gqalib.recover.lora import finetune_lora
+from gqalib.run.presets import Distillation, Recovery
 
 SIZES = {
-    "small": {"vocab_size": 16_000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "large": {"vocab_size": 24_000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 6},
+    "small": {
+        "vocab_size": 16_000,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "large": {
+        "vocab_size": 24_000,
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+    },
 }
 NARROW = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8}  # as the reference model's
 
@@ -51,32 +67,42 @@ def measure(size):
     ratios, enough = {}, {"small": 6, "large": 9}[size]  # windows: as many tokens as the MLP is wide
     model = random_model(size)
     first = [int(i == 0) for i in range(len(model.model.layers))]
-    plan = pruning.Plan([0.3 * i for i in first], first, [300 * i for i in first])
+    plan = founding.Plan([0.3 * i for i in first], first, [300 * i for i in first])
     covariances = [(torch.eye(model.config.hidden_size, dtype=torch.float64),) * 2] * len(first)
     rows = [{"prompt": "a " * 20, "completion": "a " * 120}] * 4
     lora = Recovery(1e-4, 8, 16, 0.0, 1, None, 4, 1, 128, 0.0, "linear", "none")
-    ratios["layer removal"] = ratio("layer removal", model, 4, lambda w: importance.removal_importance(model, w))
-    ratios["one-shot Taylor"] = ratio("one-shot Taylor", model, 4, lambda w: importance.taylor_scores(model, w))
-    ratios["gradient covariances"] = ratio("gradient covariances", model, 4, lambda w: importance.gradient_covariances(model, w))
-    ratios["cost table"] = ratio("cost table", model, enough, lambda w: search.cost_table(model, w, covariances))
-    ratios["all gradients"] = ratio("all gradients", model, 4, lambda w: importance.backward(model, w))
+    ratios["layer removal"] = ratio("layer removal", model, 4, lambda w: scores.removal_importance(model, w))
+    ratios["one-shot Taylor"] = ratio("one-shot Taylor", model, 4, lambda w: scores.taylor_scores(model, w))
+    ratios["gradient covariances"] = ratio(
+        "gradient covariances", model, 4, lambda w: scores.gradient_covariances(model, w)
+    )
+    ratios["cost table"] = ratio("cost table", model, enough, lambda w: allocate.cost_table(model, w, covariances))
+    ratios["all gradients"] = ratio("all gradients", model, 4, lambda w: scores.backward(model, w))
     model.zero_grad(set_to_none=True)
     ratios["scoring"] = ratio("scoring", model, 4, lambda w: perplexity.kl_to(model, model, w))
-    perplexity.BATCH_TOKENS = 512
-    ratios["one-shot Taylor, by layer"] = ratio("one-shot Taylor", model, 8, lambda w: importance.taylor_scores(model, w))
-    ratios["sequential Taylor"] = ratio("sequential Taylor", model, 4, lambda w: pruning.prune(model, plan, w))
+    stream.BATCH_TOKENS = 512
+    ratios["one-shot Taylor, by layer"] = ratio("one-shot Taylor", model, 8, lambda w: scores.taylor_scores(model, w))
+    ratios["sequential Taylor"] = ratio("sequential Taylor", model, 4, lambda w: founding.prune(model, plan, w))
     model = random_model(size)
     ratios["LoRA"] = ratio(
-        "LoRA", model, 4, lambda w: recovery.finetune_lora(model, tokenizer(), rows, lora, Path(tempfile.mkdtemp())), settings=lora
+        "LoRA",
+        model,
+        4,
+        lambda w: finetune_lora(model, tokenizer(), rows, lora, Path(tempfile.mkdtemp())),
+        settings=lora,
     )
     model = random_model(size)
-    plan = pruning.uniform_plan(model, 0.3)
+    plan = founding.uniform_plan(model, 0.3)
     ratios["sweep"] = ratio("sweep", model, enough, lambda w: refit.sweep(model, plan, w, covariances=covariances))
-    for name, shape, r in (("distillation", {}, 0), ("distillation, narrow heads", NARROW, 0), ("distillation, adapter", {}, 8)):
+    for name, shape, r in (
+        ("distillation", {}, 0),
+        ("distillation, narrow heads", NARROW, 0),
+        ("distillation, adapter", {}, 8),
+    ):
         student, teacher = random_model(size, **shape), random_model(size, **shape)
         settings = Distillation(num_tokens=512, batch_tokens=512, lora_r=r)
         with tempfile.TemporaryDirectory() as folder:
-            run = partial(distillation.distill, student, teacher, settings=settings, folder=Path(folder))
+            run = partial(distill.distill, student, teacher, settings=settings, folder=Path(folder))
             ratios[name] = ratio("distillation", student, 4, run, settings=settings)
     return ratios
 

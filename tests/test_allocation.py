@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqalib import InputError
-from gqalib.allocation import cheapest, layer_rates, layer_weights, whole_units
+from gqalib.prune.allocate import cheapest
+from gqalib.prune.rates import layer_rates, layer_weights, whole_units
 
 LAYERS = st.integers(1, 40)
 POSITIVE = st.floats(1e-6, 1e6)
@@ -74,7 +75,12 @@ def test_negative_importance_counts_as_zero():
 
 @pytest.mark.parametrize(
     ("mean", "low", "high", "says"),
-    [(0.0, 0.0, 0.5, "outside"), (1.0, 0.1, 1.0, "outside"), (0.6, 0.1, 0.5, "out of reach"), (0.05, 0.1, 0.5, "out of reach")],
+    [
+        (0.0, 0.0, 0.5, "outside"),
+        (1.0, 0.1, 1.0, "outside"),
+        (0.6, 0.1, 0.5, "out of reach"),
+        (0.05, 0.1, 0.5, "out of reach"),
+    ],
 )
 def test_impossible_rates(mean, low, high, says):
     with pytest.raises(InputError, match=says):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from gqalib.__main__ import main
-from gqalib.models import REPOSITORY
-from gqalib.records import read_record
+from gqalib.model.load import REPOSITORY
+from gqalib.run.cli import main
+from gqalib.run.notebook import read_record
 
 SHARED = REPOSITORY.parent / "shared" / "data"
 
@@ -14,9 +14,16 @@ SHARED = REPOSITORY.parent / "shared" / "data"
 @pytest.mark.skipif(not (SHARED / "stories260K").exists(), reason="development data is not part of the product")
 def test_series_on_stories260k(tmp_path: Path, capsys):
     corpus = SHARED / "text" / "tinystories-train.txt"
-    settings = ["recovery.num_examples=64", "cost.min_run_s=0.05", "evaluation.num_tokens=8192", "distillation.num_tokens=8192"]
+    settings = [
+        "recovery.num_examples=64",
+        "cost.min_run_s=0.05",
+        "evaluation.num_tokens=8192",
+        "distillation.num_tokens=8192",
+    ]
     settings += ["budgets.compare=2048", "budgets.curve=[2048, 4096]", "budgets.iterative=4096", "search.candidates=4"]
-    arguments = [x for pair in [f"model={SHARED / 'stories260K'}", f"corpus=file:{corpus}", *settings] for x in ("--set", pair)]
+    arguments = [
+        x for pair in [f"model={SHARED / 'stories260K'}", f"corpus=file:{corpus}", *settings] for x in ("--set", pair)
+    ]
     status = main(["run", "--run-dir", str(tmp_path), *arguments])
     assert status == 0, capsys.readouterr()
     record = read_record(tmp_path / "07_cost_analysis.json")

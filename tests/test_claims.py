@@ -25,7 +25,11 @@ def test_verdicts(claim, value, verdict, shown):
 
 
 def test_ranges_in_words():
-    assert verdicts({}, (MEASURED, COUNTED, BILL))["claimed"].tolist() == ["at most 2 × dense", "at least 5 ×", "1 to 2 ×"]
+    assert verdicts({}, (MEASURED, COUNTED, BILL))["claimed"].tolist() == [
+        "at most 2 × dense",
+        "at least 5 ×",
+        "1 to 2 ×",
+    ]
 
 
 def test_every_claim_is_another_one():

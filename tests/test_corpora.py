@@ -4,7 +4,9 @@ import json
 import pytest
 import torch
 
-from gqalib import InputError, corpora, models
+from gqalib import InputError
+from gqalib.model import load
+from gqalib.run import corpora
 
 
 class Words:
@@ -21,7 +23,11 @@ class Words:
 
 def test_docstrings_with_their_signatures():
     source = '"""Top."""\nclass A:\n    """About A."""\n    def f(self, x, *, y=1):\n        """Do f.\n\n        More.\n        """\ndef g(): pass\n'
-    assert list(corpora.docstrings(source)) == [("", "Top."), ("class A", "About A."), ("A.f(self, x, y)", "Do f.\n\nMore.")]
+    assert list(corpora.docstrings(source)) == [
+        ("", "Top."),
+        ("class A", "About A."),
+        ("A.f(self, x, y)", "Do f.\n\nMore."),
+    ]
 
 
 def test_splits_are_fixed_disjoint_and_cover_everything():
@@ -42,7 +48,9 @@ def test_no_test_paragraph_is_in_the_training_text(monkeypatch):
     train = [p.strip() for d in corpora.python_docs("train") for p in d.split("\n\n")]
     assert len(test) > 50 and len(train) > 500
     assert not test.intersection(train)
-    docstrings = [p for d in corpora.python_docs("train") if d not in set(corpora.language_reference()) for p in d.split("\n\n")]
+    docstrings = [
+        p for d in corpora.python_docs("train") if d not in set(corpora.language_reference()) for p in d.split("\n\n")
+    ]
     assert len([p for p in docstrings if len(p) > 200]) == len({p for p in docstrings if len(p) > 200})
 
 
@@ -108,7 +116,9 @@ def test_file_corpus_splits_in_order(tmp_path):
     assert parts["validation"] == ["story 8"] and parts["test"] == ["story 9"]
 
 
-@pytest.mark.parametrize(("suffix", "dump"), [("json", json.dumps), ("jsonl", lambda rows: "\n".join(map(json.dumps, rows)))])
+@pytest.mark.parametrize(
+    ("suffix", "dump"), [("json", json.dumps), ("jsonl", lambda rows: "\n".join(map(json.dumps, rows)))]
+)
 def test_json_corpora(tmp_path, suffix, dump):
     path = tmp_path / f"rows.{suffix}"
     path.write_text(dump([{"text": f"t{i}"} for i in range(10)]))
@@ -131,7 +141,11 @@ def test_instructions_from_the_corpus_itself(tmp_path):
 
 @pytest.mark.parametrize(
     ("corpus", "split", "says"),
-    [("nonsense", "test", "unknown corpus"), ("python-docs", "tset", "unknown split"), ("file:/no/where.txt", "test", "does not exist")],
+    [
+        ("nonsense", "test", "unknown corpus"),
+        ("python-docs", "tset", "unknown split"),
+        ("file:/no/where.txt", "test", "does not exist"),
+    ],
 )
 def test_bad_corpora(corpus, split, says):
     with pytest.raises(InputError, match=says):
@@ -212,10 +226,16 @@ def test_random_tokens_are_words_of_every_shape_and_the_same_each_time():
     """Cost-only runs take the same path: words through the tokenizer, windows, instructions."""
     first = list(itertools.islice(corpora.read_corpus("random-tokens", "train"), 40))
     assert first == list(itertools.islice(corpora.read_corpus("random-tokens", "train"), 40))
-    assert len(set(first)) == 40 and not set(first) & set(itertools.islice(corpora.read_corpus("random-tokens", "test"), 40))
-    tokenizer = models.load_tokenizer("shape:tiny")
+    assert len(set(first)) == 40 and not set(first) & set(
+        itertools.islice(corpora.read_corpus("random-tokens", "test"), 40)
+    )
+    tokenizer = load.load_tokenizer("shape:tiny")
     windows = corpora.evaluation_windows("random-tokens", "test", tokenizer, 64, 640)
     counts = windows.flatten().bincount(minlength=512)
     assert windows.shape == (10, 64) and windows.max() < 512 and (counts[:2] <= 10).all() and (counts > 0).sum() > 300
     (row,) = corpora.instructions("corpus", "train", "random-tokens", 1)
-    assert len(tokenizer(row["prompt"])["input_ids"]) == 8 and row["prompt"].strip().endswith(".") and len(row["completion"].split()) == 504
+    assert (
+        len(tokenizer(row["prompt"])["input_ids"]) == 8
+        and row["prompt"].strip().endswith(".")
+        and len(row["completion"].split()) == 504
+    )

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import kv_heads, small_model
 
-from gqalib import cost, models, speed, surgery
-from gqalib.models import REPOSITORY
+from gqalib.measure import cost, speed
+from gqalib.model import load, surgery
+from gqalib.model.load import REPOSITORY
 
 
 @pytest.fixture
@@ -55,7 +56,9 @@ def test_decode_ceiling(clone):
     surgery.keep_channels(pruned, 0, range(12))
     gone, read = 12 * 3 * 32 * 4, cost.step_bytes(model)
     assert cost.decode_ceiling(model, pruned) == pytest.approx(read / (read - gone))
-    cache = 4 * 64 * cost.kv_cache_bytes_per_token(model)  # channels leave the cache alone, so it dilutes what they save
+    cache = (
+        4 * 64 * cost.kv_cache_bytes_per_token(model)
+    )  # channels leave the cache alone, so it dilutes what they save
     assert cost.decode_ceiling(model, pruned, 4, 64) == pytest.approx((read + cache) / (read + cache - gone))
 
 
@@ -71,16 +74,18 @@ def test_prefill_ceiling(clone):
 
 def test_llama_3_8b_ceilings():
     """The two readings of 84.64 %: 1.2 if kept, about 10 if removed (METHODS 8)."""
-    config = models.shape_config("llama-3-8b")
-    dense = models.random_model(config, "bfloat16", "meta")
-    readings = {kept: models.random_model(speed.uniform_shape(config, kept), "bfloat16", "meta") for kept in (0.8464, 0.1536)}
+    config = load.shape_config("llama-3-8b")
+    dense = load.random_model(config, "bfloat16", "meta")
+    readings = {
+        kept: load.random_model(speed.uniform_shape(config, kept), "bfloat16", "meta") for kept in (0.8464, 0.1536)
+    }
     assert cost.decode_ceiling(dense, readings[0.8464]) == pytest.approx(1.2, abs=0.01)
     assert cost.decode_ceiling(dense, readings[0.1536]) == pytest.approx(10.6, abs=0.1)
 
 
 def test_shapes_are_counted_without_weights(uneven):
     """A model on the meta device has the same FLOPs and bytes."""
-    empty = models.random_model(uneven.config, "float32", "meta")
+    empty = load.random_model(uneven.config, "float32", "meta")
     assert cost.count_flops(empty, 2, 16) == cost.count_flops(uneven, 2, 16)
     assert cost.step_bytes(empty, 3, 9) == cost.step_bytes(uneven, 3, 9)
 
@@ -88,7 +93,7 @@ def test_shapes_are_counted_without_weights(uneven):
 PREFILL = """
 import json, sys, torch
 from conftest import small_model
-from gqalib import cost
+from gqalib.measure import cost
 model = small_model(hidden_size=256, max_position_embeddings=512, **json.loads(sys.argv[1]))
 prompt = torch.ones(16, 512, dtype=torch.long)
 with torch.no_grad():
@@ -108,7 +113,11 @@ print(used.peak_bytes / cost.prefill_bytes(model, 16, 512))
 )
 def test_prefill_bytes_is_the_peak(widths):
     """Wide in the MLP, or in attention: the estimate is within a third of what a process of its own took, which has no heap to reuse."""
-    paths = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    paths = {
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", PREFILL, json.dumps(widths)]
     finished = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=True, timeout=300)
     assert float(finished.stdout.splitlines()[-1]) == pytest.approx(1, rel=0.34)

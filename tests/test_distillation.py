@@ -11,10 +11,13 @@ from safetensors import safe_open
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 
-from gqalib import InputError, distillation, models, pruning, surgery, training
-from gqalib.distillation import distill, distillation_loss, rows_at
-from gqalib.perplexity import kl_divergence
-from gqalib.presets import RULES, Distillation
+from gqalib import InputError
+from gqalib.measure.perplexity import kl_divergence
+from gqalib.model import load, shapes, surgery
+from gqalib.prune import founding
+from gqalib.recover.distill import COLUMNS, distill, distillation_loss, instruction_batches, prune_and_recover, rows_at
+from gqalib.reference import training
+from gqalib.run.presets import RULES, Distillation
 
 FULL = Distillation(num_tokens=600, batch_tokens=60, muon_lr=0.02, adamw_lr=1e-3, warmup_steps=1)
 ADAMW = dataclasses.replace(FULL, muon_lr=0.0, adamw_lr=3e-3)
@@ -95,7 +98,9 @@ def test_mixture_by_hand(student, teacher, windows, logits_of):
 def test_alpha_zero_is_the_language_model_loss(student, windows):
     terms = distillation_loss(None, alpha=0.0, temperature=1.0)(student, windows)
     assert terms.keys() == {"loss", "cross_entropy"}
-    assert terms["loss"].item() == pytest.approx(training.language_model_loss(student, windows)["loss"].item(), rel=1e-6)
+    assert terms["loss"].item() == pytest.approx(
+        training.language_model_loss(student, windows)["loss"].item(), rel=1e-6
+    )
 
 
 def test_micro_batches_are_weighted_by_their_labels(student, teacher, windows, clone, tmp_path):
@@ -103,9 +108,14 @@ def test_micro_batches_are_weighted_by_their_labels(student, teacher, windows, c
     labels[0, 3:] = labels[4, 9:] = training.NO_LABEL
     one_step = dataclasses.replace(FULL, num_tokens=1)
     losses = [
-        distill(clone(student), teacher, lambda _: {"input_ids": windows, "labels": labels}, one_step, tmp_path / f"{micro}", micro)[
-            "loss"
-        ][0]
+        distill(
+            clone(student),
+            teacher,
+            lambda _: {"input_ids": windows, "labels": labels},
+            one_step,
+            tmp_path / f"{micro}",
+            micro,
+        )["loss"][0]
         for micro in (20, 120)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # products in bf16
@@ -130,7 +140,7 @@ def test_padding_on_the_right_changes_nothing(student, teacher, windows, clone, 
 def test_zero_tokens_is_the_identity(student, teacher, windows, tmp_path):
     before = weights(student)
     log = distill(student, teacher, windows, dataclasses.replace(FULL, num_tokens=0), tmp_path)
-    assert same(weights(student), before) and len(log) == 0 and list(log.columns) == distillation.COLUMNS
+    assert same(weights(student), before) and len(log) == 0 and list(log.columns) == COLUMNS
 
 
 @pytest.mark.parametrize("settings", [FULL, ADAMW, LORA], ids=["muon", "adamw", "lora"])
@@ -176,7 +186,7 @@ def test_lora_trains_an_adapter_and_merges_it(student, teacher, windows, logits_
     with safe_open(tmp_path / "run" / checkpoint / "model.safetensors", "pt") as file:
         assert all("lora_" in key for key in file.keys())  # noqa: SIM118 (no mapping)
     student.save_pretrained(tmp_path / "model")
-    assert torch.equal(logits_of(models.load_model(tmp_path / "model", device="cpu")), logits_of(student))
+    assert torch.equal(logits_of(load.load_model(tmp_path / "model", device="cpu")), logits_of(student))
 
 
 # ---------------------------------------------------------------- interruptions and errors
@@ -229,7 +239,11 @@ def test_a_loss_that_is_not_finite(student, teacher, windows, settings, checkpoi
             teacher.model.norm.weight.data.fill_(float("nan"))
         return rows_at(windows, tokens_seen, settings.batch_tokens, settings.seed)
 
-    knob = "muon_lr from 0.02 or distillation.adamw_lr from 0.001" if settings.muon_lr else f"adamw_lr from {settings.adamw_lr}"
+    knob = (
+        "muon_lr from 0.02 or distillation.adamw_lr from 0.001"
+        if settings.muon_lr
+        else f"adamw_lr from {settings.adamw_lr}"
+    )
     with pytest.raises(InputError, match=f"not finite: lower distillation.{knob}"):
         distill(student, teacher, batches, settings, tmp_path, checkpoint_s=checkpoint_s)
     if checkpoint_s:
@@ -279,7 +293,7 @@ ROWS = [
 
 
 def test_instruction_batches(tokenizer):
-    batch_at = distillation.instruction_batches(ROWS, tokenizer, max_length=6, batch_size=3)
+    batch_at = instruction_batches(ROWS, tokenizer, max_length=6, batch_size=3)
     batch, none = batch_at(0), training.NO_LABEL
     rows = sorted(zip(*(batch[name].tolist() for name in ("input_ids", "labels", "attention_mask")), strict=True))
     assert rows == [
@@ -288,13 +302,13 @@ def test_instruction_batches(tokenizer):
         ([8, 9, 0, 0, 0, 0], [none, 9, 0, none, none, none], [1] * 3 + [0] * 3),
     ]
     assert training.num_tokens_of(batch) == 15
-    single = distillation.instruction_batches(ROWS, tokenizer, max_length=6, batch_size=1)
+    single = instruction_batches(ROWS, tokenizer, max_length=6, batch_size=1)
     seen = [0]
     while len(seen) < 7:
         seen.append(seen[-1] + training.num_tokens_of(single(seen[-1])))
     assert seen[3] == 15 and seen[6] == 30 and torch.equal(single(seen[1])["input_ids"], single(seen[4])["input_ids"])
     with pytest.raises(InputError, match="within max_length = 1"):
-        distillation.instruction_batches(ROWS, tokenizer, max_length=1, batch_size=1)
+        instruction_batches(ROWS, tokenizer, max_length=1, batch_size=1)
 
 
 def marked(tokenizer):
@@ -305,32 +319,42 @@ def marked(tokenizer):
 
 
 def test_an_end_mark_stands_at_the_end_alone(tokenizer):
-    batch = distillation.instruction_batches(ROWS[:2], marked(tokenizer), max_length=8, batch_size=2)(0)
+    batch = instruction_batches(ROWS[:2], marked(tokenizer), max_length=8, batch_size=2)(0)
     none = training.NO_LABEL
     assert sorted(batch["input_ids"].tolist()) == [[1, 2, 3, 4, 5, 6, 7, 0], [1, 8, 9, 0, 0, 0, 0, 0]]
     assert sorted(batch["labels"].tolist()) == [[none] * 3 + [4, 5, 6, 7, 0], [none] * 2 + [9, 0] + [none] * 4]
 
 
 def test_distils_on_instructions(tokenizer, teacher, student, tmp_path):
-    rows = distillation.instruction_batches(ROWS, tokenizer, max_length=8, batch_size=2)
+    rows = instruction_batches(ROWS, tokenizer, max_length=8, batch_size=2)
     log = distill(student, teacher, rows, dataclasses.replace(LORA, num_tokens=160, alpha=0.5), tmp_path)
     assert log["tokens"].iloc[-1] >= 160 and log["loss"].iloc[-2:].mean() < log["loss"].iloc[:2].mean()
 
 
 def test_prune_and_recover(model, teacher, windows, logits_of, tmp_path):
-    backbone = models.count_parameters(model)["backbone"]
+    backbone = shapes.count_parameters(model)["backbone"]
 
     def cut(model, step):
         rate = 1 - (1 - 0.2 * step) / (1 - 0.2 * (step - 1))  # of what is left; 40 % after two steps
-        pruning.prune(model, pruning.Plan.from_rates(model, torch.full((3,), rate, dtype=torch.float64)), windows, sequential=False)
+        founding.prune(
+            model,
+            founding.Plan.from_rates(model, torch.full((3,), rate, dtype=torch.float64)),
+            windows,
+            sequential=False,
+        )
 
     settings = dataclasses.replace(FULL, num_tokens=1200)
-    log = distillation.prune_and_recover(model, cut, windows, settings, 2, teacher, tmp_path)
+    log = prune_and_recover(model, cut, windows, settings, 2, teacher, tmp_path)
     assert log["step"].tolist() == [1] * 10 + [2] * 10
-    assert models.count_parameters(model)["backbone"] == pytest.approx(0.6 * backbone, rel=0.05)
+    assert shapes.count_parameters(model)["backbone"] == pytest.approx(0.6 * backbone, rel=0.05)
     one_shot = teacher
     target = logits_of(teacher).log_softmax(-1)
-    pruning.prune(one_shot, pruning.Plan.from_rates(one_shot, torch.full((3,), 0.4, dtype=torch.float64)), windows, sequential=False)
+    founding.prune(
+        one_shot,
+        founding.Plan.from_rates(one_shot, torch.full((3,), 0.4, dtype=torch.float64)),
+        windows,
+        sequential=False,
+    )
     assert kl_divergence(logits_of(model), target).mean() < kl_divergence(logits_of(one_shot), target).mean()
 
 

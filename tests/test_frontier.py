@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import small_model
 
-from gqalib import InputError, frontier, models
-from gqalib.perplexity import window_losses
+from gqalib import InputError
+from gqalib.measure import frontier
+from gqalib.measure.perplexity import window_losses
+from gqalib.model import shapes
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def test_every_method_meets_its_budget_and_leaves_the_dense_model(name, text, wi
     fraction = 1 / 3 if name in frontier.DEPTH else 0.25  # one of three layers
     row = frontier.try_method(name, dense, text, fraction, windows, window_losses(dense, windows))
     assert row["note"] == "" and row["method"] == name and row["fraction"] == fraction
-    channel = 100 * 3 * 32 / models.count_parameters(dense)["backbone"]
+    channel = 100 * 3 * 32 / shapes.count_parameters(dense)["backbone"]
     assert row["backbone_removed_percent"] == pytest.approx(100 * fraction, abs=channel)
     assert row["ratio"] == pytest.approx(row["perplexity"] / window_losses(dense, windows).mean().exp().item())
     assert row["error"] > 0 and row["seconds"] > 0 and row["peak_mib"] >= 0 and len(row["losses"]) == len(windows)
@@ -53,7 +55,9 @@ def test_what_cannot_be_done_is_a_row_with_the_sentence(text, windows):
 
 
 def test_a_method_off_the_budget_is_found_out(text, windows, monkeypatch):
-    monkeypatch.setitem(frontier.METHODS, "lazy", lambda model, windows, fraction: frontier.peers.random(model, windows, 0.1))
+    monkeypatch.setitem(
+        frontier.METHODS, "lazy", lambda model, windows, fraction: frontier.peers.random(model, windows, 0.1)
+    )
     row = frontier.frontier(small_model(), [text], windows, [0.4], ["lazy"]).iloc[0]
     assert "where 40.00% was asked" in row["note"] and math.isnan(row["ratio"])
     dense = small_model()
@@ -74,7 +78,7 @@ def test_a_preparation_changes_the_seconds_only(name, text, windows, logits_of):
 @pytest.mark.filterwarnings("ignore")
 def test_widths_are_multiples(text, windows, monkeypatch):
     """Of the own methods and of the peers alike, on 24 channels, which are none."""
-    monkeypatch.setattr(frontier, "describe", lambda model, *_: {"widths": models.layer_shapes(model).iloc[:, 2]})
+    monkeypatch.setattr(frontier, "describe", lambda model, *_: {"widths": shapes.layer_shapes(model).iloc[:, 2]})
     monkeypatch.setattr(frontier, "measured_on", lambda model: nullcontext(frontier.Used()))  # it takes its time
     names = [name for name in frontier.METHODS if name not in frontier.NO_MULTIPLE]
     rows = frontier.frontier(small_model(), [text], windows, [0.25], names, multiple=5)
@@ -83,14 +87,21 @@ def test_widths_are_multiples(text, windows, monkeypatch):
 
 
 def test_rows_of_all_samples(text, windows):
-    rows = frontier.frontier(small_model(), [text, text + 0, text.flip(0)], windows, [0.2, 0.4], ["magnitude", "Wanda-sp"])
+    rows = frontier.frontier(
+        small_model(), [text, text + 0, text.flip(0)], windows, [0.2, 0.4], ["magnitude", "Wanda-sp"]
+    )
     assert rows.groupby(["method", "fraction"])["sample"].apply(list).tolist() == [[0, 1, 2]] * 4
     same = rows[rows["method"] == "magnitude"].groupby("fraction")["ratio"].nunique()
     assert (same == 1).all()  # it reads no text
 
 
 def test_table_from_a_record():
-    rows = rows_of("a", 0.5, [1.5]) + rows_of("a", 0.25, [1.25]) + rows_of("b", 0.25, [math.inf]) + rows_of("b", 0.5, [12.34])
+    rows = (
+        rows_of("a", 0.5, [1.5])
+        + rows_of("a", 0.25, [1.25])
+        + rows_of("b", 0.25, [math.inf])
+        + rows_of("b", 0.5, [12.34])
+    )
     rows += rows_of("c", 0.5, [1234.5], backbone_removed_percent=40.0)
     rows += [{"method": "c", "fraction": 0.25, "sample": 0, "note": "no", "ratio": math.nan, "losses": None}]
     recorded = pd.DataFrame(json.loads(pd.DataFrame(rows).drop(columns="losses").to_json(orient="records")))
@@ -105,7 +116,9 @@ def test_table_of_several_samples():
 
 
 def test_the_best_peer_is_one_that_removed_enough():
-    rows = rows_of("own", 0.5, [1.2]) + rows_of("p", 0.5, [1.5]) + rows_of("q", 0.5, [1.1], backbone_removed_percent=40.0)
+    rows = (
+        rows_of("own", 0.5, [1.2]) + rows_of("p", 0.5, [1.5]) + rows_of("q", 0.5, [1.1], backbone_removed_percent=40.0)
+    )
     rows += rows_of("own", 0.7, [2.0]) + rows_of("p", 0.7, [1.6]) + rows_of("q", 0.7, [4.0])
     rows += rows_of("p", 0.9, [5.0])
     result = frontier.against_peers(pd.DataFrame(rows), "own", ["p", "q"]).set_index("fraction")

@@ -2,13 +2,28 @@ import pytest
 import torch
 from conftest import biased_model, kv_heads, small_model
 
-from gqalib import InputError, importance, surgery
-from gqalib.perplexity import hidden_states_before, perplexity, ratio_with_error, window_losses
+from gqalib import InputError
+from gqalib.measure.perplexity import perplexity, ratio_with_error, window_losses
+from gqalib.model import surgery
+from gqalib.prune.scores import (
+    activation_importance,
+    backward,
+    channel_scores,
+    element_scores,
+    group_scores,
+    group_scores_by_part,
+    head_scores,
+    largest,
+    misaligned_group_scores,
+    removal_importance,
+    taylor_scores,
+)
+from gqalib.stream import hidden_states_before
 
 
 def test_group_scores_by_hand(model, windows):
     """The definition, written out element by element."""
-    importance.backward(model, windows)
+    backward(model, windows)
     attention, count = model.model.layers[1].self_attn, kv_heads(model)
     size = attention.q_proj.out_features // attention.head_dim // count
     d = attention.head_dim
@@ -21,22 +36,22 @@ def test_group_scores_by_hand(model, windows):
         ):
             part = slice(first, first + rows)
             expected += (linear.weight[part] * linear.weight.grad[part]).abs().double().sum().item()
-        assert importance.group_scores(model.model.layers[1])[group].item() == pytest.approx(expected, rel=1e-6)
+        assert group_scores(model.model.layers[1])[group].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_o_proj_adds_its_columns(model, windows):
-    importance.backward(model, windows)
+    backward(model, windows)
     layer = model.model.layers[0]
-    difference = importance.group_scores(layer, include_o_proj=True) - importance.group_scores(layer)
-    assert torch.allclose(difference, importance.group_scores_by_part(layer)["o_proj"])
-    total = importance.element_scores(layer.self_attn.o_proj.weight, "taylor").sum()
+    difference = group_scores(layer, include_o_proj=True) - group_scores(layer)
+    assert torch.allclose(difference, group_scores_by_part(layer)["o_proj"])
+    total = element_scores(layer.self_attn.o_proj.weight, "taylor").sum()
     assert difference.sum().item() == pytest.approx(total.item())
 
 
 def test_channel_scores_by_hand(model, windows):
-    importance.backward(model, windows)
+    backward(model, windows)
     mlp = model.model.layers[2].mlp
-    scores = importance.channel_scores(model.model.layers[2])
+    scores = channel_scores(model.model.layers[2])
     expected = sum((w * g).abs().double().sum().item() for w, g in (
         (mlp.gate_proj.weight[7], mlp.gate_proj.weight.grad[7]), (mlp.up_proj.weight[7], mlp.up_proj.weight.grad[7]),
         (mlp.down_proj.weight[:, 7], mlp.down_proj.weight.grad[:, 7])))  # fmt: skip
@@ -54,9 +69,9 @@ def test_a_unit_is_all_that_surgery_removes(clone, statistic):
     surgery.keep_groups(without_group, 1, [0, 1, 3])
     surgery.keep_channels(without_channel, 1, range(1, 24))
     group, channel = (squares(model) - squares(pruned) for pruned in (without_group, without_channel))
-    assert importance.group_scores(layer, statistic, include_o_proj=True)[2].item() == pytest.approx(group)
-    assert importance.channel_scores(layer, statistic)[0].item() == pytest.approx(channel)
-    folds = importance.misaligned_group_scores(layer, statistic), importance.group_scores(layer, statistic)
+    assert group_scores(layer, statistic, include_o_proj=True)[2].item() == pytest.approx(group)
+    assert channel_scores(layer, statistic)[0].item() == pytest.approx(channel)
+    folds = misaligned_group_scores(layer, statistic), group_scores(layer, statistic)
     assert folds[0].sum().item() == pytest.approx(folds[1].sum().item())
 
 
@@ -66,35 +81,35 @@ def test_misaligned_fold_is_caught(windows):
     attention = model.model.layers[1].self_attn
     with torch.no_grad():
         attention.q_proj.weight[: 4 * attention.head_dim] *= 1e-3  # query heads 0–3: all of group 0
-    importance.backward(model, windows)
+    backward(model, windows)
     layer = model.model.layers[1]
-    parts = importance.group_scores_by_part(layer, "magnitude")["q_proj"]
-    heads = importance.head_scores(layer, "magnitude")
-    misaligned = importance.misaligned_group_scores(layer, "magnitude") - heads["k_proj"] - heads["v_proj"]
+    parts = group_scores_by_part(layer, "magnitude")["q_proj"]
+    heads = head_scores(layer, "magnitude")
+    misaligned = misaligned_group_scores(layer, "magnitude") - heads["k_proj"] - heads["v_proj"]
     assert parts[0] < 1e-4 * parts[1]
     assert misaligned[0] > 0.3 * misaligned[1]
 
 
 def test_frozen_and_unfrozen_scores_agree(model, windows):
     surgery.keep_groups(model, 0, range(max(1, kv_heads(model) - 1)))
-    importance.backward(model, windows)
-    unfrozen = importance.group_scores(model.model.layers[2]), importance.channel_scores(model.model.layers[2])
-    importance.backward(model, windows, [2])
+    backward(model, windows)
+    unfrozen = group_scores(model.model.layers[2]), channel_scores(model.model.layers[2])
+    backward(model, windows, [2])
     assert model.model.layers[1].mlp.up_proj.weight.grad is None
     stream = hidden_states_before(model, windows, 2)
-    frozen = importance.group_scores(model.model.layers[2]), importance.channel_scores(model.model.layers[2])
-    importance.backward(model, windows, [2], stream, 2)
-    from_stream = importance.group_scores(model.model.layers[2]), importance.channel_scores(model.model.layers[2])
+    frozen = group_scores(model.model.layers[2]), channel_scores(model.model.layers[2])
+    backward(model, windows, [2], stream, 2)
+    from_stream = group_scores(model.model.layers[2]), channel_scores(model.model.layers[2])
     for a, b, c in zip(unfrozen, frozen, from_stream, strict=True):
         assert torch.allclose(a, b, rtol=1e-5) and torch.allclose(a, c, rtol=1e-4)
 
 
 def test_gradients_do_not_depend_on_the_batch(model, windows, monkeypatch):
-    importance.backward(model, windows)
-    whole = importance.group_scores(model.model.layers[0])
-    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 40)
-    importance.backward(model, windows)
-    assert torch.allclose(importance.group_scores(model.model.layers[0]), whole, rtol=1e-4)
+    backward(model, windows)
+    whole = group_scores(model.model.layers[0])
+    monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", 40)
+    backward(model, windows)
+    assert torch.allclose(group_scores(model.model.layers[0]), whole, rtol=1e-4)
 
 
 def test_many_batches_of_bf16_add_up_in_float32(monkeypatch):
@@ -103,21 +118,21 @@ def test_many_batches_of_bf16_add_up_in_float32(monkeypatch):
     model, totals = small_model().bfloat16(), {}
     layers = model.model.layers
     for window in windows.split(1):
-        importance.backward(model, window)
+        backward(model, window)
         totals = {p: totals.get(p, 0) + p.grad.float() / 16 for p in layers.parameters() if p.grad is not None}
-    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 20)
-    importance.backward(model, windows)
+    monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", 20)
+    backward(model, windows)
     assert all(torch.equal(p.grad, total.bfloat16()) for p, total in totals.items())
     for by_layer in (True, False):
-        for index, (_, channels) in importance.taylor_scores(model, windows, by_layer=by_layer).items():
+        for index, (_, channels) in taylor_scores(model, windows, by_layer=by_layer).items():
             mlp = layers[index].mlp
             gate, up, down = ((x.weight * totals[x.weight]).abs() for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
             assert torch.allclose(channels.float(), gate.sum(1) + up.sum(1) + down.sum(0), rtol=1e-5)
 
 
 def test_removal_importance_with_and_without_cached_prefix(model, windows):
-    cached = importance.removal_importance(model, windows)
-    assert torch.allclose(cached, importance.removal_importance(model, windows, cached_prefix=False), rtol=1e-5, atol=1e-5)
+    cached = removal_importance(model, windows)
+    assert torch.allclose(cached, removal_importance(model, windows, cached_prefix=False), rtol=1e-5, atol=1e-5)
     assert len(model.model.layers) == 3
 
 
@@ -125,39 +140,41 @@ def test_a_layer_that_does_nothing_has_no_importance(model, windows):
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    assert importance.removal_importance(model, windows)[1].item() == pytest.approx(0, abs=1e-9)
-    assert importance.activation_importance(model, windows)[1].item() == pytest.approx(0, abs=1e-6)
-    assert importance.activation_importance(model, windows)[0].item() > 1e-3
+    assert removal_importance(model, windows)[1].item() == pytest.approx(0, abs=1e-9)
+    assert activation_importance(model, windows)[1].item() == pytest.approx(0, abs=1e-6)
+    assert activation_importance(model, windows)[0].item() > 1e-3
 
 
 def test_largest_prefers_the_lower_index():
-    assert importance.largest(torch.tensor([1.0, 3.0, 3.0, 0.0]), 2) == [1, 2]
-    assert importance.largest(torch.tensor([1.0, 1.0, 1.0]), 2) == [0, 1]
+    assert largest(torch.tensor([1.0, 3.0, 3.0, 0.0]), 2) == [1, 2]
+    assert largest(torch.tensor([1.0, 1.0, 1.0]), 2) == [0, 1]
 
 
 def test_errors(model, windows):
     with pytest.raises(InputError, match="no gradient"):
-        importance.group_scores(model.model.layers[0])
+        group_scores(model.model.layers[0])
     with pytest.raises(InputError, match="unknown statistic 'best'"):
-        importance.channel_scores(model.model.layers[0], "best")
+        channel_scores(model.model.layers[0], "best")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(InputError, match="calibration loss is nan"):
-        importance.backward(model, windows)
+        backward(model, windows)
 
 
 def test_infinite_gradient_is_an_error(model, windows):
     model.model.layers[2].mlp.up_proj.weight.register_hook(lambda g: g * float("inf"))
     for layers in (None, [2]):
         with pytest.raises(InputError, match="gradient of layer 2 is not finite"):
-            importance.backward(model, windows, layers)
+            backward(model, windows, layers)
 
 
 def test_perplexity_is_that_of_the_loss(model, windows):
     with torch.no_grad():
         loss = model(windows, labels=windows, use_cache=False).loss
     assert perplexity(model, windows) == pytest.approx(loss.exp().item(), rel=1e-5)
-    assert perplexity(model, windows, hidden_states_before(model, windows, 2), 2) == pytest.approx(loss.exp().item(), rel=1e-5)
+    assert perplexity(model, windows, hidden_states_before(model, windows, 2), 2) == pytest.approx(
+        loss.exp().item(), rel=1e-5
+    )
 
 
 def test_window_losses_and_their_ratio(model, clone, windows):

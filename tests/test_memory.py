@@ -12,11 +12,25 @@ import pytest
 import torch
 from conftest import small_model
 
-from gqalib import InputError, importance, memory, models, pruning, refit, search, streaming
-from gqalib.cost import Used, weight_bytes
-from gqalib.models import REPOSITORY
-from gqalib.perplexity import hidden_states_before, window_losses
-from gqalib.presets import Distillation
+from gqalib import InputError
+from gqalib import stream as stream
+from gqalib.measure import memory
+from gqalib.measure.cost import Used, weight_bytes
+from gqalib.measure.perplexity import window_losses
+from gqalib.model import load
+from gqalib.model.load import REPOSITORY
+from gqalib.prune import allocate, founding, refit
+from gqalib.prune.scores import (
+    backward,
+    channel_scores,
+    fisher_scores,
+    gradient_covariances,
+    group_scores,
+    removal_importance,
+    taylor_scores,
+)
+from gqalib.run.presets import Distillation
+from gqalib.stream import _arrive, at_work, hidden_states_before, is_streamed
 
 # A small threshold: what is freed goes back to the system, so that the resident set shows what is in use.
 ENVIRONMENT = {
@@ -33,12 +47,14 @@ def test_peaks_are_as_expected(size):
     command = [sys.executable, str(REPOSITORY / "tests" / "peaks.py"), size]
     finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=600)
     ratios = json.loads(finished.stdout.splitlines()[-1])
-    assert len(ratios) == 13 and all(0.6 < ratio < 1.35 for ratio in ratios.values()), ratios  # above 1: buffers of the matrix library
+    assert len(ratios) == 13 and all(0.6 < ratio < 1.35 for ratio in ratios.values()), (
+        ratios
+    )  # above 1: buffers of the matrix library
 
 
 def test_llama_3_8b_on_paper():
     """The sizes that the plan for a GPU rests on."""
-    model = models.random_model(models.shape_config("llama-3-8b"), "bfloat16", "meta")
+    model = load.random_model(load.shape_config("llama-3-8b"), "bfloat16", "meta")
 
     def total(stage, examples, length, **options):
         return sum(memory.expected(stage, model, examples, length, device="cuda", **options).values())
@@ -89,7 +105,9 @@ def test_a_model_on_several_cards(monkeypatch):
 
 
 def test_of_several_stages_the_largest(model):
-    single = {name: memory.expected(name, model, 8, 32) for name in ("layer removal", "all gradients", "sweep", "scoring")}
+    single = {
+        name: memory.expected(name, model, 8, 32) for name in ("layer removal", "all gradients", "sweep", "scoring")
+    }
     largest = max(single.values(), key=lambda terms: sum(terms.values()))
     assert memory.expected(tuple(single), model, 8, 32) == largest
 
@@ -109,9 +127,9 @@ def test_distillation_where_bf16_is_slow(model, monkeypatch):
 
 def plain_scores(model, windows, include_o_proj=False):
     """All gradients at once, then the scores."""
-    importance.backward(model, windows)
+    backward(model, windows)
     layers = model.model.layers
-    scores = {i: (importance.group_scores(x, "taylor", include_o_proj), importance.channel_scores(x)) for i, x in enumerate(layers)}
+    scores = {i: (group_scores(x, "taylor", include_o_proj), channel_scores(x)) for i, x in enumerate(layers)}
     model.zero_grad(set_to_none=True)
     model.requires_grad_(True)
     return scores
@@ -126,21 +144,21 @@ def equal(first, second):
 @pytest.mark.parametrize("by_layer", [None, True, False])
 @pytest.mark.parametrize("include_o_proj", [False, True])
 def test_taylor_scores_are_those_of_all_gradients(model, windows, monkeypatch, batch_tokens, by_layer, include_o_proj):
-    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", batch_tokens)
     expected = plain_scores(model, windows, include_o_proj)
-    assert equal(importance.taylor_scores(model, windows, include_o_proj=include_o_proj, by_layer=by_layer), expected)
+    assert equal(taylor_scores(model, windows, include_o_proj=include_o_proj, by_layer=by_layer), expected)
 
 
 @pytest.mark.parametrize("by_layer", [True, False])
 def test_taylor_scores_of_one_layer_from_its_stream(model, windows, by_layer):
     stream = hidden_states_before(model, windows, 1)
-    scores = importance.taylor_scores(model, windows, [2], stream, 1, by_layer=by_layer)
+    scores = taylor_scores(model, windows, [2], stream, 1, by_layer=by_layer)
     assert equal(scores, {2: plain_scores(model, windows)[2]})
 
 
 @pytest.mark.parametrize("by_layer", [True, False])
 def test_no_gradient_stays_and_few_are_there_together(model, windows, by_layer, monkeypatch):
-    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 40 if by_layer else 2048)
+    monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", 40 if by_layer else 2048)
     model.model.layers[0].mlp.requires_grad_(False)
     asking, most = [p.requires_grad for p in model.parameters()], [0]
 
@@ -152,16 +170,16 @@ def test_no_gradient_stays_and_few_are_there_together(model, windows, by_layer, 
             for parameter in part.parameters():
                 parameter.requires_grad_(True).register_post_accumulate_grad_hook(count)
     model.model.layers[0].mlp.requires_grad_(False)
-    importance.taylor_scores(model, windows, by_layer=by_layer)
+    taylor_scores(model, windows, by_layer=by_layer)
     assert all(p.grad is None for p in model.parameters()) and [p.requires_grad for p in model.parameters()] == asking
-    assert 0 < most[0] <= pruning.layer_sizes(model).max()
+    assert 0 < most[0] <= founding.layer_sizes(model).max()
 
 
 @pytest.mark.parametrize("batch_tokens", [2048, 40])
 def test_layer_by_layer_changes_nothing(model, windows, monkeypatch, batch_tokens):
-    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", batch_tokens)
-    assert equal(importance.fisher_scores(model, windows, by_layer=True), importance.fisher_scores(model, windows, by_layer=False))
-    whole, parts = (dict(enumerate(importance.gradient_covariances(model, windows, by_layer))) for by_layer in (False, True))
+    monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", batch_tokens)
+    assert equal(fisher_scores(model, windows, by_layer=True), fisher_scores(model, windows, by_layer=False))
+    whole, parts = (dict(enumerate(gradient_covariances(model, windows, by_layer))) for by_layer in (False, True))
     assert equal(whole, parts) and all(p.grad is None for p in model.parameters())
 
 
@@ -170,7 +188,7 @@ def test_an_error_leaves_all_layers(model, windows):
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     for by_layer in (True, False):
         with pytest.raises(InputError, match="loss is nan"):
-            importance.taylor_scores(model, windows, by_layer=by_layer)
+            taylor_scores(model, windows, by_layer=by_layer)
         assert len(model.model.layers) == 3 and all(p.requires_grad for p in model.parameters())
 
 
@@ -179,46 +197,46 @@ def test_an_error_leaves_all_layers(model, windows):
 
 def test_streamed_results_are_the_same(model, windows, monkeypatch):
     """Layers come and go through the same code as with a GPU, though here both places are the CPU."""
-    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 40)
+    monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", 40)
     pruned = copy.deepcopy(model)
-    covariances, plan = importance.gradient_covariances(model, windows), pruning.uniform_plan(model, 0.3)
+    covariances, plan = gradient_covariances(model, windows), founding.uniform_plan(model, 0.3)
     results = [
-        window_losses(model, windows), importance.removal_importance(model, windows),
-        search.cost_table(model, windows, covariances).channels[1], importance.taylor_scores(model, windows),
+        window_losses(model, windows), removal_importance(model, windows),
+        allocate.cost_table(model, windows, covariances).channels[1], taylor_scores(model, windows),
     ]  # fmt: skip
     refit.sweep(model, plan, windows, covariances=covariances)
-    with streaming.streamed(pruned, "cpu"):
-        assert streaming.is_streamed(pruned)
-        covariances = importance.gradient_covariances(pruned, windows)
+    with stream.streamed(pruned, "cpu"):
+        assert is_streamed(pruned)
+        covariances = gradient_covariances(pruned, windows)
         streamed = [
-            window_losses(pruned, windows), importance.removal_importance(pruned, windows),
-            search.cost_table(pruned, windows, covariances).channels[1], importance.taylor_scores(pruned, windows),
+            window_losses(pruned, windows), removal_importance(pruned, windows),
+            allocate.cost_table(pruned, windows, covariances).channels[1], taylor_scores(pruned, windows),
         ]  # fmt: skip
         refit.sweep(pruned, plan, windows, covariances=covariances)
     assert torch.equal(results[0], streamed[0]) and torch.equal(results[1], streamed[1])
     assert (results[2] == streamed[2]).all() and equal(results[3], streamed[3])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pruned.parameters(), strict=True))
-    assert not streaming.is_streamed(pruned) and not any(layer._forward_hooks for layer in pruned.model.layers)
+    assert not is_streamed(pruned) and not any(layer._forward_hooks for layer in pruned.model.layers)
 
 
 def test_one_layer_is_away_from_home_at_a_time(model, windows, monkeypatch):
     """And it is fetched once per pass over the text, not once per batch."""
-    from gqalib import streaming
+    from gqalib import stream
 
-    monkeypatch.setattr("gqalib.perplexity.BATCH_TOKENS", 40)
-    fetched, most, arrive = [], [0], streaming._arrive
+    monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", 40)
+    fetched, most, arrive = [], [0], _arrive
 
     def noted(layer, *arguments):
         fetched.extend([] if hasattr(layer, "host") else [layer])
         arrive(layer, *arguments)
         most[0] = max(most[0], sum(hasattr(x, "host") for x in model.model.layers))
 
-    monkeypatch.setattr(streaming, "_arrive", noted)
-    with streaming.streamed(model, "cpu"):
+    monkeypatch.setattr(stream, "_arrive", noted)
+    with stream.streamed(model, "cpu"):
         layers = list(model.model.layers)
         window_losses(model, windows)
         assert fetched == layers and not any(hasattr(layer, "host") for layer in layers)
-        with pytest.raises(RuntimeError), streaming.at_work(layers[1]):
+        with pytest.raises(RuntimeError), at_work(layers[1]):
             raise RuntimeError
         assert not any(hasattr(layer, "host") or hasattr(layer, "held") for layer in layers)
     assert most[0] == 1
@@ -226,17 +244,17 @@ def test_one_layer_is_away_from_home_at_a_time(model, windows, monkeypatch):
 
 def test_what_is_changed_at_work_comes_back_changed(model):
     weight, expected = model.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight.detach() * 2
-    with streaming.streamed(model, "cpu"), streaming.at_work(model.model.layers[1]), torch.no_grad():
+    with stream.streamed(model, "cpu"), at_work(model.model.layers[1]), torch.no_grad():
         weight.mul_(2)
     assert torch.equal(weight, expected)
 
 
 def test_device_map_models_work(tmp_path, tokenizer, windows):
     """accelerate's hooks and the runs from any layer on get along."""
-    models.save_model(small_model(), tokenizer, tmp_path)
-    plain, mapped = models.load_model(tmp_path, device="cpu"), models.load_model(tmp_path, device_map={"": "cpu"})
-    plan = pruning.uniform_plan(plain, 0.3)
-    assert torch.equal(importance.removal_importance(plain, windows), importance.removal_importance(mapped, windows))
+    load.save_model(small_model(), tokenizer, tmp_path)
+    plain, mapped = load.load_model(tmp_path, device="cpu"), load.load_model(tmp_path, device_map={"": "cpu"})
+    plan = founding.uniform_plan(plain, 0.3)
+    assert torch.equal(removal_importance(plain, windows), removal_importance(mapped, windows))
     for model in (plain, mapped):
         refit.sweep(model, plan, windows)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), mapped.parameters(), strict=True))

@@ -15,7 +15,23 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gqalib import InputError, corpora, cost, models, recovery, streaming, surgery
+from gqalib import InputError, stream
+from gqalib.measure import cost
+from gqalib.model import shapes, surgery
+from gqalib.model.load import (
+    GqaLlamaConfig,
+    GqaLlamaForCausalLM,
+    check_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    random_model,
+    save_model,
+    shape_config,
+    to_device,
+)
+from gqalib.recover import lora
+from gqalib.run import corpora
 
 
 @pytest.fixture
@@ -37,7 +53,7 @@ def test_is_llama(windows, tmp_path):
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
                                          num_attention_heads=8, num_key_value_heads=2, head_dim=6)).eval()  # fmt: skip
     llama.save_pretrained(tmp_path)
-    loaded = models.load_model(str(tmp_path))
+    loaded = load_model(str(tmp_path))
     assert type(loaded).__name__ == "GqaLlamaForCausalLM"
     assert torch.equal(loaded(windows).logits, llama(windows).logits)
 
@@ -51,17 +67,17 @@ def edit(folder, **changes):
 def test_a_llama_whose_heads_do_not_divide_its_hidden_size(windows, tokenizer, tmp_path):
     """transformers refuses it as a Llama, and its tokenizer, too, although `head_dim` is given."""
     llama = small_model(hidden_size=64, num_attention_heads=12, num_key_value_heads=4, head_dim=8)
-    models.save_model(llama, tokenizer, tmp_path)
+    save_model(llama, tokenizer, tmp_path)
     edit(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"], auto_map={})
-    assert torch.equal(models.load_model(str(tmp_path), device="cpu")(windows).logits, llama(windows).logits)
-    assert models.load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+    assert torch.equal(load_model(str(tmp_path), device="cpu")(windows).logits, llama(windows).logits)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
 
 
 def test_save_load_same_logits(uneven, logits_of, tokenizer, tmp_path):
-    models.save_model(uneven, tokenizer, tmp_path)
-    for loaded in (models.load_model(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+    save_model(uneven, tokenizer, tmp_path)
+    for loaded in (load_model(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
         assert torch.equal(logits_of(loaded), logits_of(uneven))
-        assert models.layer_shapes(loaded).equals(models.layer_shapes(uneven))
+        assert shapes.layer_shapes(loaded).equals(shapes.layer_shapes(uneven))
         assert loaded.config.tie_word_embeddings == uneven.config.tie_word_embeddings
 
 
@@ -71,7 +87,7 @@ def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path):
     The script must set `trust_remote_code`: it is the only way for a user without gqalib, so the only way to test it. What is
     trusted is this repository's own file, which the first line has just written; the script is offline.
     """
-    models.save_model(uneven, tokenizer, tmp_path / "m")
+    save_model(uneven, tokenizer, tmp_path / "m")
     save_file({"x": windows, "y": logits_of(uneven)}, tmp_path / "expected.safetensors")
     script = (
         "import sys, torch; sys.modules['gqalib'] = None\n"
@@ -106,7 +122,7 @@ def test_attention_implementations_agree(uneven, windows, logits_of, implementat
 
 
 def test_blocked_attention_over_several_blocks(logits_of, monkeypatch):
-    monkeypatch.setattr("gqalib.attention.BLOCK", 7)
+    monkeypatch.setattr("gqalib.model.attention.BLOCK", 7)
     model = small_model()
     expected = logits_of(model)
     model.set_attn_implementation("blocked")
@@ -114,7 +130,7 @@ def test_blocked_attention_over_several_blocks(logits_of, monkeypatch):
 
 
 def test_golden_count():
-    counts = models.count_parameters(models.random_model(models.shape_config("llama-3-8b"), device="meta"))
+    counts = shapes.count_parameters(random_model(shape_config("llama-3-8b"), device="meta"))
     assert counts["total"] == 8_030_261_248
     assert counts["backbone"] == 6_979_321_856
     assert counts["embeddings"] == 1_050_673_152
@@ -122,15 +138,15 @@ def test_golden_count():
 
 
 def test_count_matches_tensors(model):
-    assert models.count_parameters(model)["total"] == sum(p.numel() for p in model.parameters())
+    assert shapes.count_parameters(model)["total"] == sum(p.numel() for p in model.parameters())
 
 
 def test_size_of(model, clone):
-    dense = models.count_parameters(model)
-    assert models.size_of(model, dense) == {"parameters_kept_percent": 100.0, "backbone_removed_percent": 0.0}
+    dense = shapes.count_parameters(model)
+    assert shapes.size_of(model, dense) == {"parameters_kept_percent": 100.0, "backbone_removed_percent": 0.0}
     surgery.keep_channels(model, 0, range(12))
     removed = 12 * 3 * 32
-    assert models.size_of(model, dense)["backbone_removed_percent"] == pytest.approx(100 * removed / dense["backbone"])
+    assert shapes.size_of(model, dense)["backbone_removed_percent"] == pytest.approx(100 * removed / dense["backbone"])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +163,7 @@ def test_folders_that_are_no_model(tmp_path, config, files, says):
     for name in files:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(InputError, match=says):
-        models.load_model(str(tmp_path))
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -159,23 +175,25 @@ def test_folders_that_are_no_model(tmp_path, config, files, says):
     ],
 )
 def test_weights_of_another_configuration(changes, says, tokenizer, tmp_path):
-    models.save_model(small_model(), tokenizer, tmp_path)
+    save_model(small_model(), tokenizer, tmp_path)
     edit(tmp_path, per_layer_config=None, **changes)
-    with pytest.raises(InputError, match=f"of another configuration .*{says}.*: give the config.json that was saved with them"):
-        models.load_model(str(tmp_path))
+    with pytest.raises(
+        InputError, match=f"of another configuration .*{says}.*: give the config.json that was saved with them"
+    ):
+        load_model(str(tmp_path))
 
 
 def test_an_adapter_beside_the_weights_is_no_part_of_the_model(tokenizer, logits_of, clone, tmp_path):
     """transformers would put it on top without a word."""
     model = small_model()
-    models.save_model(model, tokenizer, tmp_path)
-    with recovery._quiet():
-        get_peft_model(clone(model), recovery.lora_config(2, 4)).save_pretrained(tmp_path)
-    for load in (models.load_model, models.load_config):
+    save_model(model, tokenizer, tmp_path)
+    with lora._quiet():
+        get_peft_model(clone(model), lora.lora_config(2, 4)).save_pretrained(tmp_path)
+    for load in (load_model, load_config):
         with pytest.raises(InputError, match="an adapter beside its weights: remove adapter_config.json, or merge"):
             load(str(tmp_path))
     (tmp_path / "adapter_config.json").unlink()
-    assert torch.equal(logits_of(models.load_model(str(tmp_path), device="cpu")), logits_of(model))
+    assert torch.equal(logits_of(load_model(str(tmp_path), device="cpu")), logits_of(model))
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["own lm_head", "the table twice"])
@@ -184,13 +202,13 @@ def test_what_the_weights_tie_is_tied_whatever_the_configuration_says(same, toke
     model = small_model(tie_word_embeddings=False)
     if same:
         model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
-    models.save_model(model, tokenizer, tmp_path)
+    save_model(model, tokenizer, tmp_path)
     edit(tmp_path, tie_word_embeddings=True)
-    loaded, config = models.load_model(str(tmp_path), device="cpu"), models.load_config(str(tmp_path))
-    on_paper = models.random_model(config, device="meta")
+    loaded, config = load_model(str(tmp_path), device="cpu"), load_config(str(tmp_path))
+    on_paper = random_model(config, device="meta")
     assert torch.equal(loaded(windows).logits, model(windows).logits)
     assert loaded.config.tie_word_embeddings == config.tie_word_embeddings == same
-    for count in (models.count_parameters, cost.weight_bytes, cost.step_bytes):
+    for count in (shapes.count_parameters, cost.weight_bytes, cost.step_bytes):
         assert count(on_paper) == count(loaded)
 
 
@@ -216,10 +234,10 @@ def torn(folder):
     ],
 )
 def test_whatever_cannot_be_loaded_is_one_sentence(damage, says, tokenizer, tmp_path):
-    models.save_model(small_model(), tokenizer, tmp_path)
+    save_model(small_model(), tokenizer, tmp_path)
     edit(tmp_path, **damage) if isinstance(damage, dict) else damage(tmp_path)
     with pytest.raises(InputError, match=says) as caught:
-        models.load_tokenizer(str(tmp_path)), models.load_model(str(tmp_path), device="cpu")
+        load_tokenizer(str(tmp_path)), load_model(str(tmp_path), device="cpu")
     assert "\n" not in str(caught.value)
 
 
@@ -228,9 +246,9 @@ def test_a_device_that_cannot_be_had(device, logits_of):
     model = small_model()
     expected = logits_of(model)
     uses = [
-        lambda: models.to_device(model, device),
-        lambda: models.load_model("shape:tiny", device=device),
-        lambda: streaming.streamed(model, device).__enter__(),
+        lambda: to_device(model, device),
+        lambda: load_model("shape:tiny", device=device),
+        lambda: stream.streamed(model, device).__enter__(),
     ]
     for use in uses:
         with pytest.raises(InputError, match=rf"^the model cannot be put on {device} \(.+\): give a device .*$"):
@@ -246,9 +264,18 @@ def hub_error(kind):
 @pytest.mark.parametrize(
     ("cause", "says"),
     [
-        (hub_error(GatedRepoError), "model a/b is gated: ask for access on its page, then log in with `hf auth login`, or give a folder"),
-        (hub_error(RepositoryNotFoundError), "model a/b is not on the hub, or private: check the name, log in with `hf auth login`"),
-        (ConnectionError("no route"), r"model a/b cannot be loaded \(first line\): connect, log in with `hf auth login` if it is gated"),
+        (
+            hub_error(GatedRepoError),
+            "model a/b is gated: ask for access on its page, then log in with `hf auth login`, or give a folder",
+        ),
+        (
+            hub_error(RepositoryNotFoundError),
+            "model a/b is not on the hub, or private: check the name, log in with `hf auth login`",
+        ),
+        (
+            ConnectionError("no route"),
+            r"model a/b cannot be loaded \(first line\): connect, log in with `hf auth login` if it is gated",
+        ),
     ],
 )
 def test_hub_models_that_cannot_be_had(cause, says, monkeypatch):
@@ -259,13 +286,13 @@ def test_hub_models_that_cannot_be_had(cause, says, monkeypatch):
 
     untied = small_config(tie_word_embeddings=False)
     with monkeypatch.context() as patch:
-        patch.setattr(models.GqaLlamaForCausalLM, "from_pretrained", refuse)
-        patch.setattr(models.GqaLlamaConfig, "get_config_dict", lambda source: (untied.to_dict(), {}))
+        patch.setattr(GqaLlamaForCausalLM, "from_pretrained", refuse)
+        patch.setattr(GqaLlamaConfig, "get_config_dict", lambda source: (untied.to_dict(), {}))
         with pytest.raises(InputError, match=says):
-            models.load_model("a/b")
-    monkeypatch.setattr(models.GqaLlamaConfig, "get_config_dict", refuse)
+            load_model("a/b")
+    monkeypatch.setattr(GqaLlamaConfig, "get_config_dict", refuse)
     with pytest.raises(InputError, match=says) as caught:
-        models.load_model("a/b")
+        load_model("a/b")
     assert "\n" not in str(caught.value)
 
 
@@ -273,47 +300,49 @@ def test_hub_models_that_cannot_be_had(cause, says, monkeypatch):
 
 
 def test_a_shape_is_a_model_of_random_weights():
-    model = models.load_model("shape:tiny", "bfloat16", "cpu")
+    model = load_model("shape:tiny", "bfloat16", "cpu")
     assert model.dtype == torch.bfloat16 and not model.training and model.device.type == "cpu"
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     shape = {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 224}
-    assert models.layer_shapes(model).to_dict("records") == [shape] * 4
+    assert shapes.layer_shapes(model).to_dict("records") == [shape] * 4
     assert 0.01 < model.model.layers[0].mlp.up_proj.weight.float().std() < 0.04
 
 
 def test_a_shape_has_the_same_weights_every_time_and_leaves_the_generator_alone():
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first, second = (models.load_model("shape:tiny", device="cpu").state_dict() for _ in range(2))
+    first, second = (load_model("shape:tiny", device="cpu").state_dict() for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
-    other = models.random_model(models.shape_config("tiny"), device="cpu", seed=1).state_dict()
+    other = random_model(shape_config("tiny"), device="cpu", seed=1).state_dict()
     assert not torch.equal(other["lm_head.weight"], first["lm_head.weight"])
 
 
 def test_weights_are_made_in_the_dtype_and_on_the_device_asked(monkeypatch):
     """Never in float32 first, never on the CPU first: 8B parameters would not fit."""
     made = set()
-    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: made.add((self.weight.dtype, self.weight.device.type)))
-    models.random_model(models.shape_config("tiny"), "bfloat16", "meta")
+    monkeypatch.setattr(
+        torch.nn.Linear, "reset_parameters", lambda self: made.add((self.weight.dtype, self.weight.device.type))
+    )
+    random_model(shape_config("tiny"), "bfloat16", "meta")
     assert made == {(torch.bfloat16, "meta")}
 
 
 def test_a_pruned_shape_saves_and_loads(tmp_path):
-    model, tokenizer = models.load_model("shape:tiny", device="cpu"), models.load_tokenizer("shape:tiny")
+    model, tokenizer = load_model("shape:tiny", device="cpu"), load_tokenizer("shape:tiny")
     surgery.keep_groups(model, 1, [0, 5])
-    models.save_model(model, tokenizer, tmp_path)
-    loaded = models.load_model(str(tmp_path), device="cpu")
+    save_model(model, tokenizer, tmp_path)
+    loaded = load_model(str(tmp_path), device="cpu")
     ids = torch.arange(20)[None]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert models.load_tokenizer(str(tmp_path))("w7 . w9")["input_ids"] == [7, 1, 9]
+    assert load_tokenizer(str(tmp_path))("w7 . w9")["input_ids"] == [7, 1, 9]
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_has_rows(tokenizer, tmp_path):
     """The end of a text pads; a text with such a token, and an end without a row, is one sentence."""
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    models.save_model(small_model(vocab_size=2), tokenizer, tmp_path)
-    loaded = models.load_tokenizer(str(tmp_path))
+    save_model(small_model(vocab_size=2), tokenizer, tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
     assert tokenizer.pad_token_id == 2 and loaded.pad_token_id == loaded.eos_token_id == 0
     says = r"the text has '\[PAD\]', token 2, but the model's embeddings end at 1: take it out of the text"
     for encode in (corpora.token_ids, lambda *text: corpora.running_text_ids(*text, 9)):
@@ -326,32 +355,32 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_rows(tokenizer, tmp_path)
         tokenizer.eos_token = mark
         tokenizer.save_pretrained(tmp_path)
         with pytest.raises(InputError, match="cannot end a text .*: correct its tokenizer_config.json"):
-            models.load_tokenizer(str(tmp_path))
+            load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("pad", [61, -1])
 def test_a_padding_token_without_a_row_is_none(pad, tokenizer, logits_of, tmp_path):
     model = small_model()
-    models.save_model(model, tokenizer, tmp_path)
+    save_model(model, tokenizer, tmp_path)
     edit(tmp_path, pad_token_id=pad)
-    loaded = models.load_model(str(tmp_path), device="cpu")
+    loaded = load_model(str(tmp_path), device="cpu")
     assert loaded.config.pad_token_id is None and torch.equal(logits_of(loaded), logits_of(model))
 
 
 def test_the_tokenizer_of_a_shape():
-    tokenizer = models.load_tokenizer("shape:tiny")
-    assert len(tokenizer) == models.shape_config("tiny").vocab_size and tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    tokenizer = load_tokenizer("shape:tiny")
+    assert len(tokenizer) == shape_config("tiny").vocab_size and tokenizer.pad_token_id == tokenizer.eos_token_id == 0
     assert tokenizer("w2 w511 w512 .")["input_ids"] == [2, 511, 0, 1] and tokenizer.decode([3, 1]) == "w3 ."
 
 
 def test_unknown_shapes():
     with pytest.raises(InputError, match="unknown shape 'shape:huge': use shape:llama-3-8b, shape:tiny"):
-        models.check_model("shape:huge")
+        check_model("shape:huge")
 
 
 def test_missing_folder():
     with pytest.raises(InputError, match="does not exist"):
-        models.check_model("/nowhere/at/all")
+        check_model("/nowhere/at/all")
 
 
 # ---------------------------------------------------------------- output biases, dropped layers
@@ -369,8 +398,8 @@ def corrected(model):
 
 
 def test_biases_and_dropped_layers_save_and_load(corrected, logits_of, tokenizer, tmp_path):
-    models.save_model(corrected, tokenizer, tmp_path)
-    for loaded in (models.load_model(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+    save_model(corrected, tokenizer, tmp_path)
+    for loaded in (load_model(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
         assert torch.equal(logits_of(loaded), logits_of(corrected))
         assert [x.self_attn.o_proj.bias is not None for x in loaded.model.layers] == [False, True]
         assert [x.mlp.down_proj.bias is not None for x in loaded.model.layers] == [True, False]
@@ -386,12 +415,14 @@ def test_biases_and_dropped_layers_generate(corrected, windows):
 
 
 def test_biases_and_dropped_layers_count(corrected):
-    counts = models.count_parameters(corrected)
+    counts = shapes.count_parameters(corrected)
     assert counts["total"] == sum(p.numel() for p in corrected.parameters())
-    weights = sum(p.numel() for n, p in corrected.named_parameters() if ("self_attn" in n or "mlp" in n) and n.endswith("weight"))
+    weights = sum(
+        p.numel() for n, p in corrected.named_parameters() if ("self_attn" in n or "mlp" in n) and n.endswith("weight")
+    )
     assert counts["backbone"] == weights + 2 * 32
     assert cost.count_flops(corrected, 1, 12) == cost.closed_form_flops(corrected, 12)
-    kv_heads_left = models.layer_shapes(corrected)["num_key_value_heads"].sum()
+    kv_heads_left = shapes.layer_shapes(corrected)["num_key_value_heads"].sum()
     assert cost.kv_cache_bytes_per_token(corrected) == 2 * 6 * 4 * kv_heads_left
 
 
@@ -405,5 +436,5 @@ def test_llama_biases_stay(bias, logits_of, tokenizer, tmp_path):
     surgery.keep_channels(model, 1, range(7))
     surgery.add_output_bias(model, 1, "o_proj", torch.ones(32))
     surgery.add_output_bias(model, 1, "down_proj", torch.ones(32))
-    models.save_model(model, tokenizer, tmp_path)
-    assert torch.equal(logits_of(models.load_model(str(tmp_path))), logits_of(model))
+    save_model(model, tokenizer, tmp_path)
+    assert torch.equal(logits_of(load_model(str(tmp_path))), logits_of(model))

@@ -4,15 +4,21 @@ import pytest
 import torch
 from conftest import biased_model, small_model
 
-from gqalib import InputError, baselines, importance, models, peers, pruning, surgery
-from gqalib.perplexity import perplexity
+from gqalib import InputError
+from gqalib.measure.perplexity import perplexity
+from gqalib.model import load, surgery
+from gqalib.model.shapes import count_parameters, layer_shape, layer_shapes
+from gqalib.peers import peers, v2
+from gqalib.prune import founding
+from gqalib.prune import scores as prune_scores
+from gqalib.prune.scores import backward
 
 WIDTH = sorted(set(peers.PEERS) - {"shortgpt", "layer_removal"})
 DEPTH = ["shortgpt", "layer_removal"]
 
 
 def removed(model, dense) -> int:
-    return models.count_parameters(dense)["backbone"] - models.count_parameters(model)["backbone"]
+    return count_parameters(dense)["backbone"] - count_parameters(model)["backbone"]
 
 
 def features(model, index, windows) -> dict[str, torch.Tensor]:
@@ -38,9 +44,9 @@ def test_width_budget_runs_saves_and_loads(model, name, windows, clone, logits_o
     dense = clone(model)
     peers.PEERS[name](model, windows, 0.25)
     channel = 3 * 32
-    assert abs(removed(model, dense) - 0.25 * models.count_parameters(dense)["backbone"]) <= channel
+    assert abs(removed(model, dense) - 0.25 * count_parameters(dense)["backbone"]) <= channel
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits_of(models.load_model(str(tmp_path))), logits_of(model))
+    assert torch.equal(logits_of(load.load_model(str(tmp_path))), logits_of(model))
     assert torch.isfinite(logits_of(model)).all() and not torch.equal(logits_of(model), logits_of(dense))
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(windows[:1], **options), model.generate(windows[:1], use_cache=False, **options))
@@ -52,9 +58,9 @@ def test_depth_budget(model, name, fraction, layers_left, windows, clone, logits
     dense = clone(model)
     peers.PEERS[name](model, windows, fraction)
     assert len(model.model.layers) == layers_left  # the nearest to 3 × (1 − fraction), at least one gone
-    assert removed(model, dense) == models.count_parameters(dense)["backbone"] * (3 - layers_left) // 3
+    assert removed(model, dense) == count_parameters(dense)["backbone"] * (3 - layers_left) // 3
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits_of(models.load_model(str(tmp_path))), logits_of(model))
+    assert torch.equal(logits_of(load.load_model(str(tmp_path))), logits_of(model))
 
 
 @pytest.mark.parametrize("name", sorted(peers.PEERS))
@@ -93,7 +99,7 @@ def test_budget_on_an_uneven_model_with_biases(windows, clone):
     for name in ("random", "flap", "wanda_sp"):
         pruned = clone(model)
         peers.PEERS[name](pruned, windows, 0.3)
-        assert abs(removed(pruned, dense) - 0.3 * models.count_parameters(dense)["backbone"]) <= 3 * 32 + 2
+        assert abs(removed(pruned, dense) - 0.3 * count_parameters(dense)["backbone"]) <= 3 * 32 + 2
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -114,9 +120,9 @@ def test_what_sits_in_biases_stays(name, windows, monkeypatch):
         for parameter in model.parameters():
             parameter.grad = parameter.detach().clone()
 
-    monkeypatch.setattr(importance, "backward", gradients)
+    monkeypatch.setattr(prune_scores, "backward", gradients)
     peers.PEERS[name](model, windows, 0.4)
-    assert (models.layer_shapes(model)["num_attention_heads"] < 8).any()
+    assert (layer_shapes(model)["num_attention_heads"] < 8).any()
     for layer in model.model.layers:
         assert (layer.self_attn.q_proj.bias == 10).sum() == 6 and (layer.mlp.gate_proj.bias == 10).sum() == 1
 
@@ -127,11 +133,11 @@ def test_what_sits_in_biases_stays(name, windows, monkeypatch):
 def test_llm_pruner_protects_the_ends_as_long_as_it_can(windows):
     model = small_model(num_hidden_layers=8)
     peers.llm_pruner(model, windows, 0.25)
-    widths = models.layer_shapes(model)["intermediate_size"].tolist()
+    widths = layer_shapes(model)["intermediate_size"].tolist()
     assert widths[0] == 24 and max(widths[1:]) < 24  # an eighth in front; a sixteenth of 8 layers rounds to none
     model = small_model(num_hidden_layers=8)
     peers.llm_pruner(model, windows, 0.78)
-    assert models.layer_shapes(model)["intermediate_size"][0] < 24
+    assert layer_shapes(model)["intermediate_size"][0] < 24
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -140,10 +146,10 @@ def test_torch_pruning_keeps_kv_heads_and_pairs_rightly(windows, clone, logits_o
     model = small_model(num_attention_heads=8, num_key_value_heads=2)
     dense = clone(model)
     peers.torch_pruning_gqa(model, windows, 0.4)
-    shapes = models.layer_shapes(model)
+    shapes = layer_shapes(model)
     assert (shapes["num_key_value_heads"] == 2).all() and shapes["num_attention_heads"].min() < 8
     for old, new in zip(dense.model.layers, model.model.layers, strict=True):
-        assert new.self_attn.num_key_value_groups * 2 == models.layer_shape(new)["num_attention_heads"]
+        assert new.self_attn.num_key_value_groups * 2 == layer_shape(new)["num_attention_heads"]
         heads = old.self_attn.q_proj.weight.view(8, 6, -1)
         kept = [any(torch.equal(head, x) for x in new.self_attn.q_proj.weight.view(-1, 6, 32)) for head in heads]
         channels = [any(torch.equal(row, x) for x in new.mlp.gate_proj.weight) for row in old.mlp.gate_proj.weight]
@@ -158,14 +164,14 @@ def test_torch_pruning_keeps_kv_heads_and_pairs_rightly(windows, clone, logits_o
 @pytest.mark.filterwarnings("ignore")
 def test_torch_pruning_traces_few_tokens(monkeypatch):
     """Scores read whole windows; the graph does not."""
-    model, lengths, gradients = small_model(), [], importance.backward
+    model, lengths, gradients = small_model(), [], backward
     windows = torch.randint(1, 61, (2, 64), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(importance, "backward", lambda *text: gradients(*text) and lengths.clear())
+    monkeypatch.setattr(prune_scores, "backward", lambda *text: gradients(*text) and lengths.clear())
     model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].numel()))
     peers.torch_pruning_gqa(model, windows, 0.3)
     assert lengths and max(lengths) <= 32
     lengths.clear()
-    baselines.prune_with_dependency_graph(model, {}, windows)
+    v2.prune_with_dependency_graph(model, {}, windows)
     assert lengths and max(lengths) <= 32
 
 
@@ -184,8 +190,12 @@ def test_wanda_reads_the_pruned_stream(model, clone, windows):
     reference.model.layers[2] = clone(dense.model.layers[2])
     inputs = features(reference, 2, windows)["o_proj"]
     norms = dense.model.layers[2].self_attn.o_proj.weight.double().abs().sum(0) * inputs.square().sum(0).sqrt()
-    groups = models.layer_shape(dense.model.layers[2])["num_key_value_heads"]
-    kept = norms.view(groups, -1).sum(1).argsort(descending=True)[: models.layer_shape(model.model.layers[2])["num_key_value_heads"]]
+    groups = layer_shape(dense.model.layers[2])["num_key_value_heads"]
+    kept = (
+        norms.view(groups, -1)
+        .sum(1)
+        .argsort(descending=True)[: layer_shape(model.model.layers[2])["num_key_value_heads"]]
+    )
     expected = dense.model.layers[2].self_attn.v_proj.weight.view(groups, 6, 32)[kept.sort().values].flatten(0, 1)
     assert torch.equal(model.model.layers[2].self_attn.v_proj.weight, expected)
 
@@ -195,7 +205,9 @@ def test_flap_bias_is_the_mean_of_what_went(model, clone, windows):
     peers.flap(model, windows, 0.4)
     for index, (old, new) in enumerate(zip(dense.model.layers, model.model.layers, strict=True)):
         inputs = features(dense, index, windows)
-        channels = torch.tensor([any(torch.equal(row, x) for x in new.mlp.up_proj.weight) for row in old.mlp.up_proj.weight])
+        channels = torch.tensor(
+            [any(torch.equal(row, x) for x in new.mlp.up_proj.weight) for row in old.mlp.up_proj.weight]
+        )
         heads = old.self_attn.q_proj.weight.view(-1, 6, 32)
         kept = [any(torch.equal(head, x) for x in new.self_attn.q_proj.weight.view(-1, 6, 32)) for head in heads]
         for name, gone in (("o_proj", ~torch.tensor(kept).repeat_interleave(6)), ("down_proj", ~channels)):
@@ -220,16 +232,19 @@ def test_flap_of_constant_features_is_exact(clone, windows, logits_of):
             scores = features(model, index, windows)[name].var(0) * linear.weight.detach().double().square().sum(0)
             linear.weight.data[:, scores > 1e-9] /= scores[scores > 1e-9].sqrt().float()
     dense = clone(model)
-    group, channel = pruning.unit_costs(model.model.layers[0])
-    fraction = 3 * (2 * group + 10 * channel) / models.count_parameters(model)["backbone"]
+    group, channel = founding.unit_costs(model.model.layers[0])
+    fraction = 3 * (2 * group + 10 * channel) / count_parameters(model)["backbone"]
     peers.flap(model, windows, fraction)
-    shapes = models.layer_shapes(model)
+    shapes = layer_shapes(model)
     assert (shapes["num_key_value_heads"] == 2).all() and (shapes["intermediate_size"] == 14).all()
     assert torch.allclose(logits_of(model), logits_of(dense), atol=1e-4)
 
 
 def test_flap_scores_by_hand():
-    weight, variance = torch.tensor([[1.0, 2.0, 0.0, 1.0], [0.0, 0.0, 3.0, 1.0]]), torch.tensor([4.0, 1.0, 1.0, 0.5]).double()
+    weight, variance = (
+        torch.tensor([[1.0, 2.0, 0.0, 1.0], [0.0, 0.0, 3.0, 1.0]]),
+        torch.tensor([4.0, 1.0, 1.0, 0.5]).double(),
+    )
     columns = torch.tensor([4.0, 4.0, 9.0, 1.0], dtype=torch.float64)
     assert torch.allclose(peers.flap_scores(weight, variance, 4), (columns - 4.5) / columns.std(correction=0))
     assert peers.flap_scores(weight, variance, 2).tolist() == pytest.approx([-1.0, 1.0])  # means 4 and 5
@@ -311,7 +326,7 @@ def test_selection_is_no_worse_with_swaps_and_often_the_best():
 
 def test_osscar_with_nothing_removed_is_the_identity(model, clone, logits_of, windows, monkeypatch):
     before = logits_of(model)
-    nothing = pruning.Plan([0.0] * 3, [0] * 3, [0] * 3)
+    nothing = founding.Plan([0.0] * 3, [0] * 3, [0] * 3)
     monkeypatch.setattr(peers, "uniform_plan", lambda *_, **__: nothing)
     peers.osscar(model, windows, 0.1)
     assert torch.allclose(logits_of(model), before, atol=1e-3)
@@ -323,7 +338,9 @@ def test_osscar_refit_beats_cutting(model, clone, windows):
     peers.osscar(model, windows, 0.4)
     old, new = dense.model.layers[0].self_attn, model.model.layers[0].self_attn
     inputs = features(dense, 0, windows)["o_proj"]
-    kept = [any(torch.equal(h, x) for x in new.q_proj.weight.view(-1, 6, 32)) for h in old.q_proj.weight.view(-1, 6, 32)]
+    kept = [
+        any(torch.equal(h, x) for x in new.q_proj.weight.view(-1, 6, 32)) for h in old.q_proj.weight.view(-1, 6, 32)
+    ]
     columns = torch.tensor(kept).repeat_interleave(6)
     target = inputs @ old.o_proj.weight.double().T
     refitted = (inputs[:, columns] @ new.o_proj.weight.double().T - target).square().sum()

@@ -3,10 +3,14 @@ import torch
 import yaml
 from conftest import small_model
 
-from gqalib import InputError, models, presets, pruning, speed
-from gqalib.__main__ import overrides
-from gqalib.perplexity import window_losses
-from gqalib.presets import FOLDER, dotted_names, load_preset, preset_names
+from gqalib import InputError
+from gqalib.measure import speed
+from gqalib.measure.perplexity import window_losses
+from gqalib.model import load, shapes
+from gqalib.prune import founding
+from gqalib.run import presets
+from gqalib.run.cli import overrides
+from gqalib.run.presets import FOLDER, dotted_names, load_preset, preset_names
 
 
 def test_every_preset_loads():
@@ -20,7 +24,12 @@ def test_the_seed_numbers_of_llama3_8b():
     assert (p.removal.num_examples, p.removal.length) == (50, 128)
     assert (p.calibration.num_examples, p.calibration.length) == (10, 128)
     assert (p.pruning.mean_rate, p.pruning.alpha, p.pruning.min_rate, p.pruning.max_rate) == (0.25, 1.0, 0.15, 0.5)
-    assert (p.recovery.learning_rate, p.recovery.lora_r, p.recovery.lora_alpha, p.recovery.num_epochs) == (5e-5, 8, 16, 2)
+    assert (p.recovery.learning_rate, p.recovery.lora_r, p.recovery.lora_alpha, p.recovery.num_epochs) == (
+        5e-5,
+        8,
+        16,
+        2,
+    )
     assert (p.corpus, p.instructions, p.dtype) == ("wikitext2", "alpaca-cleaned", "bfloat16")
     assert (p.model, p.pruning.strategy) == ("meta-llama/Meta-Llama-3-8B-Instruct", "inverse")
     assert (p.evaluation.short_window, p.evaluation.long_window) == (128, 2048)
@@ -54,21 +63,25 @@ def test_the_whole_path_with_9_query_and_3_kv_heads(tmp_path, tokenizer, windows
     """SmolLM2's heads and the preset's settings on a small random model: importance, rates, surgery, saving, perplexity, speed."""
     p = load_preset("smollm2-135m", {"pruning.channel_multiple": 8})
     model = small_model(num_attention_heads=9, num_key_value_heads=3, intermediate_size=96, hidden_size=36)
-    counts, layers = models.count_parameters(model), models.layer_shapes(model)
-    plan = pruning.make_plan(model, torch.tensor([3.0, 1.0, 2.0]), p.pruning)
-    table = pruning.prune(model, plan, windows)
-    assert (table["num_attention_heads"] == 3 * table["num_key_value_heads"]).all() and (table["intermediate_size"] % 8 == 0).all()
+    counts, layers = shapes.count_parameters(model), shapes.layer_shapes(model)
+    plan = founding.make_plan(model, torch.tensor([3.0, 1.0, 2.0]), p.pruning)
+    table = founding.prune(model, plan, windows)
+    assert (table["num_attention_heads"] == 3 * table["num_key_value_heads"]).all() and (
+        table["intermediate_size"] % 8 == 0
+    ).all()
     assert (table["num_key_value_heads"] < layers["num_key_value_heads"]).any()
-    assert models.size_of(model, counts)["backbone_removed_percent"] == pytest.approx(25, abs=2)
-    models.save_model(model, tokenizer, tmp_path)
-    loaded = models.load_model(str(tmp_path), p.dtype, "cpu")
+    assert shapes.size_of(model, counts)["backbone_removed_percent"] == pytest.approx(25, abs=2)
+    load.save_model(model, tokenizer, tmp_path)
+    loaded = load.load_model(str(tmp_path), p.dtype, "cpu")
     assert window_losses(loaded, windows).mean() > 0
     speeds = speed.compare_speed({"dense": small_model(), "pruned": loaded}, [1], [16], 0.01, 1)
     assert (speeds["ms"] > 0).all()
 
 
 def test_overrides():
-    p = load_preset("tiny", {"pruning.mean_rate": 0.3, "model": "x/y", "recovery.num_examples": None, "recovery.num_epochs": 2})
+    p = load_preset(
+        "tiny", {"pruning.mean_rate": 0.3, "model": "x/y", "recovery.num_examples": None, "recovery.num_epochs": 2}
+    )
     assert (p.pruning.mean_rate, p.model, p.recovery.num_examples, p.recovery.num_epochs) == (0.3, "x/y", None, 2.0)
     assert load_preset("tiny").pruning.mean_rate == 0.25
 

@@ -24,11 +24,19 @@ from test_series import write_notebook
 from torch import nn
 from trl import SFTTrainer
 
-from gqalib import frontier, importance, models, progress, pruning, recovery, refit, search, series, tasks, training
-from gqalib.perplexity import perplexity
-from gqalib.presets import load_preset
-from gqalib.progress import NOT_KEPT, Progress, digest
-from gqalib.records import Notebook, progress_dir, read_record
+from gqalib.measure import frontier
+from gqalib.measure.perplexity import perplexity
+from gqalib.model import load
+from gqalib.prune import allocate, founding, refit, search
+from gqalib.prune import scores as prune_scores
+from gqalib.prune.scores import gradient_covariances, removal_importance, unit_scores
+from gqalib.recover import lora as recover_lora
+from gqalib.recover.lora import _Checkpoints, finetune_lora, into_folder
+from gqalib.reference import training
+from gqalib.run import resume, series, tasks
+from gqalib.run.notebook import Notebook, progress_dir, read_record
+from gqalib.run.presets import load_preset
+from gqalib.run.resume import NOT_KEPT, Progress, digest
 
 QUICK = refit.Ingredients(newton_rounds=1, newton_steps=1)
 UNTRIED = refit.Ingredients(newton_rounds=0)
@@ -93,18 +101,18 @@ def killed_after(monkeypatch):
 
 
 def with_random_groups(model, text, progress):
-    plan = pruning.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
-    table = pruning.prune(model, plan, text, group_statistic="random", include_o_proj=True, seed=7, progress=progress)
+    plan = founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
+    table = founding.prune(model, plan, text, group_statistic="random", include_o_proj=True, seed=7, progress=progress)
     return model, table.drop(columns="seconds")
 
 
 def sweep(model, text, progress, plan=None):
-    refit.sweep(model, plan or pruning.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), text, QUICK, progress=progress)
+    refit.sweep(model, plan or founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), text, QUICK, progress=progress)
     return model
 
 
 def sweep_without_a_layer(model, text, progress):
-    return sweep(model, text, progress, pruning.Plan([0.3] * 3, [1, 4, 1], [5, 24, 9]))
+    return sweep(model, text, progress, founding.Plan([0.3] * 3, [1, 4, 1], [5, 24, 9]))
 
 
 def sweep_in_bfloat16(model, text, progress):
@@ -112,8 +120,10 @@ def sweep_in_bfloat16(model, text, progress):
 
 
 def trial_and_table(model, text, progress=NOT_KEPT):
-    covariances = importance.gradient_covariances(model, text)
-    return search.Trial(model, text, covariances, UNTRIED), search.cost_table(model, text, covariances, UNTRIED, progress=progress)
+    covariances = gradient_covariances(model, text)
+    return search.Trial(model, text, covariances, UNTRIED), allocate.cost_table(
+        model, text, covariances, UNTRIED, progress=progress
+    )
 
 
 def evolve(model, text, progress):
@@ -122,7 +132,9 @@ def evolve(model, text, progress):
 
 def spoken(model, text):
     """What a random model says is a text that it can read, and that a pruned one cannot."""
-    return model.generate(text[:, :4], attention_mask=torch.ones_like(text[:, :4]), min_new_tokens=12, max_new_tokens=12, do_sample=False)
+    return model.generate(
+        text[:, :4], attention_mask=torch.ones_like(text[:, :4]), min_new_tokens=12, max_new_tokens=12, do_sample=False
+    )
 
 
 def prune_to(model, text, progress):
@@ -142,17 +154,21 @@ def rows(model, text, progress):
 
 
 CASES = {  # what is run, what must not run twice, parts after which it dies
-    "removal": (lambda *args: importance.removal_importance(*args[:2], progress=args[2]), (importance, "_perplexity_without"), (2, 3)),
+    "removal": (
+        lambda *args: removal_importance(*args[:2], progress=args[2]),
+        (prune_scores, "_perplexity_without"),
+        (2, 3),
+    ),
     "removal, no cache": (
-        lambda *args: importance.removal_importance(*args[:2], False, progress=args[2]),
-        (importance, "_perplexity_without"),
+        lambda *args: removal_importance(*args[:2], False, progress=args[2]),
+        (prune_scores, "_perplexity_without"),
         (3,),
     ),
-    "prune": (with_random_groups, (importance, "unit_scores"), (1, 3, 4)),
+    "prune": (with_random_groups, (founding, "unit_scores"), (1, 3, 4)),
     "sweep": (sweep, (refit, "mend"), (1, 2, 5)),
     "sweep, a layer goes": (sweep_without_a_layer, (refit, "mend"), (1, 3)),
     "sweep, bfloat16": (sweep_in_bfloat16, (refit, "mend"), (2, 3)),
-    "cost table": (lambda *args: trial_and_table(*args)[1], (search, "_costs"), (1, 4)),
+    "cost table": (lambda *args: trial_and_table(*args)[1], (allocate, "_costs"), (1, 4)),
     "search": (evolve, (search.Trial, "__call__"), (3,)),
     "prune to kept": (prune_to_kept, (refit, "mend"), (1, 4)),
     "frontier": (rows, (frontier, "try_method"), (1, 7)),
@@ -190,10 +206,10 @@ def test_a_killed_run_goes_on(name, num_parts, text, kept, counted, killed_after
 
 
 def test_covariances_are_taken_once(text, kept, counted):
-    calls, models = counted(importance, "_covariances"), (small_model(), small_model(seed=5))
-    expected = [importance.gradient_covariances(model, text) for model in models]
+    calls, models = counted(prune_scores, "_covariances"), (small_model(), small_model(seed=5))
+    expected = [gradient_covariances(model, text) for model in models]
     for _ in range(2):
-        assert same([importance.gradient_covariances(model, text, progress=kept()) for model in models], expected)
+        assert same([gradient_covariances(model, text, progress=kept()) for model in models], expected)
     assert len(calls) == 4
 
 
@@ -205,7 +221,11 @@ def test_prune_to_goes_on(num_parts, text, kept, counted, killed_after):
     reached = expected[0]["perplexity"]
     killed_after(num_parts, lambda: prune_to(small_model(), text, kept()))
     done = len(trials) - total
-    assert len(reached) == 5 and not same(expected[1], small_model()) and done == np.isfinite(reached[:num_parts]).sum() < total
+    assert (
+        len(reached) == 5
+        and not same(expected[1], small_model())
+        and done == np.isfinite(reached[:num_parts]).sum() < total
+    )
     assert same(prune_to(small_model(), text, kept()), expected)
     assert len(trials) == 2 * total
     assert same(prune_to(small_model(), text, kept()), expected)
@@ -213,17 +233,17 @@ def test_prune_to_goes_on(num_parts, text, kept, counted, killed_after):
 
 
 def test_seconds_are_those_of_the_run_that_did_it(text, kept, killed_after, monkeypatch):
-    plan, clock = pruning.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), iter([0.0, 100.0, 0.0])
-    monkeypatch.setattr(pruning.time, "perf_counter", lambda: next(clock))
-    killed_after(3, lambda: pruning.prune(small_model(), plan, text, progress=kept()))
+    plan, clock = founding.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), iter([0.0, 100.0, 0.0])
+    monkeypatch.setattr(founding.time, "perf_counter", lambda: next(clock))
+    killed_after(3, lambda: founding.prune(small_model(), plan, text, progress=kept()))
     monkeypatch.undo()
-    seconds = pruning.prune(small_model(), plan, text, progress=kept())["seconds"]
+    seconds = founding.prune(small_model(), plan, text, progress=kept())["seconds"]
     assert seconds[0] == 100.0 and (seconds[1:] < 50).all()
 
 
 def test_after_layer_hears_of_every_layer(text, kept, killed_after):
-    for function in (pruning.prune, refit.sweep):
-        plan, heard = pruning.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), []
+    for function in (founding.prune, refit.sweep):
+        plan, heard = founding.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), []
         killed_after(3, lambda plan=plan, function=function: function(small_model(), plan, text, progress=kept()))
         function(small_model(), plan, text, after_layer=heard.append, progress=kept())
         assert heard == [0, 1, 2]
@@ -255,15 +275,15 @@ def test_other_inputs_find_nothing(name, text, kept, counted):
     assert len(calls) == 5 * once
 
 
-PLAN, OTHER_PLAN = pruning.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), pruning.Plan([0.3] * 3, [2, 2, 1], [5, 3, 9])
+PLAN, OTHER_PLAN = founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), founding.Plan([0.3] * 3, [2, 2, 1], [5, 3, 9])
 
 
 def prune_with(model, text, progress, plan=PLAN, **how):
-    return model, pruning.prune(model, plan, text, progress=progress, **how).drop(columns="seconds")
+    return model, founding.prune(model, plan, text, progress=progress, **how).drop(columns="seconds")
 
 
 def sweep_with(model, text, progress, plan=PLAN, ingredients=UNTRIED, scored=False, weight=None):
-    scores = importance.unit_scores(model, text, ("magnitude", "magnitude")) if scored else None
+    scores = unit_scores(model, text, ("magnitude", "magnitude")) if scored else None
     covariances = None if weight is None else [(weight @ weight.T,) * 2] * 3
     refit.sweep(model, plan, text, ingredients, scores=scores, covariances=covariances, progress=progress)
     return model
@@ -271,13 +291,18 @@ def sweep_with(model, text, progress, plan=PLAN, ingredients=UNTRIED, scored=Fal
 
 def evolve_with(model, text, progress, fraction=0.4, scored=4, seed=0, candidates=3, ingredients=UNTRIED, times=1):
     trial, table = trial_and_table(model, text)
-    trial, table = dataclasses.replace(trial, ingredients=ingredients), dataclasses.replace(table, groups=[times * x for x in table.groups])
+    trial, table = (
+        dataclasses.replace(trial, ingredients=ingredients),
+        dataclasses.replace(table, groups=[times * x for x in table.groups]),
+    )
     return search.evolve(trial, table, fraction, text[:scored], candidates, seed, progress)
 
 
 def targets_with(model, text, progress, times=1.2, scored=8):
     goal = times * perplexity(model, spoken(model, text))
-    return search.prune_to(*trial_and_table(model, text), spoken(model, text)[:scored], perplexity=goal, trials=3, progress=progress)
+    return search.prune_to(
+        *trial_and_table(model, text), spoken(model, text)[:scored], perplexity=goal, trials=3, progress=progress
+    )
 
 
 def rows_with(model, text, progress, test=4, fractions=(0.3,), flipped=False, method="random"):
@@ -339,7 +364,11 @@ def test_what_json_can_say_comes_back(part, kept):
 
 
 def test_tensors_come_back(kept):
-    tensors = {"a": torch.randn(3, 2).T, "b": torch.tensor([math.nan], dtype=torch.bfloat16), "c": torch.zeros(0, dtype=torch.int64)}
+    tensors = {
+        "a": torch.randn(3, 2).T,
+        "b": torch.tensor([math.nan], dtype=torch.bfloat16),
+        "c": torch.zeros(0, dtype=torch.int64),
+    }
     kept().keep("x", tensors)
     loaded = kept().load("x")
     assert loaded.keys() == tensors.keys() and all(digest(loaded[key]) == digest(tensors[key]) for key in tensors)
@@ -347,7 +376,7 @@ def test_tensors_come_back(kept):
 
 def test_a_part_appears_whole_or_not_at_all(kept, tmp_path, monkeypatch):
     kept().keep("x", 1)
-    monkeypatch.setattr(progress.os, "replace", lambda *names: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(resume.os, "replace", lambda *names: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         kept().keep("x", 2)
     assert kept().load("x") == 1
@@ -357,12 +386,12 @@ def test_a_part_appears_whole_or_not_at_all(kept, tmp_path, monkeypatch):
 def test_what_takes_a_name_is_on_the_disk_before(tmp_path, tokenizer, monkeypatch):
     """A checkpoint, its log, a sweep's attempts, a merged model, a notebook: no power cut leaves half of one."""
     on_disk, fsync = set(), os.fsync
-    monkeypatch.setattr(progress.os, "fsync", lambda number: (on_disk.add(os.fstat(number).st_ino), fsync(number)))
+    monkeypatch.setattr(resume.os, "fsync", lambda number: (on_disk.add(os.fstat(number).st_ino), fsync(number)))
     (tmp_path / "log.jsonl").write_text('{"tokens": 5}\n{"tokens": 9}\n')
     training.save_checkpoint(tmp_path, small_model(), [], 5)
     training._forget_after(tmp_path, 5)
     tasks._write(tmp_path, [])
-    training_folder, save = recovery.into_folder(tmp_path / "out")
+    training_folder, save = into_folder(tmp_path / "out")
     training_folder.mkdir()
     save(small_model(), tokenizer)
     (tmp_path / "notebooks").mkdir()
@@ -430,7 +459,7 @@ def lora(tokenizer, tmp_path):
 
     def train(name, seed=0, **changes):
         how = dataclasses.replace(settings, **changes)
-        adapted, log = recovery.finetune_lora(small_model(), tokenizer, examples, how, tmp_path / name, seed, checkpoint_s=0)
+        adapted, log = finetune_lora(small_model(), tokenizer, examples, how, tmp_path / name, seed, checkpoint_s=0)
         return [*get_peft_model_state_dict(adapted).values()], log.drop(columns="seconds")
 
     return train
@@ -438,7 +467,7 @@ def lora(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("num_steps", [3, 7])  # an epoch has three
 def test_lora_goes_on(num_steps, lora, counted, monkeypatch, tmp_path):
-    expected, saves, original = lora("whole"), [], recovery._Checkpoints.on_save
+    expected, saves, original = lora("whole"), [], _Checkpoints.on_save
     assert len(expected[1]) == 9
 
     def die(self, *args, **kwargs):
@@ -447,15 +476,15 @@ def test_lora_goes_on(num_steps, lora, counted, monkeypatch, tmp_path):
         if len(saves) == num_steps:
             raise Killed
 
-    monkeypatch.setattr(recovery._Checkpoints, "on_save", die)
+    monkeypatch.setattr(_Checkpoints, "on_save", die)
     with pytest.raises(Killed):
         lora("killed")
-    monkeypatch.setattr(recovery._Checkpoints, "on_save", original)
+    monkeypatch.setattr(_Checkpoints, "on_save", original)
     last = tmp_path / "killed" / "state" / f"checkpoint-{num_steps}"
     torn = last.with_name(f"checkpoint-{num_steps + 1}")
     torn.mkdir()
     (torn / "trainer_state.json").write_bytes((last / "trainer_state.json").read_bytes()[:100])
-    steps = counted(recovery._Checkpoints, "on_step_begin")
+    steps = counted(_Checkpoints, "on_step_begin")
     assert same(lora("killed"), expected) and len(steps) == 9 - num_steps
     assert {file.name for file in (tmp_path / "killed" / "state").iterdir() if file.suffix != ".md"} == {
         "key.json", "adapter.safetensors", "log.json",
@@ -474,7 +503,7 @@ def test_lora_that_ended_is_not_trained_again(lora, monkeypatch, tmp_path):
 
 def test_a_new_library_finds_nothing(lora, monkeypatch, counted):
     lora("folder")
-    monkeypatch.setattr(recovery, "library_hash", lambda: "another")
+    monkeypatch.setattr(recover_lora, "library_hash", lambda: "another")
     trained = counted(SFTTrainer, "train")
     lora("folder")
     assert len(trained) == 1
@@ -531,9 +560,12 @@ def test_sigkill_in_the_middle_of_a_notebook(tmp_path):
     small_model().save_pretrained(tmp_path / "model")
     (tmp_path / "notebooks").mkdir()
     write_notebook(tmp_path / "notebooks", "01_slow", SLOW)
-    run_dir, how = tmp_path / "run", {"overrides": {"model": str(tmp_path / "model")}, "notebooks": tmp_path / "notebooks"}
+    run_dir, how = (
+        tmp_path / "run",
+        {"overrides": {"model": str(tmp_path / "model")}, "notebooks": tmp_path / "notebooks"},
+    )
     job = series.Series(**how, run_dir=run_dir)
-    code = f"from pathlib import PosixPath; from gqalib import series; series.Series(**{how!r}, run_dir={str(run_dir)!r}).run()"
+    code = f"from pathlib import PosixPath; from gqalib.run import series; series.Series(**{how!r}, run_dir={str(run_dir)!r}).run()"
     runner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (run_dir / "begun").exists() or not (run_dir / "begun").read_text():
@@ -545,7 +577,7 @@ def test_sigkill_in_the_middle_of_a_notebook(tmp_path):
     assert progress_dir(run_dir, "01_slow").exists() and not (run_dir / "01_slow.json").exists()
     job.run()
     assert (run_dir / "calls").read_text() == "0 1 2 2 3 "  # the last one is the whole model
-    expected = importance.removal_importance(models.load_model(str(tmp_path / "model"), device="cpu"), torch.arange(60).view(3, 20))
+    expected = removal_importance(load.load_model(str(tmp_path / "model"), device="cpu"), torch.arange(60).view(3, 20))
     recorded = read_record(run_dir / "01_slow.json")["metrics"]
     assert [recorded[f"layer_{layer}"]["value"] for layer in range(3)] == expected.tolist()
     assert not (run_dir / "progress").exists()
@@ -593,7 +625,7 @@ def test_a_training_leaves_its_result_and_no_checkpoint(tmp_path):
 @pytest.mark.parametrize("what", ["library_hash", "fingerprints", "version"])
 def test_progress_is_of_these_files_and_versions(what, tmp_path, monkeypatch):
     notebook(tmp_path).progress("a").keep("x", 1)
-    monkeypatch.setattr(f"gqalib.records.{what}", lambda *args: "another")
+    monkeypatch.setattr(f"gqalib.run.notebook.{what}", lambda *args: "another")
     assert notebook(tmp_path).progress("a").load("x") is None
 
 
@@ -601,9 +633,13 @@ def test_force_begins_anew(tmp_path, monkeypatch):
     small_model().save_pretrained(tmp_path / "model")
     (tmp_path / "notebooks").mkdir()
     write_notebook(tmp_path / "notebooks", "01_first")
-    job = series.Series(overrides={"model": str(tmp_path / "model")}, run_dir=tmp_path / "run", notebooks=tmp_path / "notebooks")
+    job = series.Series(
+        overrides={"model": str(tmp_path / "model")}, run_dir=tmp_path / "run", notebooks=tmp_path / "notebooks"
+    )
     there = []
-    monkeypatch.setattr(series.Series, "execute", lambda self, path: there.append(progress_dir(self.run_dir, path.stem).exists()))
+    monkeypatch.setattr(
+        series.Series, "execute", lambda self, path: there.append(progress_dir(self.run_dir, path.stem).exists())
+    )
     for force in (False, True):
         progress_dir(job.run_dir, "01_first").mkdir(parents=True, exist_ok=True)
         job.run(force)
@@ -614,4 +650,6 @@ def test_a_record_says_what_the_results_depend_on(tmp_path):
     nb = notebook(tmp_path)
     nb.finish()
     record = read_record(tmp_path / "01_first.json")
-    assert json.loads(json.dumps(nb._reasons())).items() <= record.items() and record["library"] == progress.library_hash()
+    assert (
+        json.loads(json.dumps(nb._reasons())).items() <= record.items() and record["library"] == resume.library_hash()
+    )

@@ -12,16 +12,26 @@ import torch
 import trl
 from conftest import small_model
 
-from gqalib import InputError, memory, recovery, surgery
-from gqalib.__main__ import main, overrides
-from gqalib.corpora import END_OF_DOCUMENT, instructions, training_windows
-from gqalib.models import REPOSITORY, load_model, load_tokenizer, save_model
-from gqalib.perplexity import kl_to
-from gqalib.presets import load_preset
+from gqalib import InputError
+from gqalib.measure import memory
+from gqalib.measure.perplexity import kl_to
+from gqalib.model import surgery
+from gqalib.model.load import REPOSITORY, load_model, load_tokenizer, save_model
+from gqalib.recover import lora
+from gqalib.run.cli import main, overrides
+from gqalib.run.corpora import END_OF_DOCUMENT, instructions, training_windows
+from gqalib.run.presets import load_preset
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-SETTINGS = ["num_epochs=2", "num_examples=16", "batch_size=2", "gradient_accumulation_steps=2", "learning_rate=1e-2", "max_length=24"]
+SETTINGS = [
+    "num_epochs=2",
+    "num_examples=16",
+    "batch_size=2",
+    "gradient_accumulation_steps=2",
+    "learning_rate=1e-2",
+    "max_length=24",
+]
 
 
 @pytest.fixture
@@ -31,14 +41,24 @@ def pairs(tokenizer, tmp_path):
     surgery.keep_groups(model, 0, [0])
     surgery.keep_channels(model, 1, range(7))
     save_model(model, tokenizer, tmp_path / "model")
-    rows = [{"instruction": f"w{2 + i}", "output": " ".join(f"w{2 + (i * j) % 59}" for j in range(2 + i % 5))} for i in range(60)]
+    rows = [
+        {"instruction": f"w{2 + i}", "output": " ".join(f"w{2 + (i * j) % 59}" for j in range(2 + i % 5))}
+        for i in range(60)
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     return [f"instructions=file:{tmp_path / 'rows.json'}", "device=cpu", *(f"recovery.{pair}" for pair in SETTINGS)]
 
 
 @pytest.fixture
 def arguments(pairs, tmp_path):
-    return ["recover", "--model", str(tmp_path / "model"), "--seed", "3", *(part for pair in pairs for part in ("--set", pair))]
+    return [
+        "recover",
+        "--model",
+        str(tmp_path / "model"),
+        "--seed",
+        "3",
+        *(part for pair in pairs for part in ("--set", pair)),
+    ]
 
 
 IN_FLOAT32 = """
@@ -59,9 +79,20 @@ def site(tmp_path_factory, monkeypatch):
 def in_two(arguments, site, folder, *options, succeeds=True, **variables):
     """`accelerate launch` with two processes."""
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(site), ENVIRONMENT["PYTHONPATH"]]), **variables}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2", "--mixed_precision", "no"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *options,
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+    ]
     command += ["--num_machines", "1", "--dynamo_backend", "no", "-m", "gqalib", *arguments]
-    finished = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    finished = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )
     assert (finished.returncode == 0) == succeeds, finished.stderr[-2000:]
     return finished.stderr
 
@@ -128,7 +159,9 @@ def in_shards(arguments, site, folder, more="", succeeds=True):
     """
     (site / "sitecustomize.py").write_text(IN_FLOAT32 + FSDP_ON_CPU + more)
     config = Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml"
-    said = in_two(arguments, site, folder, "--config_file", str(config), succeeds=succeeds, ACCELERATE_TORCH_DEVICE="cpu")
+    said = in_two(
+        arguments, site, folder, "--config_file", str(config), succeeds=succeeds, ACCELERATE_TORCH_DEVICE="cpu"
+    )
     shares = [float((site / f"share{rank}").read_text()) for rank in range(2)]
     assert sum(shares) == pytest.approx(1) and max(shares) < 0.6
     return said
@@ -145,19 +178,19 @@ def test_merged_is_what_was_trained(pairs, arguments, tmp_path):
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     rows = instructions(preset.instructions, "train", preset.corpus, preset.recovery.num_examples)
     model, tokenizer = load_model(tmp_path / "model", device="cpu"), load_tokenizer(tmp_path / "model")
-    adapted, _ = recovery.finetune_lora(model, tokenizer, rows, preset.recovery, tmp_path / "training", seed=3)
+    adapted, _ = lora.finetune_lora(model, tokenizer, rows, preset.recovery, tmp_path / "training", seed=3)
     found = weights(tmp_path / "out")
-    assert all(torch.equal(found[name], tensor) for name, tensor in recovery.merge(adapted).named_parameters())
+    assert all(torch.equal(found[name], tensor) for name, tensor in lora.merge(adapted).named_parameters())
     assert load_tokenizer(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
 
 
 def test_a_killed_merge_leaves_nothing_and_is_done_again(arguments, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(recovery.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(lora.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main([*arguments, *out]) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.json", "out.training"}
-    monkeypatch.setattr(recovery.SFTTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(lora.SFTTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     assert main([*arguments, *out]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.json", "out"}
 
@@ -176,9 +209,12 @@ def test_what_cannot_be(arguments, tmp_path, capsys):
 
 
 def test_accumulation_is_shared():
-    assert [recovery._share(16, processes) for processes in (1, 2, 8)] == [16, 8, 2]
-    with pytest.raises(InputError, match="gradient_accumulation_steps 16 cannot be shared by 3 processes: start a number that divides it"):
-        recovery._share(16, 3)
+    assert [lora._share(16, processes) for processes in (1, 2, 8)] == [16, 8, 2]
+    with pytest.raises(
+        InputError,
+        match="gradient_accumulation_steps 16 cannot be shared by 3 processes: start a number that divides it",
+    ):
+        lora._share(16, 3)
 
 
 # ---------------------------------------------------------------- distill
@@ -192,8 +228,15 @@ def lessons(pairs, tokenizer, tmp_path):
     save_model(small_model(), tokenizer, tmp_path / "dense")
     generator = torch.Generator().manual_seed(0)
     documents = torch.randint(2, 60, (100, 20), generator=generator).tolist()
-    (tmp_path / "text.txt").write_text(END_OF_DOCUMENT.join(" ".join(f"w{word}" for word in words) for words in documents))
-    settings = [f"model={tmp_path / 'dense'}", f"corpus=file:{tmp_path / 'text.txt'}", "frontier.calibration.length=20", "device=cpu"]
+    (tmp_path / "text.txt").write_text(
+        END_OF_DOCUMENT.join(" ".join(f"w{word}" for word in words) for words in documents)
+    )
+    settings = [
+        f"model={tmp_path / 'dense'}",
+        f"corpus=file:{tmp_path / 'text.txt'}",
+        "frontier.calibration.length=20",
+        "device=cpu",
+    ]
     settings += [f"distillation.{pair}" for pair in TEACHING]
     return ["distill", "--model", str(tmp_path / "model"), *(part for pair in settings for part in ("--set", pair))]
 
@@ -230,14 +273,21 @@ def test_an_adapter_in_shards_is_merged(lessons, site, tmp_path):
 
 def test_a_student_of_an_adapter_is_as_narrow_as_the_preset_says(lessons, tokenizer, tmp_path):
     adapter = ["distillation.lora_r=4", "distillation.muon_lr=0", "dtype=bfloat16"]
-    assert main([*lessons, *(part for pair in adapter for part in ("--set", pair)), "--out", str(tmp_path / "one")]) == 0
+    assert (
+        main([*lessons, *(part for pair in adapter for part in ("--set", pair)), "--out", str(tmp_path / "one")]) == 0
+    )
     start, found = (load_model(tmp_path / name, "bfloat16", "cpu") for name in ("model", "one"))
-    teacher, text = load_model(tmp_path / "dense", device="cpu"), training_windows(f"file:{tmp_path / 'text.txt'}", tokenizer, 20, 1200)
+    teacher, text = (
+        load_model(tmp_path / "dense", device="cpu"),
+        training_windows(f"file:{tmp_path / 'text.txt'}", tokenizer, 20, 1200),
+    )
     assert json.loads((tmp_path / "one" / "config.json").read_text())["dtype"] == "bfloat16"
     assert kl_to(teacher, found.float(), text) < 0.9 * kl_to(teacher, start.float(), text)
 
 
-@pytest.mark.parametrize(("command", "knob"), [("recover", "recovery.batch_size"), ("distill", "distillation.batch_tokens")])
+@pytest.mark.parametrize(
+    ("command", "knob"), [("recover", "recovery.batch_size"), ("distill", "distillation.batch_tokens")]
+)
 def test_too_little_memory(command, knob, lessons, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     assert main([*(arguments if command == "recover" else lessons), "--out", str(tmp_path / "one")]) == 2
@@ -247,7 +297,9 @@ def test_too_little_memory(command, knob, lessons, arguments, tmp_path, monkeypa
 
 def test_no_tokens(lessons, tmp_path, capsys):
     assert main([*lessons, "--set", "distillation.num_tokens=0", "--out", str(tmp_path / "one")]) == 2
-    assert "distillation.num_tokens is 0, so there is nothing to learn: give a number of tokens" in capsys.readouterr().err
+    assert (
+        "distillation.num_tokens is 0, so there is nothing to learn: give a number of tokens" in capsys.readouterr().err
+    )
 
 
 def test_a_row_for_each_shard(lessons, tokenizer, site, tmp_path):
@@ -256,5 +308,8 @@ def test_a_row_for_each_shard(lessons, tokenizer, site, tmp_path):
     save_model(model, tokenizer, tmp_path / "model")
     out = ["--out", str(tmp_path / "two")]
     said = in_shards([*lessons, *out], site, tmp_path, succeeds=False)
-    assert "Muon cannot work on a matrix of 1 rows in 2 shards: start at most 1 processes, or set distillation.muon_lr=0" in said
+    assert (
+        "Muon cannot work on a matrix of 1 rows in 2 shards: start at most 1 processes, or set distillation.muon_lr=0"
+        in said
+    )
     assert not (tmp_path / "two").exists()

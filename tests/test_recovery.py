@@ -6,10 +6,12 @@ import torch
 from conftest import small_model
 from test_distillation import marked
 
-from gqalib import InputError, recovery, surgery
-from gqalib.models import load_model, save_model
-from gqalib.perplexity import perplexity
-from gqalib.presets import load_preset
+from gqalib import InputError
+from gqalib.measure.perplexity import perplexity
+from gqalib.model import surgery
+from gqalib.model.load import load_model, save_model
+from gqalib.recover import lora
+from gqalib.run.presets import load_preset
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def uneven(model):
 
 def test_trains_and_merges(uneven, logits_of, tokenizer, settings, tmp_path):
     base = {name: p.detach().clone() for name, p in uneven.named_parameters()}
-    adapted, log = recovery.finetune_lora(uneven, tokenizer, ROWS, settings, tmp_path)
+    adapted, log = lora.finetune_lora(uneven, tokenizer, ROWS, settings, tmp_path)
     for name, parameter in adapted.named_parameters():
         if "lora" not in name:
             original = name.removeprefix("base_model.model.").replace(".base_layer", "")
@@ -38,7 +40,7 @@ def test_trains_and_merges(uneven, logits_of, tokenizer, settings, tmp_path):
     assert log["loss"].iloc[-1] < 0.7 * log["loss"].iloc[0]
     assert len(log) == 16 and log["tokens"].is_monotonic_increasing
     unmerged = logits_of(adapted)
-    merged = recovery.merge(adapted)
+    merged = lora.merge(adapted)
     assert torch.allclose(logits_of(merged), unmerged, atol=1e-4)
     assert type(merged).__name__ == "GqaLlamaForCausalLM"
     assert all(p.dtype == torch.float32 for p in merged.parameters())
@@ -46,7 +48,7 @@ def test_trains_and_merges(uneven, logits_of, tokenizer, settings, tmp_path):
 
 
 def test_every_linear_module_of_the_layers_is_adapted(tokenizer, settings, tmp_path):
-    adapted, _ = recovery.finetune_lora(small_model(), tokenizer, ROWS, settings, tmp_path)
+    adapted, _ = lora.finetune_lora(small_model(), tokenizer, ROWS, settings, tmp_path)
     names = {n.split(".lora_A")[0].split(".")[-1] for n, _ in adapted.named_parameters() if "lora_A" in n}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -55,18 +57,21 @@ def test_the_loss_is_on_the_completion_only(tokenizer, settings, tmp_path):
     """Random prompts, one completion. With the prompts in it the loss could not fall below 7 · log 59 / 12 = 2.38 nats."""
     generator = torch.Generator().manual_seed(0)
     rows = [
-        {"prompt": " ".join(f"w{int(i)}" for i in torch.randint(2, 61, (8,), generator=generator)), "completion": " w9 w9 w9 w9"}
+        {
+            "prompt": " ".join(f"w{int(i)}" for i in torch.randint(2, 61, (8,), generator=generator)),
+            "completion": " w9 w9 w9 w9",
+        }
         for _ in range(64)
     ]
     longer = dataclasses.replace(settings, num_examples=64, num_epochs=6, learning_rate=3e-2)
-    _, log = recovery.finetune_lora(small_model(), tokenizer, rows, longer, tmp_path)
+    _, log = lora.finetune_lora(small_model(), tokenizer, rows, longer, tmp_path)
     assert log["loss"].iloc[-5:].mean() < 2.3
 
 
 def test_adapter_evaluates_as_it_is(tokenizer, settings, windows, tmp_path):
     model = small_model()
     before = perplexity(model, windows)
-    adapted, _ = recovery.finetune_lora(model, tokenizer, ROWS, settings, tmp_path)
+    adapted, _ = lora.finetune_lora(model, tokenizer, ROWS, settings, tmp_path)
     assert perplexity(adapted, windows) != pytest.approx(before, rel=1e-3)
     with adapted.disable_adapter():
         assert perplexity(adapted, windows) == pytest.approx(before, rel=1e-6)
@@ -78,8 +83,8 @@ def test_what_came_in_odd_goes_out_as_it_came(tokenizer, settings, tmp_path):
     odd = {"temperature": 0.9, "eos_token_id": [0, 7], "bos_token_id": 5}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(odd))
     model = load_model(tmp_path / "model")
-    adapted, _ = recovery.finetune_lora(model, tokenizer, ROWS, settings, tmp_path / "training")
-    save_model(recovery.merge(adapted), tokenizer, tmp_path / "out")
+    adapted, _ = lora.finetune_lora(model, tokenizer, ROWS, settings, tmp_path / "training")
+    save_model(lora.merge(adapted), tokenizer, tmp_path / "out")
     config, generation = ("config.json", "generation_config.json")
     saved = json.loads((tmp_path / "out" / generation).read_text())
     assert {key: saved[key] for key in saved.keys() - {"transformers_version", "_from_model_config"}} == odd
@@ -88,24 +93,24 @@ def test_what_came_in_odd_goes_out_as_it_came(tokenizer, settings, tmp_path):
 
 def test_an_end_mark_stands_at_the_end_alone(tokenizer, settings, tmp_path, monkeypatch):
     seen, one_end = [], {"input_ids": [1, 2, 3, 4, 5, 6, 7, 0], "labels": [-100] * 3 + [4, 5, 6, 7, 0]}
-    monkeypatch.setattr(recovery, "_go_on", lambda trainer: seen.extend(trainer.train_dataset))
-    monkeypatch.setattr(recovery, "_log", lambda trainer: [])
-    recovery.finetune_lora(small_model(), marked(tokenizer), ROWS, settings, tmp_path)
+    monkeypatch.setattr(lora, "_go_on", lambda trainer: seen.extend(trainer.train_dataset))
+    monkeypatch.setattr(lora, "_log", lambda trainer: [])
+    lora.finetune_lora(small_model(), marked(tokenizer), ROWS, settings, tmp_path)
     assert [{key: row[key] for key in one_end} for row in seen] == [one_end] * 16
 
 
 def test_prompts_that_are_too_long(tokenizer, settings, tmp_path):
     with pytest.raises(InputError, match="no row has a token of its completion within max_length = 2"):
-        recovery.finetune_lora(small_model(), tokenizer, ROWS, dataclasses.replace(settings, max_length=2), tmp_path)
+        lora.finetune_lora(small_model(), tokenizer, ROWS, dataclasses.replace(settings, max_length=2), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_no_rows(tokenizer, settings, tmp_path):
     with pytest.raises(InputError, match="no rows"):
-        recovery.finetune_lora(small_model(), tokenizer, [], settings, tmp_path)
+        lora.finetune_lora(small_model(), tokenizer, [], settings, tmp_path)
 
 
 def test_report_to_is_passed_through(settings, tmp_path):
-    assert recovery._arguments(settings, tmp_path, 0, torch.device("cpu")).report_to in ([], "none", ["none"])
+    assert lora._arguments(settings, tmp_path, 0, torch.device("cpu")).report_to in ([], "none", ["none"])
     watched = dataclasses.replace(settings, report_to="tensorboard")
-    assert "tensorboard" in str(recovery._arguments(watched, tmp_path, 0, torch.device("cpu")).report_to)
+    assert "tensorboard" in str(lora._arguments(watched, tmp_path, 0, torch.device("cpu")).report_to)

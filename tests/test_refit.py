@@ -6,9 +6,13 @@ import pytest
 import torch
 from conftest import kv_heads, small_model
 
-from gqalib import InputError, importance, models, pruning, refit, surgery
-from gqalib.modeling_gqa_llama import GqaLlamaForCausalLM
-from gqalib.perplexity import hidden_states_before
+from gqalib import InputError
+from gqalib.model import surgery
+from gqalib.model.modeling_gqa_llama import GqaLlamaForCausalLM
+from gqalib.model.shapes import count_parameters, layer_shapes
+from gqalib.prune import founding, refit
+from gqalib.prune.scores import fisher_scores, gradient_covariances, largest, unit_scores
+from gqalib.stream import hidden_states_before
 
 EVERY_SWITCH = ("refit", "residual_target", "input_refit", "weighted", "newton_rounds")
 PLAIN = refit.Ingredients(**dict.fromkeys(EVERY_SWITCH, False))
@@ -25,7 +29,7 @@ def random_problem(out=5, features=12, tokens=60, seed=0):
 
 
 def plan_for(model, rate=0.4):
-    return pruning.Plan.from_rates(model, torch.full((3,), rate, dtype=torch.float64))
+    return founding.Plan.from_rates(model, torch.full((3,), rate, dtype=torch.float64))
 
 
 # ---------------------------------------------------------------- algebra
@@ -62,7 +66,9 @@ def test_choose_is_the_greedy_choice(unit, weighted):
         columns = surgery.rows_of_heads(units, unit)
         difference = best.clone()
         difference[:, columns] -= torch.linalg.solve(damped[columns][:, columns], (best @ damped)[:, columns].T).T
-        return torch.trace((torch.eye(5, dtype=torch.float64) if output is None else output) @ difference @ damped @ difference.T)
+        return torch.trace(
+            (torch.eye(5, dtype=torch.float64) if output is None else output) @ difference @ damped @ difference.T
+        )
 
     left = list(range(12 // unit))
     for removed in range(1, len(left)):
@@ -87,7 +93,9 @@ def test_rises_are_those_of_the_refit(unit, per_step):
     for step, rise in enumerate(rises, 1):
         left = [u for u in range(num_units) if u not in order[: step * per_step]]
         columns = [u * unit + i for u in left for i in range(unit)]
-        assert error(refit.solve(weight, gram, cross, 0.0, columns), columns) - whole == pytest.approx(rise.item(), rel=1e-6)
+        assert error(refit.solve(weight, gram, cross, 0.0, columns), columns) - whole == pytest.approx(
+            rise.item(), rel=1e-6
+        )
 
 
 def test_choice_on_a_diagonal_hessian_is_magnitude_times_activation():
@@ -143,7 +151,7 @@ def mask_gradients(model, windows, layer):
 
 def test_fisher_scores_by_the_definition(model, windows):
     surgery.keep_channels(model, 1, range(3, 20))
-    scores = importance.fisher_scores(model, windows)
+    scores = fisher_scores(model, windows)
     for layer in range(3):
         for score, expected in zip(scores[layer], mask_gradients(model, windows, layer), strict=True):
             assert torch.allclose(score, expected, rtol=1e-3, atol=1e-12)
@@ -151,7 +159,7 @@ def test_fisher_scores_by_the_definition(model, windows):
 
 def test_fisher_scores_by_finite_differences(windows):
     model = small_model().double()
-    score, total = importance.fisher_scores(model, windows)[1][1][4].item(), 0.0
+    score, total = fisher_scores(model, windows)[1][1][4].item(), 0.0
     weight = model.model.layers[1].mlp.down_proj.weight
     for window in windows:
         losses = []
@@ -167,45 +175,52 @@ def test_fisher_scores_by_finite_differences(windows):
 
 
 def test_fisher_scores_of_some_layers_from_their_stream(model, windows):
-    whole, stream = importance.fisher_scores(model, windows), hidden_states_before(model, windows, 1)
-    part = importance.fisher_scores(model, windows, [2], stream, 1)
+    whole, stream = fisher_scores(model, windows), hidden_states_before(model, windows, 1)
+    part = fisher_scores(model, windows, [2], stream, 1)
     assert list(part) == [2]
     assert all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(part[2], whole[2], strict=True))
 
 
 def test_no_weight_gets_a_gradient(model, windows):
     model.model.layers[0].mlp.requires_grad_(False)
-    importance.fisher_scores(model, windows)
-    importance.gradient_covariances(model, windows)
+    fisher_scores(model, windows)
+    gradient_covariances(model, windows)
     assert all(p.grad is None for p in model.parameters())
-    assert not model.model.layers[0].mlp.up_proj.weight.requires_grad and model.model.layers[0].self_attn.q_proj.weight.requires_grad
+    assert (
+        not model.model.layers[0].mlp.up_proj.weight.requires_grad
+        and model.model.layers[0].self_attn.q_proj.weight.requires_grad
+    )
 
 
 def test_gradient_covariances_by_the_definition(model, windows):
     """∂L/∂output, token by token, is also the gradient of a bias given to the projection."""
-    covariances = importance.gradient_covariances(model, windows)
+    covariances = gradient_covariances(model, windows)
     for layer in range(3):
         for linear, covariance in zip(
-            (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj), covariances[layer], strict=True
+            (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj),
+            covariances[layer],
+            strict=True,
         ):
             nudge = torch.zeros(*windows.shape, 32, requires_grad=True)
             hook = linear.register_forward_hook(lambda module, inputs, output, nudge=nudge: output + nudge)
             logits = model(windows, use_cache=False).logits
             hook.remove()
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum"
+            )
             gradient = torch.autograd.grad(loss, nudge)[0].flatten(0, 1).double()
             assert torch.allclose(covariance, gradient.T @ gradient / windows.numel(), rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("sequential", [True, False])
 def test_prune_by_fisher(model, windows, clone, sequential):
-    expected = importance.fisher_scores(model, windows)[0]
+    expected = fisher_scores(model, windows)[0]
     plan = plan_for(model)
     first = clone(model).model.layers[0].mlp.up_proj.weight
-    pruning.prune(model, plan, windows, group_statistic="fisher", channel_statistic="fisher", sequential=sequential)
-    kept = importance.largest(expected[1], 24 - plan.channels[0])
+    founding.prune(model, plan, windows, group_statistic="fisher", channel_statistic="fisher", sequential=sequential)
+    kept = largest(expected[1], 24 - plan.channels[0])
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, first[kept])
-    assert [24 - c for c in plan.channels] == models.layer_shapes(model)["intermediate_size"].tolist()
+    assert [24 - c for c in plan.channels] == layer_shapes(model)["intermediate_size"].tolist()
 
 
 # ---------------------------------------------------------------- the sweep
@@ -219,7 +234,9 @@ def reconstruction_error(model, dense, index, half, windows):
         for part in range(half + 1):
             owner = m if part == half else dense
             stream = refit.through(
-                stream, refit.sublayers(owner.model.layers[index])[part], refit.calls(owner, index, part, stream, windows)
+                stream,
+                refit.sublayers(owner.model.layers[index])[part],
+                refit.calls(owner, index, part, stream, windows),
             )
         streams.append(stream)
     return (streams[0] - streams[1]).double().square().sum().item()
@@ -228,12 +245,12 @@ def reconstruction_error(model, dense, index, half, windows):
 @torch.no_grad()
 def test_refit_never_reconstructs_worse_than_slicing(model, windows, clone):
     """The same kept set, one sublayer at a time (so that nothing stands before it), without damping."""
-    scores = importance.unit_scores(model, windows, ("magnitude", "magnitude"))
+    scores = unit_scores(model, windows, ("magnitude", "magnitude"))
     for index in range(3):
         for half in (0, 1):
             units = [[0, 0, 0], [0, 0, 0]]
             units[half][index] = (1, 10)[half]
-            only = pruning.Plan([0.4] * 3, *units)
+            only = founding.Plan([0.4] * 3, *units)
             sliced, mended = clone(model), clone(model)
             refit.sweep(sliced, only, windows, PLAIN, scores=scores)
             refit.sweep(mended, only, windows, refit.Ingredients(damping=1e-9, input_damping=1e-9), scores=scores)
@@ -244,11 +261,16 @@ def test_refit_never_reconstructs_worse_than_slicing(model, windows, clone):
 def test_conjugate_gradients_solve():
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(30, 30, generator=generator, dtype=torch.float64)
-    matrix, wanted = root @ root.T + torch.eye(30, dtype=torch.float64), torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    matrix, wanted = (
+        root @ root.T + torch.eye(30, dtype=torch.float64),
+        torch.randn(5, 6, generator=generator, dtype=torch.float64),
+    )
     factor = refit.cholesky(matrix[:6, :6])
     solved = refit.conjugate_gradients(lambda d: (matrix @ d.flatten()).view(5, 6), wanted, factor, 100)
     assert torch.allclose(solved.flatten(), torch.linalg.solve(matrix, wanted.flatten()), atol=1e-6)
-    nothing = refit.conjugate_gradients(lambda d: (matrix @ d.flatten()).view(5, 6), torch.zeros_like(wanted), factor, 5)
+    nothing = refit.conjugate_gradients(
+        lambda d: (matrix @ d.flatten()).view(5, 6), torch.zeros_like(wanted), factor, 5
+    )
     assert torch.equal(nothing, torch.zeros_like(wanted))
 
 
@@ -266,9 +288,13 @@ def test_refit_together_is_gauss_newton(windows, half, biases):
     sublayer = refit.sublayers(model.model.layers[1])[half]
     stream = torch.randn(6, 20, 8, generator=generator, dtype=torch.float64)
     now = refit.calls(model, 1, half, stream, windows)
-    target = torch.cat([sublayer.run(call) for call in now]) + 1e-4 * torch.randn(6, 20, 8, generator=generator, dtype=torch.float64)
+    target = torch.cat([sublayer.run(call) for call in now]) + 1e-4 * torch.randn(
+        6, 20, 8, generator=generator, dtype=torch.float64
+    )
     start = torch.cat([linear.weight for linear in sublayer.inputs])
-    jacobian = torch.cat([torch.func.jacrev(lambda w, c=call: sublayer.run(c, w))(start).flatten(0, 2) for call in now]).flatten(1)
+    jacobian = torch.cat(
+        [torch.func.jacrev(lambda w, c=call: sublayer.run(c, w))(start).flatten(0, 2) for call in now]
+    ).flatten(1)
     residual = torch.cat([(target[call.rows] - sublayer.run(call)).flatten() for call in now])
     expected = torch.linalg.lstsq(jacobian, residual, driver="gelsd", rcond=1e-10).solution.view(start.shape)
     refit.refit_together(sublayer, now, target, 500, 1e-3)
@@ -301,28 +327,28 @@ def test_every_round_comes_nearer(model, windows, half):
 @pytest.mark.parametrize("off", EVERY_SWITCH)
 def test_nothing_removed_is_the_identity(model, windows, logits_of, off):
     before = logits_of(model)
-    refit.sweep(model, pruning.Plan([0.0] * 3, [0] * 3, [0] * 3), windows, refit.Ingredients(**{off: False}))
+    refit.sweep(model, founding.Plan([0.0] * 3, [0] * 3, [0] * 3), windows, refit.Ingredients(**{off: False}))
     assert torch.allclose(logits_of(model), before, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("ingredients", [refit.Ingredients(), PLAIN], ids=["all", "none"])
 def test_sweep_meets_the_plan_and_survives_the_folder(model, windows, logits_of, tmp_path, ingredients):
     plan = plan_for(model)
-    shapes, before = models.layer_shapes(model), models.count_parameters(model)["backbone"]
+    shapes, before = layer_shapes(model), count_parameters(model)["backbone"]
     refit.sweep(model, plan, windows, ingredients)
-    after = models.layer_shapes(model)
+    after = layer_shapes(model)
     assert (shapes["num_key_value_heads"] - after["num_key_value_heads"]).tolist() == plan.groups
     assert (shapes["intermediate_size"] - after["intermediate_size"]).tolist() == plan.channels
-    assert models.count_parameters(model)["backbone"] < before
+    assert count_parameters(model)["backbone"] < before
     model.save_pretrained(tmp_path)
     assert torch.equal(logits_of(GqaLlamaForCausalLM.from_pretrained(tmp_path).eval()), logits_of(model))
 
 
 def test_uneven_pruned_model_can_be_swept_again(model, windows):
-    refit.sweep(model, pruning.Plan([0.0] * 3, [1, 0, 0], [3, 0, 9]), windows)
-    first = models.layer_shapes(model)
-    refit.sweep(model, pruning.Plan([0.0] * 3, [0, 1, 1], [5, 2, 0]), windows)
-    second = models.layer_shapes(model)
+    refit.sweep(model, founding.Plan([0.0] * 3, [1, 0, 0], [3, 0, 9]), windows)
+    first = layer_shapes(model)
+    refit.sweep(model, founding.Plan([0.0] * 3, [0, 1, 1], [5, 2, 0]), windows)
+    second = layer_shapes(model)
     assert (first["num_key_value_heads"] - second["num_key_value_heads"]).tolist() == [0, 1, 1]
     assert (first["intermediate_size"] - second["intermediate_size"]).tolist() == [5, 2, 0]
 
@@ -336,9 +362,15 @@ def test_input_refit_restores_a_drifted_stream(windows):
     drifted = stream @ mix
     with torch.no_grad():
         wanted = [linear(attention.norm(stream)) for linear in attention.inputs]
-        before = [(linear(attention.norm(drifted)) - y).square().sum() for linear, y in zip(attention.inputs, wanted, strict=True)]
+        before = [
+            (linear(attention.norm(drifted)) - y).square().sum()
+            for linear, y in zip(attention.inputs, wanted, strict=True)
+        ]
         refit.refit_inputs(attention, *(refit.calls(model, 1, 0, x, windows) for x in (stream, drifted)), 1e-6)
-        after = [(linear(attention.norm(drifted)) - y).square().sum() for linear, y in zip(attention.inputs, wanted, strict=True)]
+        after = [
+            (linear(attention.norm(drifted)) - y).square().sum()
+            for linear, y in zip(attention.inputs, wanted, strict=True)
+        ]
     assert all(a < 0.2 * b for a, b in zip(after, before, strict=True))
 
 
@@ -349,12 +381,14 @@ def test_weighted_choice_uses_the_covariance(windows):
         model.model.layers[1].mlp.down_proj.weight[0, :6] *= 20  # channels 0–5 write strongly to coordinate 0 …
         model.model.layers[1].mlp.down_proj.weight[1, 6:12] *= 400  # … and 6–11 more strongly to 1
     covariance = torch.diag(torch.tensor([1.0] + [1e-6] * 31, dtype=torch.float64))
-    covariances, plan = [(covariance, covariance)] * 3, pruning.Plan([0.0] * 3, [0] * 3, [0, 18, 0])
+    covariances, plan = [(covariance, covariance)] * 3, founding.Plan([0.0] * 3, [0] * 3, [0, 18, 0])
     kept = {}
     for weighted in (True, False):
         copy = small_model()
         copy.load_state_dict(model.state_dict())
-        settings = refit.Ingredients(**dict.fromkeys(EVERY_SWITCH, False) | {"weighted": weighted, "output_damping": 1e-9})
+        settings = refit.Ingredients(
+            **dict.fromkeys(EVERY_SWITCH, False) | {"weighted": weighted, "output_damping": 1e-9}
+        )
         refit.sweep(copy, plan, windows, settings, covariances=covariances)
         rows = copy.model.layers[1].mlp.up_proj.weight
         kept[weighted] = {int((model.model.layers[1].mlp.up_proj.weight == row).all(1).nonzero()) for row in rows}
@@ -371,7 +405,9 @@ def snapshot(model):
 def assert_untouched(model, before):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before[0], strict=True))
     assert model.config.to_dict() == before[1]
-    assert all(m.weight.shape == (m.out_features, m.in_features) for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert all(
+        m.weight.shape == (m.out_features, m.in_features) for m in model.modules() if isinstance(m, torch.nn.Linear)
+    )
 
 
 def test_too_few_tokens(model, windows):
@@ -408,5 +444,5 @@ def test_gram_that_is_not_finite(model, windows):
 def test_plan_that_does_not_fit(model, windows):
     before = snapshot(model)
     with pytest.raises(InputError, match="layer 1 cannot lose"):
-        refit.sweep(model, pruning.Plan([0.0] * 3, [0, 99, 0], [1, 0, 0]), windows)
+        refit.sweep(model, founding.Plan([0.0] * 3, [0, 99, 0], [1, 0, 0]), windows)
     assert_untouched(model, before)

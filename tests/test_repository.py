@@ -8,9 +8,9 @@ import subprocess
 import nbformat
 import pytest
 
-from gqalib import publishing
-from gqalib.models import REPOSITORY
-from gqalib.records import read_record
+from gqalib.model.load import REPOSITORY
+from gqalib.run import publish
+from gqalib.run.notebook import read_record
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 RESULTS = REPOSITORY / "data" / "results" / "tiny"
@@ -97,13 +97,18 @@ def test_records_are_of_one_run():
 
 def test_readme_equals_the_records():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    for name, block in publishing.readme_blocks(RESULTS.parent).items():
+    for name, block in publish.readme_blocks(RESULTS.parent).items():
         assert f"<!-- {name} -->\n{block}\n<!-- /{name} -->" in text, f"run `make publish`: README's {name} differ"
 
 
 def test_the_story_holds():
     """What the series teaches must be what it measured."""
-    value = {key: m["value"] for name in NAMES if name != NAMES[0] for key, m in read_record(RESULTS / f"{name}.json")["metrics"].items()}
+    value = {
+        key: m["value"]
+        for name in NAMES
+        if name != NAMES[0]
+        for key, m in read_record(RESULTS / f"{name}.json")["metrics"].items()
+    }
     dense = value["perplexity_short"]
     assert value["perplexity_v2"] > 5 * value["perplexity_v3"]
     assert dense < value["perplexity_v3_lora"] < value["perplexity_v3"]
@@ -121,21 +126,30 @@ def test_reference_model_is_good_enough():
 
 
 def tracked():
-    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
     return [REPOSITORY / name for name in listed if name and (REPOSITORY / name).exists()]
 
 
 def test_nothing_of_anybodys_machine():
     pattern = re.compile(r"/(?:tmp|root|work)/\w|/home/(?!a/)\w+/")
     for path in tracked():
-        if path.suffix in {".ipynb", ".py", ".md", ".json", ".yml", ".yaml", ".toml", ".txt", ""} and path.name != "test_repository.py":
+        if (
+            path.suffix in {".ipynb", ".py", ".md", ".json", ".yml", ".yaml", ".toml", ".txt", ""}
+            and path.name != "test_repository.py"
+        ):
             assert not pattern.search(path.read_text(encoding="utf-8")), path
 
 
 def test_no_pickles_and_no_remote_code():
     banned = ["torch" + ".load(", "trust_remote_code" + "=True", "pickle" + ".load"]
     for path in tracked():
-        if path.suffix == ".py":  # one place must: that a saved folder loads without gqalib can be tested in no other way
-            found = [word for word in banned for _ in range(path.read_text(encoding="utf-8").replace(" ", "").count(word))]
+        if (
+            path.suffix == ".py"
+        ):  # one place must: that a saved folder loads without gqalib can be tested in no other way
+            found = [
+                word for word in banned for _ in range(path.read_text(encoding="utf-8").replace(" ", "").count(word))
+            ]
             assert found == (banned[1:2] if path.name == "test_models.py" else []), path
         assert path.suffix not in {".bin", ".pt", ".pth", ".pkl"}, path

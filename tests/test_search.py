@@ -7,25 +7,29 @@ import pytest
 import torch
 from conftest import biased_model
 
-from gqalib import InputError, importance, models, pruning, refit, search
-from gqalib.perplexity import kl_to, perplexity
+from gqalib import InputError
+from gqalib.measure.perplexity import kl_to, perplexity
+from gqalib.model.shapes import count_parameters, layer_shapes
+from gqalib.prune import allocate, founding, refit, scores, search
 
 QUICK = refit.Ingredients(newton_rounds=0)
 
 
 @pytest.fixture
 def table(model, windows):
-    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK)
-    return table.with_layers(importance.removal_importance(model, windows), perplexity(model, windows))
+    table = allocate.cost_table(model, windows, scores.gradient_covariances(model, windows), QUICK)
+    return table.with_layers(scores.removal_importance(model, windows), perplexity(model, windows))
 
 
 @pytest.fixture
 def trial(model, windows):
-    return search.Trial(model, windows, importance.gradient_covariances(model, windows), QUICK)
+    return search.Trial(model, windows, scores.gradient_covariances(model, windows), QUICK)
 
 
 def removed(plan, table):
-    return sum(g * group + c * channel for g, c, (group, channel) in zip(plan.groups, plan.channels, table.prices, strict=True))
+    return sum(
+        g * group + c * channel for g, c, (group, channel) in zip(plan.groups, plan.channels, table.prices, strict=True)
+    )
 
 
 # ---------------------------------------------------------------- the table and its plans
@@ -33,7 +37,7 @@ def removed(plan, table):
 
 def test_table(model, windows, table, logits_of):
     before = logits_of(model)
-    shapes = models.layer_shapes(model)
+    shapes = layer_shapes(model)
     assert [len(row) for row in table.groups] == shapes["num_key_value_heads"].tolist()
     for row in (*table.groups, *table.channels):
         assert row[0] == 0 and (np.diff(row) >= -1e-12).all()
@@ -42,9 +46,9 @@ def test_table(model, windows, table, logits_of):
 
 def test_table_is_what_the_loss_is_weighed_by(model, windows):
     """Twice the gradient's covariance, twice the cost."""
-    covariances = importance.gradient_covariances(model, windows)
-    once = search.cost_table(model, windows, covariances, QUICK)
-    twice = search.cost_table(model, windows, [(2 * a, 2 * b) for a, b in covariances], QUICK)
+    covariances = scores.gradient_covariances(model, windows)
+    once = allocate.cost_table(model, windows, covariances, QUICK)
+    twice = allocate.cost_table(model, windows, [(2 * a, 2 * b) for a, b in covariances], QUICK)
     assert np.allclose(2 * once.channels[1], twice.channels[1]) and np.allclose(2 * once.groups[0], twice.groups[0])
 
 
@@ -55,7 +59,9 @@ def test_plans_meet_the_budget(table, fraction, seed):
     factors = np.exp(search.smooth_noise(np.random.default_rng(seed), 3))
     plan = table.plan(fraction, factors)
     over = removed(plan, table) - fraction * table.backbone
-    whole = [pair == width for pair, width in zip(zip(plan.groups, plan.channels, strict=True), table.widths, strict=True)]
+    whole = [
+        pair == width for pair, width in zip(zip(plan.groups, plan.channels, strict=True), table.widths, strict=True)
+    ]
     partly = [c for c, gone in zip(plan.channels, whole, strict=True) if not gone]
     assert -1 <= over < table.prices[0][1 if any(partly) else 0]
 
@@ -63,8 +69,8 @@ def test_plans_meet_the_budget(table, fraction, seed):
 @pytest.mark.parametrize("multiple", [4, 5])
 def test_plans_in_multiples(model, windows, multiple):
     """Of the channels that stay: 24 are no multiple of 5."""
-    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK, multiple=multiple)
-    plans = [table.plan(0.4), pruning.uniform_plan(model, 0.4, multiple=multiple)]
+    table = allocate.cost_table(model, windows, scores.gradient_covariances(model, windows), QUICK, multiple=multiple)
+    plans = [table.plan(0.4), founding.uniform_plan(model, 0.4, multiple=multiple)]
     for plan in plans:
         assert all((24 - count) % multiple == 0 and count < 24 for count in plan.channels) and any(plan.channels)
         assert abs(removed(plan, table) - 0.4 * table.backbone) < multiple * table.prices[0][1]
@@ -74,7 +80,7 @@ def test_plans_in_multiples(model, windows, multiple):
 def test_plans_go_down_to_one_channel(model, windows):
     """Also where a level is many channels; and a table in multiples, asked for other ones, has plans in those."""
     few = dataclasses.replace(QUICK, cuts=2)
-    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), few, multiple=5)
+    table = allocate.cost_table(model, windows, scores.gradient_covariances(model, windows), few, multiple=5)
     least = sum(group + channel for group, channel in table.prices)
     plan = dataclasses.replace(table, multiple=1).plan(1 - (least + 1) / table.backbone)
     assert table.steps == [10] * 3 and plan.channels == [23] * 3
@@ -83,17 +89,19 @@ def test_plans_go_down_to_one_channel(model, windows):
 
 def test_a_multiple_that_no_layer_has(model, windows):
     with pytest.raises(InputError, match="a layer of 24 channels cannot keep a multiple of 32: lower"):
-        search.cost_table(model, windows, [], QUICK, multiple=32)
+        allocate.cost_table(model, windows, [], QUICK, multiple=32)
 
 
 def test_a_layer_that_does_nothing_goes_whole(model, windows, logits_of):
     for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
         linear.weight.data.zero_()
-    before, covariances = logits_of(model), importance.gradient_covariances(model, windows)
-    table = search.cost_table(model, windows, covariances, QUICK)
-    table = table.with_layers(importance.removal_importance(model, windows), perplexity(model, windows))
+    before, covariances = logits_of(model), scores.gradient_covariances(model, windows)
+    table = allocate.cost_table(model, windows, covariances, QUICK)
+    table = table.with_layers(scores.removal_importance(model, windows), perplexity(model, windows))
     assert table.layers[1] == pytest.approx(0, abs=1e-6)
-    plan = dataclasses.replace(table, layers=np.array([9.0, 0.0, 9.0])).plan(1 / 3)  # without the others, a random model may be better
+    plan = dataclasses.replace(table, layers=np.array([9.0, 0.0, 9.0])).plan(
+        1 / 3
+    )  # without the others, a random model may be better
     assert plan.whole_layers(model) == [1]
     refit.sweep(model, plan, windows, QUICK, covariances=covariances)
     assert len(model.model.layers) == 2 and torch.allclose(logits_of(model), before, atol=1e-2)
@@ -101,12 +109,12 @@ def test_a_layer_that_does_nothing_goes_whole(model, windows, logits_of):
 
 def test_whole_layers_take_their_output_biases_along(windows):
     model = biased_model(num_hidden_layers=8)
-    before, covariances = models.count_parameters(model)["backbone"], importance.gradient_covariances(model, windows)
-    table = search.cost_table(model, windows, covariances, QUICK)
+    before, covariances = count_parameters(model)["backbone"], scores.gradient_covariances(model, windows)
+    table = allocate.cost_table(model, windows, covariances, QUICK)
     plan = dataclasses.replace(table, layers=np.zeros(8)).plan(0.7)
     refit.sweep(model, plan, windows, QUICK, covariances=covariances)
     assert len(model.model.layers) <= 3
-    assert 0 <= before - models.count_parameters(model)["backbone"] - 0.7 * before < table.prices[0][1]
+    assert 0 <= before - count_parameters(model)["backbone"] - 0.7 * before < table.prices[0][1]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0])
@@ -116,7 +124,7 @@ def test_fractions_that_cannot_be(table, fraction):
 
 
 def test_fraction_out_of_reach(model, windows):
-    table = search.cost_table(model, windows, importance.gradient_covariances(model, windows), QUICK)
+    table = allocate.cost_table(model, windows, scores.gradient_covariances(model, windows), QUICK)
     with pytest.raises(InputError, match="parameters cannot go"):
         table.plan(0.99)
 
@@ -142,9 +150,9 @@ def test_search_is_repeatable(trial, table, windows):
 
 
 def test_prune_to_kept(trial, table, windows):
-    dense = models.count_parameters(trial.model)
+    dense = count_parameters(trial.model)
     search.prune_to(trial, table, windows, kept=0.7)
-    assert models.count_parameters(trial.model)["total"] == pytest.approx(0.7 * dense["total"], abs=table.prices[0][0])
+    assert count_parameters(trial.model)["total"] == pytest.approx(0.7 * dense["total"], abs=table.prices[0][0])
 
 
 def test_prune_to_perplexity(trial, table, windows, tmp_path):
@@ -153,7 +161,7 @@ def test_prune_to_perplexity(trial, table, windows, tmp_path):
     best = trials[trials["perplexity"] <= limit]["fraction"].max()
     assert perplexity(trial.model, windows) == pytest.approx(trials.set_index("fraction")["perplexity"][best])
     assert perplexity(trial.model, windows) <= limit and trials["fraction"].gt(best).any()
-    left = models.count_parameters(trial.model)["backbone"] / table.backbone
+    left = count_parameters(trial.model)["backbone"] / table.backbone
     assert 1 - left == pytest.approx(best, abs=0.02)
     trial.model.save_pretrained(tmp_path)
     again = type(trial.model).from_pretrained(tmp_path)
@@ -194,6 +202,6 @@ def test_targets_that_cannot_be(trial, table, windows, logits_of, target, says):
 
 
 def test_a_whole_layer_may_go_only_in_the_sweep(model, windows):
-    plan = pruning.Plan([0.0] * 3, [0, models.layer_shapes(model)["num_key_value_heads"][1], 0], [0, 24, 0])
+    plan = founding.Plan([0.0] * 3, [0, layer_shapes(model)["num_key_value_heads"][1], 0], [0, 24, 0])
     with pytest.raises(InputError, match="at least one must stay"):
-        pruning.prune(model, plan, windows)
+        founding.prune(model, plan, windows)

@@ -12,16 +12,17 @@ import nbformat
 import pytest
 from conftest import small_model
 
-from gqalib import InputError, publishing, series
-from gqalib.__main__ import main
-from gqalib.records import Notebook, read_record
+from gqalib import InputError
+from gqalib.run import publish, series
+from gqalib.run.cli import main
+from gqalib.run.notebook import Notebook, read_record
 
 PARAMETERS = 'preset = "tiny"\noverrides = {}\nrun_dir = ""\nseed = 0'
 
 
 def write_notebook(folder, name, *code):
     cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
-    start = f"from gqalib.records import Notebook\nnb = Notebook({name!r}, preset, overrides, run_dir, seed)"
+    start = f"from gqalib.run.notebook import Notebook\nnb = Notebook({name!r}, preset, overrides, run_dir, seed)"
     cells += [nbformat.v4.new_code_cell(source) for source in (start, *code, "nb.finish()")]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
@@ -31,7 +32,9 @@ def write_series(folder):
     folder.mkdir()
     write_notebook(folder, "00_never", "raise SystemError")
     write_notebook(folder, "01_first", 'nb.metric("x", 1.5, "u")')
-    write_notebook(folder, "02_second", 'y = nb.upstream("01_first")["metrics"]["x"]["value"] * 2', 'nb.metric("y", y, "u")')
+    write_notebook(
+        folder, "02_second", 'y = nb.upstream("01_first")["metrics"]["x"]["value"] * 2', 'nb.metric("y", y, "u")'
+    )
     return folder
 
 
@@ -45,7 +48,9 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("finished")
-    series.Series(overrides={"model": model_folder}, run_dir=folder / "run", notebooks=write_series(folder / "notebooks")).run()
+    series.Series(
+        overrides={"model": model_folder}, run_dir=folder / "run", notebooks=write_series(folder / "notebooks")
+    ).run()
     return folder / "run"
 
 
@@ -57,7 +62,9 @@ def notebooks(tmp_path):
 @pytest.fixture
 def job(tmp_path, notebooks, model_folder):
     def make(**changes):
-        return series.Series(**{"overrides": {"model": model_folder}, "run_dir": tmp_path / "run", "notebooks": notebooks, **changes})
+        return series.Series(
+            **{"overrides": {"model": model_folder}, "run_dir": tmp_path / "run", "notebooks": notebooks, **changes}
+        )
 
     return make
 
@@ -94,7 +101,9 @@ def test_a_new_upstream_record_makes_the_rest_stale(finished):
     assert states(finished()) == [True, False]
 
 
-@pytest.mark.parametrize("torn", ["", '{"schema": 1, "notebook": "01_fi', "[]", '{"schema": 0, "notebook": "01_first"}'])
+@pytest.mark.parametrize(
+    "torn", ["", '{"schema": 1, "notebook": "01_fi', "[]", '{"schema": 0, "notebook": "01_first"}']
+)
 def test_torn_upstream_record(finished, torn):
     (finished().run_dir / "01_first.json").write_text(torn)
     assert states(finished()) == [False, False]
@@ -143,9 +152,13 @@ def test_several_notebooks_and_none(job, tmp_path):
 
 def test_kill_in_the_middle_and_resume(job, notebooks, tmp_path):
     """SIGKILL while the second notebook runs: the first stays finished, the second is run again, and nothing half-written counts."""
-    write_notebook(notebooks, "02_second", 'import pathlib, time; pathlib.Path(run_dir, "begun").touch(); time.sleep(600)')
-    code = f"from gqalib import series; series.Series(overrides={job().overrides!r}, run_dir={str(job().run_dir)!r}, notebooks=__import__('pathlib').Path({str(notebooks)!r})).run()"
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    write_notebook(
+        notebooks, "02_second", 'import pathlib, time; pathlib.Path(run_dir, "begun").touch(); time.sleep(600)'
+    )
+    code = f"from gqalib.run import series; series.Series(overrides={job().overrides!r}, run_dir={str(job().run_dir)!r}, notebooks=__import__('pathlib').Path({str(notebooks)!r})).run()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 300
     while not (job().run_dir / "begun").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -198,7 +211,7 @@ def test_metrics_must_be_finite(tmp_path):
 
 
 def test_published_notebooks_are_clean(finished, tmp_path):
-    notebook = publishing._clean(nbformat.read(finished().run_dir / "02_second.ipynb", as_version=4))
+    notebook = publish._clean(nbformat.read(finished().run_dir / "02_second.ipynb", as_version=4))
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
     assert str(tmp_path) not in nbformat.writes(notebook)

@@ -15,7 +15,11 @@ from conftest import biased_model, kv_heads, small_config, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from gqalib import InputError, cost, figures, models, publishing, speed, surgery
+from gqalib import InputError, figures
+from gqalib.measure import cost, speed
+from gqalib.model import load, surgery
+from gqalib.model.shapes import count_parameters, layer_shapes
+from gqalib.run import publish
 
 
 @pytest.fixture
@@ -62,7 +66,11 @@ class NoLookingAtValues(TorchDispatchMode):
     """Fails where an operator would make a GPU wait for the host, which a CUDA graph cannot hold."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        assert str(function) not in ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"), function
+        assert str(function) not in (
+            "aten._local_scalar_dense.default",
+            "aten.nonzero.default",
+            "aten.equal.default",
+        ), function
         return function(*arguments, **(options or {}))
 
 
@@ -71,7 +79,9 @@ def test_a_decoding_step_looks_at_no_value_and_needs_no_mask(uneven, monkeypatch
     masks = []
     attend = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: masks.append(k["attn_mask"]) or attend(*a, **k)
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: masks.append(k["attn_mask"]) or attend(*a, **k),
     )
     step = speed.decode_step(uneven, 2, 9)
     with NoLookingAtValues():
@@ -112,7 +122,9 @@ def test_a_captured_step_is_replayed(small):
 def test_table_of_every_point_in_turn(small, clone, monkeypatch):
     """One row per phase, batch size, context and model; in each round each model once; ratios are of one round."""
     turns, times = [], iter([8.0, 4.0, 9.0, 3.0, 6.0, 3.0] * 8)
-    monkeypatch.setattr(speed, "_time_ms", lambda function, device, seconds: turns.append((function(), seconds)) or [next(times)])
+    monkeypatch.setattr(
+        speed, "_time_ms", lambda function, device, seconds: turns.append((function(), seconds)) or [next(times)]
+    )
     table = speed.compare_speed({"dense": small, "cut": clone(small)}, [1, 2], [8, 12], 0.3, 3)
     assert table[["phase", "batch_size", "context"]].drop_duplicates().to_numpy().tolist() == [
         [phase, size, context] for phase in ("prefill", "decode") for size in (1, 2) for context in (8, 12)
@@ -120,7 +132,9 @@ def test_table_of_every_point_in_turn(small, clone, monkeypatch):
     assert table["model"].tolist() == ["dense", "cut"] * 8 and len(turns) == 8 * 2 * 3
     assert [seconds for _, seconds in turns] == pytest.approx([0.1] * 48)
     cut = table[table["model"] == "cut"]
-    assert cut[["ms", "speedup", "speedup_low", "speedup_high"]].drop_duplicates().to_numpy().tolist() == [[3.0, 2.0, 2.0, 3.0]]
+    assert cut[["ms", "speedup", "speedup_low", "speedup_high"]].drop_duplicates().to_numpy().tolist() == [
+        [3.0, 2.0, 2.0, 3.0]
+    ]
     assert (table[table["model"] == "dense"][["speedup", "speedup_low", "speedup_high"]] == 1).all().all()
     tokens = cut.set_index(["phase", "batch_size", "context"])["tokens_per_s"]
     assert tokens["prefill", 2, 12] == pytest.approx(24e3 / 3) and tokens["decode", 2, 12] == pytest.approx(2e3 / 3)
@@ -162,7 +176,9 @@ def test_running_out_of_memory_is_not_the_end(small, monkeypatch):
 
     monkeypatch.setitem(speed.PHASES, "prefill", (set_up, cost.prefill_bytes))
     table = speed.compare_speed({"a": small}, [1], [8], 0.01, 1)
-    assert [note.startswith("not measured") for note in table["note"]] == [True, False] and table["ms"].notna().tolist() == [False, True]
+    assert [note.startswith("not measured") for note in table["note"]] == [True, False] and table[
+        "ms"
+    ].notna().tolist() == [False, True]
 
 
 def test_energy_of_a_card_that_reports_it(small, monkeypatch):
@@ -192,10 +208,20 @@ def test_beside_ceilings(clone):
     dense = small_model(tie_word_embeddings=False)
     cut = clone(dense)
     surgery.keep_groups(cut, 0, [0])
-    rows = [("prefill", 1, 8, "cut", 1.0), ("decode", 1, 8, "cut", 1.0), ("decode", 8, 32, "cut", 1.2), ("decode", 8, 32, "dense", 1.0)]
+    rows = [
+        ("prefill", 1, 8, "cut", 1.0),
+        ("decode", 1, 8, "cut", 1.0),
+        ("decode", 8, 32, "cut", 1.2),
+        ("decode", 8, 32, "dense", 1.0),
+    ]
     table = pd.DataFrame(rows, columns=["phase", "batch_size", "context", "model", "speedup"])
     joined = speed.beside_ceilings(table, {"dense": dense, "cut": cut})
-    ceilings = [cost.prefill_ceiling(dense, cut, 8), cost.decode_ceiling(dense, cut, 1, 8), cost.decode_ceiling(dense, cut, 8, 32), 1.0]
+    ceilings = [
+        cost.prefill_ceiling(dense, cut, 8),
+        cost.decode_ceiling(dense, cut, 1, 8),
+        cost.decode_ceiling(dense, cut, 8, 32),
+        1.0,
+    ]
     assert joined["ceiling"].tolist() == ceilings and len(set(ceilings)) == 4
     assert joined["of_ceiling_percent"][2] == pytest.approx(120 / ceilings[2])
 
@@ -205,10 +231,10 @@ def test_beside_ceilings(clone):
 
 @pytest.mark.parametrize("kept", [0.9, 0.8464, 0.5, 0.1536])
 def test_uniform_shape_keeps_what_was_asked(kept):
-    config = models.shape_config("llama-3-8b")
-    dense = models.count_parameters(models.random_model(config, device="meta"))
+    config = load.shape_config("llama-3-8b")
+    dense = count_parameters(load.random_model(config, device="meta"))
     cut = speed.uniform_shape(config, kept)
-    counts = models.count_parameters(models.random_model(cut, device="meta"))
+    counts = count_parameters(load.random_model(cut, device="meta"))
     assert abs(counts["total"] - kept * dense["total"]) <= 32 * 3 * 4096 / 2
     assert cut.num_attention_heads == 4 * cut.num_key_value_heads
     share = (counts["backbone"] / dense["backbone"]) * 8
@@ -222,29 +248,29 @@ def test_uniform_shape_with_biases():
     for index, width in enumerate((4, 7, 24)):
         surgery.keep_groups(model, index, range(index + 1))
         surgery.keep_channels(model, index, range(width))
-    cut = models.random_model(speed.uniform_shape(model.config, 0.9), device="meta")
-    counts, dense = models.count_parameters(cut), models.count_parameters(model)
+    cut = load.random_model(speed.uniform_shape(model.config, 0.9), device="meta")
+    counts, dense = count_parameters(cut), count_parameters(model)
     assert abs(counts["total"] - 0.9 * dense["total"]) <= 3 * (3 * 32 + 2) / 2
-    assert (models.layer_shapes(cut)["num_key_value_heads"] == 2).all()
+    assert (layer_shapes(cut)["num_key_value_heads"] == 2).all()
 
 
 def test_uniform_shape_of_an_uneven_model_runs_and_multiples_are_kept(model, windows, logits_of):
     config = small_config(num_attention_heads=9, num_key_value_heads=3, intermediate_size=256)
     cut = speed.uniform_shape(config, 0.5, multiple=32)
     assert cut.intermediate_size % 32 == 0
-    assert logits_of(models.random_model(cut, device="cpu")).shape == (6, 20, 61)
+    assert logits_of(load.random_model(cut, device="cpu")).shape == (6, 20, 61)
     surgery.keep_channels(model, 0, range(5))  # per-layer entries are left behind
-    assert models.layer_shapes(models.random_model(speed.uniform_shape(model.config, 0.8), device="meta")).nunique().max() == 1
+    assert layer_shapes(load.random_model(speed.uniform_shape(model.config, 0.8), device="meta")).nunique().max() == 1
 
 
 def test_a_share_that_cannot_be():
     with pytest.raises(InputError, match="13 % of the parameters cannot be kept, 15.18 % at least must"):
-        speed.uniform_shape(models.shape_config("llama-3-8b"), 0.13)
+        speed.uniform_shape(load.shape_config("llama-3-8b"), 0.13)
 
 
 def test_aligned_shapes_are_multiples_of_just_that():
-    shapes = speed.aligned_shapes(models.shape_config("llama-3-8b"), 0.75)
-    target = speed.uniform_shape(models.shape_config("llama-3-8b"), 0.75).intermediate_size
+    shapes = speed.aligned_shapes(load.shape_config("llama-3-8b"), 0.75)
+    target = speed.uniform_shape(load.shape_config("llama-3-8b"), 0.75).intermediate_size
     widths = [shape.intermediate_size for shape in shapes.values()]
     assert [width & -width for width in widths] == [1, 8, 64, 128]
     assert all(abs(width - target) <= width & -width for width in widths)
@@ -256,7 +282,11 @@ def test_compare_alignment():
     table = speed.compare_alignment(config, 0.8, [8, 32, 1024], "float32", "cpu", [1], [8], 0.01, 1)
     assert table["model"].nunique() == 3 and (table["speedup"] > 0).all()
     first = table[table["model"] == table["model"][0]]
-    assert int(first["model"].iloc[0].split()[1]) % 2 == 1 and (first["speedup"] == 1).all() and (first["ceiling"] == 1).all()
+    assert (
+        int(first["model"].iloc[0].split()[1]) % 2 == 1
+        and (first["speedup"] == 1).all()
+        and (first["ceiling"] == 1).all()
+    )
 
 
 # ---------------------------------------------------------------- what is drawn and published
@@ -267,7 +297,12 @@ def record():
     """Two points of a run at real size, the second without memory."""
     row = {"phase": "decode", "batch_size": 1, "context": 128, "note": ""}
     measured = {"speedup": 1.123, "speedup_low": 1.1, "speedup_high": 1.2, "ceiling": 1.25}
-    missing = row | {"batch_size": 32, "context": 8192, "note": "not measured: needs 90 GiB, 20 GiB are free", "ceiling": 1.3}
+    missing = row | {
+        "batch_size": 32,
+        "context": 8192,
+        "note": "not measured: needs 90 GiB, 20 GiB are free",
+        "ceiling": 1.3,
+    }
     dense = {"model": "dense", "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0, "ceiling": 1.0}
     rows = [row | dense, row | measured | {"model": "v3"}, missing | {"model": "dense"}, missing | {"model": "v3"}]
     parameters = {"model": "shape:llama-3-8b", "dtype": "bfloat16"}
@@ -276,7 +311,7 @@ def record():
 
 
 def test_readme_says_not_measured_until_there_is_a_record(record, tmp_path):
-    assert publishing.cost_block(tmp_path).startswith("Speed at this size: not measured.")
+    assert publish.cost_block(tmp_path).startswith("Speed at this size: not measured.")
     folder = tmp_path / "llama3-8b-shape"
     folder.mkdir()
     (folder / "at_size_speed.json").write_text(json.dumps(record))
@@ -284,7 +319,7 @@ def test_readme_says_not_measured_until_there_is_a_record(record, tmp_path):
     others = {"schema": 1, "metrics": {"layers": {"value": 3}}, "tables": {"stages": [stage]}}
     for name in ("at_size_pruning", "at_size_refit"):
         (folder / f"{name}.json").write_text(json.dumps(others | {"notebook": name}))
-    block = publishing.cost_block(tmp_path)
+    block = publish.cost_block(tmp_path)
     assert "| phase | batch | context | v3 |" in block
     assert "| decode | 1 | 128 | 1.12 (1.10–1.20) of 1.25 |" in block
     assert "| decode | 32 | 8192 | not measured: needs 90 GiB, 20 GiB are free |" in block
@@ -300,5 +335,8 @@ def test_speedup_bars_start_at_one_and_name_what_is_missing(record):
     assert [text.get_text() for text in ax.texts] == ["not measured"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1 × 128", "32 × 8,192"]
     ticks = ax.collections[-1].get_offsets()
-    assert np.ma.filled(ticks, np.nan)[:, 1].tolist() == pytest.approx([1.25, np.nan], nan_ok=True) and ax.get_yscale() == "log"
+    assert (
+        np.ma.filled(ticks, np.nan)[:, 1].tolist() == pytest.approx([1.25, np.nan], nan_ok=True)
+        and ax.get_yscale() == "log"
+    )
     plt.close(fig)

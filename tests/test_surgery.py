@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import kv_heads
 
-from gqalib import InputError, importance, models, surgery
-from gqalib.perplexity import only_layers
+from gqalib import InputError
+from gqalib.model import shapes, surgery
+from gqalib.prune import scores
+from gqalib.stream import only_layers
 
 
 def test_removed_groups_equal_masked_groups(model, clone, logits_of):
@@ -28,7 +30,7 @@ def test_keep_all_is_the_identity(model, clone, logits_of):
     surgery.keep_groups(model, 0, range(kv_heads(model)))
     surgery.keep_channels(model, 0, range(24))
     assert torch.equal(logits_of(model), logits_of(before))
-    assert models.layer_shapes(model).equals(models.layer_shapes(before))
+    assert shapes.layer_shapes(model).equals(shapes.layer_shapes(before))
 
 
 def test_permuting_whole_groups_changes_nothing(model, clone, logits_of):
@@ -59,12 +61,12 @@ def test_permuting_heads_across_groups_does_change(clone, logits_of):
 
 
 def test_new_parameters_carry_no_gradient(model, windows):
-    importance.backward(model, windows)
+    scores.backward(model, windows)
     surgery.keep_groups(model, 0, range(1, kv_heads(model)))
     attention = model.model.layers[0].self_attn
     assert attention.q_proj.weight.grad is None and attention.q_proj.weight.requires_grad
     assert attention.q_proj.out_features == attention.q_proj.weight.shape[0] == attention.o_proj.in_features
-    importance.backward(model, windows)  # the shape mismatch of the founding document
+    scores.backward(model, windows)  # the shape mismatch of the founding document
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,13 @@ def test_output_bias_is_added(model, logits_of, windows):
 
 
 @pytest.mark.parametrize(
-    ("layers", "says"), [([0, 1, 2], "no layer would be left"), ([3], "layer 3 is out of range"), ([-1], "out of range"), ([1, 1], "twice")]
+    ("layers", "says"),
+    [
+        ([0, 1, 2], "no layer would be left"),
+        ([3], "layer 3 is out of range"),
+        ([-1], "out of range"),
+        ([1, 1], "twice"),
+    ],
 )
 def test_bad_layers_leave_the_model_alone(model, logits_of, layers, says):
     before = logits_of(model)

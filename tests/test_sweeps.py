@@ -17,10 +17,25 @@ import pytest
 from conftest import small_model
 from test_series import write_notebook, write_series
 
-from gqalib import InputError, sweeps, tasks
-from gqalib.__main__ import main, overrides, parser
-from gqalib.records import Notebook
-from gqalib.series import locked, reads
+from gqalib import InputError
+from gqalib.run import grid as run_grid
+from gqalib.run import tasks
+from gqalib.run.cli import main, overrides, parser
+from gqalib.run.grid import (
+    NOTEBOOKS,
+    Grid,
+    _check_notebooks,
+    _metrics,
+    draw,
+    expand,
+    gather,
+    numbered_notebooks,
+    over_seeds,
+    read_grid,
+    run_name,
+)
+from gqalib.run.notebook import Notebook
+from gqalib.run.series import locked, reads
 
 GRID = """
 preset: tiny
@@ -69,7 +84,7 @@ def grid(tmp_path, model_folder):
 
 @pytest.fixture
 def jobs(grid, tmp_path, notebooks):
-    return sweeps.expand(sweeps.read_grid(grid()), tmp_path / "sweep", notebooks)
+    return expand(read_grid(grid()), tmp_path / "sweep", notebooks)
 
 
 def finish(job, folder, **metrics):
@@ -90,9 +105,15 @@ def perplexity(job):
     [
         ("seed: [0]", "unknown key of a grid 'seed': did you mean seeds"),
         ("nonsense: 1", "did you mean preset, presets, notebooks"),
-        ("overrides: {{pruning.mean_rat: [0.3]}}", "unknown parameter 'pruning.mean_rat': did you mean pruning.mean_rate"),
+        (
+            "overrides: {{pruning.mean_rat: [0.3]}}",
+            "unknown parameter 'pruning.mean_rat': did you mean pruning.mean_rate",
+        ),
         ("overrides: {{pruning: {{mean_rate: [0.3]}}}}", "unknown parameter 'pruning'"),
-        ("overrides: {{pruning.mean_rate: 0.3}}", r"pruning.mean_rate = 0.3 is no list: write pruning.mean_rate: \[0.3\]"),
+        (
+            "overrides: {{pruning.mean_rate: 0.3}}",
+            r"pruning.mean_rate = 0.3 is no list: write pruning.mean_rate: \[0.3\]",
+        ),
         ("overrides: {{pruning.mean_rate: []}}", "pruning.mean_rate is an empty list"),
         ("overrides: {{pruning.mean_rate: [0.3, 0.2, 0.3]}}", "pruning.mean_rate has 0.3 twice"),
         ("overrides: {{recovery.learning_rate: [1e-4, 1.0e-4]}}", "recovery.learning_rate has 0.0001 twice"),
@@ -121,17 +142,19 @@ def perplexity(job):
     ],
 )
 def test_bad_grid_is_one_sentence_status_2_and_nothing_written(tmp_path, grid, notebooks, capsys, text, says):
-    assert main(["sweep", str(grid(text)), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]) == 2
+    assert (
+        main(["sweep", str(grid(text)), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]) == 2
+    )
     error = capsys.readouterr().err
     assert re.search(says, error) and error.count("\n") == 1
     assert not (tmp_path / "sweep").exists()
 
 
 def test_the_grid_knows_what_the_workbooks_notebooks_read():
-    before_07 = [path.stem for path in sweeps.numbered_notebooks()][:6]
-    assert reads(sweeps.NOTEBOOKS / "07_cost_analysis.ipynb") == before_07
+    before_07 = [path.stem for path in numbered_notebooks()][:6]
+    assert reads(NOTEBOOKS / "07_cost_analysis.ipynb") == before_07
     with pytest.raises(InputError, match='07_cost_analysis reads 02_v2_failure: add "02" to the notebooks'):
-        sweeps._check_notebooks(sweeps.Grid(notebooks=["01", "07"]), sweeps.NOTEBOOKS)
+        _check_notebooks(Grid(notebooks=["01", "07"]), NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", ["path.stem", 'f"{number}_first"', "str(name)", '"01_first" if x else "02_second"'])
@@ -152,25 +175,35 @@ def test_missing_grid(tmp_path, capsys):
 
 def test_every_combination_is_one_run(jobs):
     assert len(jobs) == len({job.run_dir for job in jobs}) == 6
-    assert {(job.overrides["pruning.mean_rate"], job.seed) for job in jobs} == {(r, s) for r in (0.2, 0.25, 0.3) for s in (0, 1)}
+    assert {(job.overrides["pruning.mean_rate"], job.seed) for job in jobs} == {
+        (r, s) for r in (0.2, 0.25, 0.3) for s in (0, 1)
+    }
     assert jobs[0].parameters["pruning"]["mean_rate"] == 0.2 and [path.stem for path in jobs[0].paths] == ["01_first"]
 
 
 def test_names_of_folders():
-    assert sweeps.run_name("tiny", {"pruning.alpha": 0.5}, 3) == "tiny,pruning.alpha=0.5,seed=3"
-    places = [sweeps.run_name("tiny", {"corpus": f"file:a{c}b"}, 0) for c in "/ :"]
+    assert run_name("tiny", {"pruning.alpha": 0.5}, 3) == "tiny,pruning.alpha=0.5,seed=3"
+    places = [run_name("tiny", {"corpus": f"file:a{c}b"}, 0) for c in "/ :"]
     assert len(set(places)) == 3 and all(re.fullmatch(r"[\w.,=+-]+", place) for place in places)
-    assert len(sweeps.run_name("tiny", {"corpus": "x" * 500}, 0)) < 120
+    assert len(run_name("tiny", {"corpus": "x" * 500}, 0)) < 120
 
 
 def test_presets_and_text_that_is_a_number(grid):
-    read = sweeps.read_grid(grid("presets: [tiny, full]\nnotebooks: [01, 10_x]\noverrides: {{recovery.learning_rate: [1e-4, 5e-5]}}"))
-    assert read == sweeps.Grid(["tiny", "full"], ["01", "10"], [0], {"recovery.learning_rate": [1e-4, 5e-5]})
+    read = read_grid(
+        grid("presets: [tiny, full]\nnotebooks: [01, 10_x]\noverrides: {{recovery.learning_rate: [1e-4, 5e-5]}}")
+    )
+    assert read == Grid(["tiny", "full"], ["01", "10"], [0], {"recovery.learning_rate": [1e-4, 5e-5]})
 
 
 def test_the_command_line_understands_what_a_task_asks_for(jobs, notebooks):
     job = dataclasses.replace(
-        jobs[3], overrides={"pruning.alpha": 1e-5, "corpus": "python-docs", "recovery.num_examples": None, "cost.batch_sizes": [1]}
+        jobs[3],
+        overrides={
+            "pruning.alpha": 1e-5,
+            "corpus": "python-docs",
+            "recovery.num_examples": None,
+            "cost.batch_sizes": [1],
+        },
     )
     options = parser().parse_args(tasks._arguments(job))
     asked = (
@@ -188,20 +221,23 @@ def test_the_command_line_understands_what_a_task_asks_for(jobs, notebooks):
 def test_gather_means_and_figure(jobs, tmp_path):
     for job in jobs[:5]:
         finish(job, job.run_dir, perplexity_v3=perplexity(job), perplexity_dense=7.0, other=1.0)
-    table = sweeps.gather(jobs, {jobs[5].run_dir: "no luck"})
+    table = gather(jobs, {jobs[5].run_dir: "no luck"})
     assert len(table) == 6 and table["error"].dropna().to_dict() == {5: "no luck"}
-    assert table["perplexity_v3"].tolist()[:5] == [perplexity(job) for job in jobs[:5]] and table["perplexity_v3"].isna()[5]
-    means = sweeps.over_seeds(table, ["perplexity_v3"])["perplexity_v3"]
+    assert (
+        table["perplexity_v3"].tolist()[:5] == [perplexity(job) for job in jobs[:5]]
+        and table["perplexity_v3"].isna()[5]
+    )
+    means = over_seeds(table, ["perplexity_v3"])["perplexity_v3"]
     assert means.index.tolist() == [0.2, 0.25, 0.3] and means.index.name == "pruning.mean_rate"
     assert (
         means["mean"].tolist() == [30.5, 35.5, 40.0]
         and means["std"].iloc[0] == pytest.approx(0.5**0.5)
         and means["count"].tolist() == [2, 2, 1]
     )
-    report = sweeps.report(table, jobs, tmp_path)
+    report = run_grid.report(table, jobs, tmp_path)
     assert "30.50 ± 0.71" in report and "perplexity_dense" in report and "other" not in report
     assert f"failed    {jobs[5].run_dir.name}: no luck" in report and "5 of 6 runs complete" in report
-    sweeps.draw(table, tmp_path / "sweep.png")
+    draw(table, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG" and not (tmp_path / ".sweep.png").exists()
 
 
@@ -209,13 +245,21 @@ def test_figure_of_any_grid(tmp_path):
     """Words instead of numbers, several settings, one run, far apart values, nothing finished."""
     base = {"run": "r", "seed": 0, "seconds": 1.0, "attempts": 1, "error": None}
     grids = [
-        [{"preset": p, "pruning.strategy": s, "perplexity_v3": 9.0} for p in ("tiny", "full") for s in ("inverse", "uniform")],
-        [{"preset": "tiny", "pruning.alpha": a, "pruning.max_rate": m, "ratio_50": 10**a} for a in (0, 1, 30) for m in (0.4, 0.5)],
+        [
+            {"preset": p, "pruning.strategy": s, "perplexity_v3": 9.0}
+            for p in ("tiny", "full")
+            for s in ("inverse", "uniform")
+        ],
+        [
+            {"preset": "tiny", "pruning.alpha": a, "pruning.max_rate": m, "ratio_50": 10**a}
+            for a in (0, 1, 30)
+            for m in (0.4, 0.5)
+        ],
         [{"preset": "tiny", "recovery.num_examples": n, "x": float(n or 9)} for n in (10, None, 1000)],
         [{"preset": "tiny", "perplexity_v3": None}],
     ]
     for rows in grids:
-        sweeps.draw(pd.DataFrame([base | row for row in rows]), tmp_path / "sweep.png")
+        draw(pd.DataFrame([base | row for row in rows]), tmp_path / "sweep.png")
         assert (tmp_path / "sweep.png").exists() == (rows is not grids[-1])
 
 
@@ -236,14 +280,16 @@ def test_force_starts_from_nothing(jobs, grid, notebooks, tmp_path, monkeypatch,
 
 
 def test_what_changed_while_it_ran_does_not_count(jobs, grid, notebooks, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tasks, "run_all", lambda jobs, *_: ((job, None) for job in jobs))  # all end well, and leave nothing
+    monkeypatch.setattr(
+        tasks, "run_all", lambda jobs, *_: ((job, None) for job in jobs)
+    )  # all end well, and leave nothing
     assert main(["sweep", str(grid()), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]) == 1
     assert "0 of 6 runs complete" in capsys.readouterr().out
 
 
 def test_names_that_two_notebooks_use():
     records = [{"notebook": f"0{n}_x", "metrics": {"same": {"value": 1}, "differs": {"value": n}}} for n in (1, 2)]
-    assert sweeps._metrics(records) == {"same": 1, "differs": 1, "02.differs": 2}
+    assert _metrics(records) == {"same": 1, "differs": 1, "02.differs": 2}
 
 
 def test_a_start_that_takes_too_long_is_tried_again():
@@ -285,7 +331,8 @@ def stand_in(jobs, tmp_path, monkeypatch, ray):
 
     def make(slow=None, failing=None, dying=None):
         names = "".join(
-            f"{name} = {job and job.run_dir.name!r}\n" for name, job in {"slow": slow, "failing": failing, "dying": dying}.items()
+            f"{name} = {job and job.run_dir.name!r}\n"
+            for name, job in {"slow": slow, "failing": failing, "dying": dying}.items()
         )
         (tmp_path / "stand_in.py").write_text(names + STAND_IN)
         monkeypatch.setattr(tasks, "PROGRAM", (str(tmp_path / "stand_in.py"),))
@@ -335,7 +382,11 @@ def test_six_runs_with_a_worker_killed(jobs, grid, notebooks, tmp_path, stand_in
     assert re.findall(r"retried   (\S+) \(attempt 1 on \S+: its worker died\)", out) == [jobs[2].run_dir.name]
     assert "6 of 6 runs complete" in out and "raylet" not in out
     environment = json.loads((jobs[0].run_dir / "environment.json").read_text())
-    assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"], environment["nice"]) == ("1", "", os.nice(0))
+    assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"], environment["nice"]) == (
+        "1",
+        "",
+        os.nice(0),
+    )
     monkeypatch.setattr(tasks, "PROGRAM", ("/never",))
     assert main(command) == 0 and "6 runs, 6 finished before" in capsys.readouterr().out
 
@@ -343,13 +394,27 @@ def test_six_runs_with_a_worker_killed(jobs, grid, notebooks, tmp_path, stand_in
 def test_what_fails_does_not_stop_the_others(jobs, grid, notebooks, tmp_path, stand_in, capsys):
     """One run fails by itself and is not tried again; the process of one is killed every time; the others end well."""
     stand_in(failing=jobs[0], dying=jobs[1])
-    command = ["sweep", str(grid("max_retries: 1" + GRID)), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]
+    command = [
+        "sweep",
+        str(grid("max_retries: 1" + GRID)),
+        "--run-dir",
+        str(tmp_path / "sweep"),
+        "--notebooks-dir",
+        str(notebooks),
+    ]
     assert main(command) == 1
     out, table = capsys.readouterr().out, pd.read_csv(tmp_path / "sweep" / "sweep.csv")
     failing, dying = (re.escape(job.run_dir.name) for job in jobs[:2])
     assert re.search(rf"failed    {failing}: 01_first, cell 2: 1 / 0: ZeroDivisionError: division by zero\n", out)
     assert re.search(rf"failed    {dying}: its process was killed at attempt 2: see \S+log.txt\n", out)
-    assert "4 of 6 runs complete" in out and table["perplexity_v3"].notna().tolist() == [False, False, True, True, True, True]
+    assert "4 of 6 runs complete" in out and table["perplexity_v3"].notna().tolist() == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
     assert table["attempts"].tolist() == [1, 2, 1, 1, 1, 1]
 
 
@@ -376,6 +441,7 @@ def test_more_than_any_machine_has():
     for fits in ((4, 0), (1, 2), (1, 0.5)):
         tasks._check_resources(ray, *fits)
     with pytest.raises(
-        InputError, match=r"no machine has num_cpus = 4 and num_gpus = 1 for a run \(there are 4 and 0; 1 and 2\): lower them"
+        InputError,
+        match=r"no machine has num_cpus = 4 and num_gpus = 1 for a run \(there are 4 and 0; 1 and 2\): lower them",
     ):
         tasks._check_resources(ray, 4, 1)

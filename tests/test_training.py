@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gqalib import training
-from gqalib.models import load_model
-from gqalib.training import Recipe, Stage
+from gqalib.model.load import load_model
+from gqalib.reference import training
+from gqalib.reference.training import Recipe, Stage
 
 
 @pytest.fixture
@@ -67,7 +67,9 @@ def test_deepen_splits_each_layer(ids):
         assert torch.equal(layer.self_attn.q_proj.weight, original.self_attn.q_proj.weight)
         assert torch.equal(layer.mlp.down_proj.weight, original.mlp.down_proj.weight / 2)
     windows = ids[:64].view(4, 16)
-    assert training.validation_loss(deeper, windows) == pytest.approx(training.validation_loss(model, windows), abs=0.02)
+    assert training.validation_loss(deeper, windows) == pytest.approx(
+        training.validation_loss(model, windows), abs=0.02
+    )
     with pytest.raises(ValueError, match="5 layers are no multiple of the model's 2"):
         training.deepen(model, 5)
 
@@ -110,7 +112,11 @@ def test_a_loss_that_is_not_finite_is_an_error(recipe, ids):
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_processes_share_a_step(size, ids, monkeypatch):
     """Each batch with labels is one process', every process has as many, and the weights are those of a mean over tokens."""
-    batches = [ids[:30].view(3, 10), {"input_ids": ids[:10].view(1, 10), "labels": torch.full((1, 10), -100)}, ids[30:40].view(1, 10)]
+    batches = [
+        ids[:30].view(3, 10),
+        {"input_ids": ids[:10].view(1, 10), "labels": torch.full((1, 10), -100)},
+        ids[30:40].view(1, 10),
+    ]
     shares = []
     for rank in range(size):
         monkeypatch.setattr(training, "rank_and_size", lambda rank=rank: (rank, size))
@@ -128,5 +134,8 @@ def test_a_batch_without_labels_weighs_nothing(ids):
     model = training.initial_model(training.reference_config(1), 0)
     opts = training.optimizers(model, Recipe(stages=(), decay_tokens=1))
     blank = {"input_ids": ids[:10].view(1, 10), "labels": torch.full((1, 10), -100)}
-    losses = [training.step(model, opts, batches, 0.0)["loss"] for batches in ([ids[:30].view(3, 10)], [blank, ids[:30].view(3, 10)])]
+    losses = [
+        training.step(model, opts, batches, 0.0)["loss"]
+        for batches in ([ids[:30].view(3, 10)], [blank, ids[:30].view(3, 10)])
+    ]
     assert losses[0] == losses[1]

@@ -1,0 +1,167 @@
+"""Cost and pruning of a model too large to run the series on, by its shape alone: `python -m gqalib at-size`.
+
+Weights and words are random, so time, memory and speed are the real model's, and perplexities mean nothing. Three steps, each with a
+record of its own that is written as results come, so that a run that is cut off keeps what it has:
+
+    speed     prefill and decode at every batch size and context, beside the ceilings; widths that hardware likes and that it does not
+    pruning   the founding document's method: layer removal, sequential scores, surgery
+    refit     gradient covariances, cost table and sweep, with layers and streams waiting in host memory
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from gqalib.errors import InputError
+from gqalib.measure import cost, speed
+from gqalib.model.load import load_config, random_model, resolve_device
+from gqalib.model.modeling_gqa_llama import GqaLlamaConfig
+from gqalib.model.shapes import decoder_layers
+from gqalib.prune import allocate, founding, refit, scores
+from gqalib.run.notebook import Notebook
+from gqalib.run.presets import Sample
+from gqalib.stream import streamed
+
+KEPT = {"84.64 % kept": 0.8464, "half kept": 0.5, "84.64 % removed": 0.1536}  # of all parameters
+
+
+def at_size(preset: str, overrides: dict[str, Any], out: Path, steps: list[str], num_layers: int | None = None) -> None:
+    """Run some of `STEPS`, each into its record in the folder `out`.
+
+    Args:
+        num_layers: of the model that `refit` goes through (default: all); time per layer is what counts.
+
+    Raises:
+        InputError: an unknown step, or a step that needs more memory than there is.
+    """
+    for unknown in [step for step in steps if step not in STEPS]:
+        raise InputError(f"unknown step {unknown!r}: use {', '.join(STEPS)}")
+    for step in steps:
+        nb = Notebook(f"at_size_{step}", preset, overrides, out)
+        config = load_config(nb.preset.model)
+        config.num_hidden_layers = num_layers if step == "refit" and num_layers else config.num_hidden_layers
+        nb.metric("layers", config.num_hidden_layers, "decoder layers")
+        STEPS[step](nb, config)
+        nb.finish()
+
+
+def shapes(config: GqaLlamaConfig, multiple: int) -> dict[str, GqaLlamaConfig]:
+    """Dense and the cuts of `KEPT`, with MLP widths that are multiples of `multiple`, or of the largest power of two that leaves some."""
+    found = {"dense": config}
+    for name, kept in KEPT.items():
+        for power in [multiple, 32, 8, 1]:
+            try:
+                found[name] = speed.uniform_shape(config, kept, power)
+                break
+            except InputError:  # the width would be zero, or the embedding alone is more
+                continue
+    return found
+
+
+def measure_speed(nb: Notebook, config: GqaLlamaConfig) -> None:
+    """Small points first; the record is written anew after each."""
+    p, c, device = nb.preset, nb.preset.cost, resolve_device(nb.preset.device)
+    configs = shapes(config, p.pruning.channel_multiple)
+    models = {name: random_model(shape, p.dtype, device) for name, shape in configs.items()}
+    nb.metric("bytes_per_s", copy_bandwidth(device), "bytes read and written by a copy")
+    nb.table("shapes", pd.DataFrame({"model": name, **_counted(model)} for name, model in models.items()))
+    cells = sorted(((size, context) for size in c.batch_sizes for context in c.contexts), key=math.prod)
+    few, many = cells[: len(cells) // 2 + 2], cells[len(cells) // 2 + 2 :]
+
+    def measure(name: str, phase: str, points: list[tuple[int, int]]) -> None:
+        for point in points:
+            found = speed.compare_speed(models, *([n] for n in point), c.min_run_s, 3, [phase])
+            rows.setdefault(name, []).append(speed.beside_ceilings(found, models))
+            nb.table(name, pd.concat(rows[name], ignore_index=True))
+            nb.save()
+            print(name, phase, *point, flush=True)
+
+    rows: dict[str, list[pd.DataFrame]] = {}
+    with speed.fused():
+        measure("speed", "decode", cells)
+        measure("speed", "prefill", few)
+    measure("speed_unfused", "decode", [cell for cell in cells if cell[0] == 1])
+    cut = (config, KEPT["84.64 % kept"], (8, 64, 128), p.dtype, device)
+    nb.table("alignment", speed.compare_alignment(*cut, [1], c.contexts[1:2], c.min_run_s, 3))
+    nb.save()
+    with speed.fused():
+        measure("speed", "prefill", many)
+
+
+def _counted(model: nn.Module) -> dict[str, float]:
+    first = decoder_layers(model)[0]
+    return {
+        "parameters": cost.weight_bytes(model) // model.dtype.itemsize,
+        "num_key_value_heads": first.self_attn.k_proj.out_features // model.config.head_dim,
+        "intermediate_size": first.mlp.gate_proj.out_features,
+        "step_gb": cost.step_bytes(model) / 1e9,
+    }
+
+
+def copy_bandwidth(device: str, size: int = 2**30) -> float:
+    """Bytes per second that a large copy on the device reads and writes: what reading weights is to be held against."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    times = speed._time_ms(lambda: target.copy_(source), torch.device(device), 0.2)
+    return 2 * size / min(times) * 1e3
+
+
+def measure_pruning(nb: Notebook, config: GqaLlamaConfig) -> None:
+    """The founding document's method, from layer importance to a pruned model."""
+    p = nb.preset
+    model = random_model(config, p.dtype, p.device)
+    removal, calibration = (random_windows(config, sample) for sample in (p.removal, p.calibration))
+    with nb.stage("layer removal", model, removal.shape, "removal.num_examples"):
+        importances = scores.removal_importance(model, removal)
+    plan = founding.make_plan(model, importances, p.pruning)
+    with nb.stage("sequential Taylor", model, calibration.shape, "calibration.num_examples"):
+        nb.table("layers", founding.prune(model, plan, calibration).reset_index())
+
+
+def measure_refit(nb: Notebook, config: GqaLlamaConfig) -> None:
+    """Covariances, cost table and sweep of half of every layer's groups and channels."""
+    p = nb.preset
+    windows, device = random_windows(config, p.frontier.calibration), resolve_device(p.device)
+    with streamed(random_model(config, p.dtype, device), device) as model:
+        with nb.stage("gradient covariances", model, windows.shape, "frontier.calibration.num_examples", device=device):
+            covariances = scores.gradient_covariances(model, windows)
+        nb.save()
+        with nb.stage("cost table", model, windows.shape, "frontier.calibration.num_examples", device=device):
+            table = allocate.cost_table(model, windows, covariances)
+        halves = [[units // 2 for units in column] for column in zip(*table.widths, strict=True)]
+        plan, seconds = founding.Plan([0.5] * len(table.widths), *halves), _Clock()
+        nb.save()
+        with nb.stage("sweep", model, windows.shape, "frontier.calibration.num_examples", device=device):
+            refit.sweep(model, plan, windows, covariances=covariances, after_layer=seconds)
+    nb.table("sweep_seconds", pd.DataFrame({"layer": range(len(seconds.laps)), "seconds": seconds.laps}))
+
+
+class _Clock:
+    """Seconds between calls."""
+
+    def __init__(self) -> None:
+        self.laps, self._last = [], time.perf_counter()
+
+    def __call__(self, _: int) -> None:
+        now = time.perf_counter()
+        self.laps.append(now - self._last)
+        self._last = now
+
+
+def random_windows(config: GqaLlamaConfig, sample: Sample) -> torch.Tensor:
+    """Token ids drawn evenly, [num_examples, length]."""
+    length = min(sample.length, config.max_position_embeddings)
+    return torch.randint(config.vocab_size, (sample.num_examples, length), generator=torch.Generator().manual_seed(0))
+
+
+STEPS: dict[str, Callable[[Notebook, GqaLlamaConfig], None]] = {
+    "speed": measure_speed,
+    "pruning": measure_pruning,
+    "refit": measure_refit,
+}

@@ -1,0 +1,295 @@
+"""Every method at every size, on one model, one text and one budget.
+
+    method(model, windows, fraction)
+
+prunes a dense model in place: `windows` is the calibration text, token ids [count, length], `fraction` the part of the backbone
+to remove. All but those in `NO_MULTIPLE` have a `multiple`, of which the channels that stay are a whole number.
+What a method has to find out first, it finds out within the call. What of that is the same for every fraction is in
+`PREPARATIONS`: `frontier` does it once and counts it in every row, so that seconds are always those of one call alone.
+
+Where a peer has a second way that may do better, both are here: FLAP standardises columns, as its code does, or heads; LLM-Pruner
+protects the ends of the model, as published, or does not. OSSCAR swaps units as published, which mostly helps and costs little.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+import torch
+from torch import nn
+
+from gqalib.errors import InputError
+from gqalib.measure.cost import Used
+from gqalib.measure.memory import measured_on
+from gqalib.measure.perplexity import ratio_with_error, window_losses
+from gqalib.model.shapes import count_parameters, decoder_layers, size_of
+from gqalib.peers.peers import (
+    flap,
+    layer_removal,
+    llm_pruner,
+    magnitude,
+    osscar,
+    random,
+    shortgpt,
+    torch_pruning_gqa,
+    wanda_sp,
+)
+from gqalib.prune import allocate, founding, refit, scores
+from gqalib.run.presets import Pruning
+from gqalib.run.resume import NOT_KEPT, Progress
+
+Method = Callable[[nn.Module, torch.Tensor, float], object]
+
+SEED_RATES = Pruning(mean_rate=0.25, strategy="inverse", alpha=1.0, min_rate=0.15, max_rate=0.5, channel_multiple=1)
+
+
+def seed_taylor(
+    model: nn.Module,
+    windows: torch.Tensor,
+    fraction: float,
+    removal: torch.Tensor | None = None,
+    sequential: bool = True,
+    multiple: int = 1,
+) -> None:
+    """The founding document's recipe: Σ |W ⊙ G|, on the model pruned so far or all at once; rates inverse to `removal_importance`."""
+    removal = scores.removal_importance(model, windows) if removal is None else removal
+    plan = founding.make_plan(model, removal, SEED_RATES, mean_rate=fraction, channel_multiple=multiple)
+    founding.prune(model, plan, windows, sequential=sequential)
+
+
+def refit_uniform(
+    model: nn.Module,
+    windows: torch.Tensor,
+    fraction: float,
+    covariances: allocate.Covariances | None = None,
+    multiple: int = 1,
+) -> None:
+    """The sweep at the same rate in every layer."""
+    plan = founding.uniform_plan(model, fraction, multiple=multiple)
+    refit.sweep(model, plan, windows, covariances=covariances)
+
+
+def refit_allocated(
+    model: nn.Module, windows: torch.Tensor, fraction: float, prepared: tuple | None = None, multiple: int = 1
+) -> None:
+    """The sweep by the cheapest plan of the cost table; `prepared`: by `covariances_and_table`."""
+    covariances, table = prepared or covariances_and_table(model, windows, multiple)
+    refit.sweep(model, table.plan(fraction), windows, covariances=covariances)
+
+
+def covariances_and_table(
+    model: nn.Module, windows: torch.Tensor, multiple: int = 1, progress: Progress = NOT_KEPT
+) -> tuple[allocate.Covariances, allocate.CostTable]:
+    """The gradients' covariances, and the cost table made of them."""
+    covariances = scores.gradient_covariances(model, windows, progress=progress)
+    return covariances, allocate.cost_table(model, windows, covariances, multiple=multiple, progress=progress)
+
+
+OWN = "refit, allocated"
+METHODS: dict[str, Method] = {
+    "random": random,
+    "magnitude": magnitude,
+    "Wanda-sp": wanda_sp,
+    "torch-pruning, GQA": torch_pruning_gqa,
+    "LLM-Pruner": partial(llm_pruner, protect=True),
+    "LLM-Pruner, all layers": partial(llm_pruner, protect=False),
+    "FLAP": partial(flap, by_column=True),
+    "FLAP, by head": partial(flap, by_column=False),
+    "ShortGPT": shortgpt,
+    "layer removal": layer_removal,
+    "OSSCAR": osscar,
+    "seed Taylor": seed_taylor,
+    "seed Taylor, one shot": partial(seed_taylor, sequential=False),
+    "refit, uniform": refit_uniform,
+    OWN: refit_allocated,
+}
+PREPARATIONS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {  # the fourth argument
+    "layer removal": scores.removal_importance,
+    "seed Taylor": scores.removal_importance,
+    "seed Taylor, one shot": scores.removal_importance,
+    "refit, uniform": scores.gradient_covariances,
+    OWN: covariances_and_table,
+}
+STAGES = "all gradients", "gradient covariances", "sweep"  # of `memory`: what the methods need most for
+PEERS = [name for name in METHODS if not name.startswith(("seed Taylor", "refit"))]
+DEPTH = ["ShortGPT", "layer removal"]  # they remove whole layers, so they meet a fraction as closely as layers allow
+NO_MULTIPLE = [*DEPTH, "FLAP", "FLAP, by head"]  # one ranking of all units, so widths come as they do
+MEASURED = [
+    "seconds",
+    "peak_mib",
+    "parameters_kept_percent",
+    "backbone_removed_percent",
+    "perplexity",
+    "ratio",
+    "error",
+]
+IMPOSSIBLE = (InputError, torch.OutOfMemoryError)
+CLOSE = 2.0  # percentage points of the backbone: what is nearer than this to the fraction asked counts as met
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a preparation found, and what it took."""
+
+    found: object
+    used: Used
+
+
+def prepare(name: str, dense: nn.Module, windows: torch.Tensor, multiple: int = 1) -> Prepared | None:
+    """The part of a method that is the same for every fraction, on a copy; None if there is none, or if it fails."""
+    if name not in PREPARATIONS:
+        return None
+    model = copy.deepcopy(dense)
+    try:
+        with measured_on(dense) as used:
+            found = PREPARATIONS[name](model, windows, **({"multiple": multiple} if name == OWN else {}))
+    except IMPOSSIBLE:  # the method will run into it again, and its row will say so
+        return None
+    return Prepared(found, used)
+
+
+def try_method(
+    name: str,
+    dense: nn.Module,
+    windows: torch.Tensor,
+    fraction: float,
+    test: torch.Tensor,
+    reference: torch.Tensor,
+    prepared: Prepared | None = None,
+    multiple: int = 1,
+) -> dict[str, object]:
+    """One method at one size, on a copy of the dense model.
+
+    Args:
+        windows, test: token ids [count, length]. reference: the dense model's `window_losses` on `test`.
+        multiple: of which the channels that stay are a whole number, for all but `NO_MULTIPLE`.
+
+    Returns:
+        What was asked and what was removed, perplexity, its ratio to the dense model's with the paired standard error, seconds
+        and peak memory of the pruning, the `losses` of each test window in nats. Where the method cannot do it: NaN and a `note`.
+    """
+    model, known = copy.deepcopy(dense), prepared.used if prepared else Used()
+    options = {"multiple": multiple} if multiple > 1 and name not in NO_MULTIPLE else {}
+    row = {"method": name, "fraction": fraction, "note": ""}
+    try:
+        with measured_on(dense) as used:
+            METHODS[name](model, windows, fraction, *([prepared.found] if prepared else []), **options)
+        if name not in DEPTH:
+            check_budget(model, dense, fraction, **options)
+    except IMPOSSIBLE as error:
+        return row | dict.fromkeys(MEASURED, math.nan) | {"note": str(error), "losses": None}
+    peak = max(known.peak_bytes, known.held_bytes + used.peak_bytes)
+    row |= {"seconds": known.seconds + used.seconds, "peak_mib": peak / 2**20}
+    return row | describe(model, dense, test, reference)
+
+
+def describe(model: nn.Module, dense: nn.Module, test: torch.Tensor, reference: torch.Tensor) -> dict[str, object]:
+    """How large a pruned model is and how well it reads the test text; arguments as in `try_method`."""
+    losses = window_losses(model, test)
+    ratio, error = ratio_with_error(losses, reference)
+    quality = {"perplexity": losses.mean().exp().item(), "ratio": ratio, "error": error, "losses": losses.tolist()}
+    return size_of(model, count_parameters(dense)) | quality
+
+
+def check_budget(model: nn.Module, dense: nn.Module, fraction: float, multiple: int = 1) -> None:
+    """Raises InputError if the backbone is off the fraction by more than one step: unequal sizes are no comparison."""
+    backbone = count_parameters(dense)["backbone"]
+    removed = backbone - count_parameters(model)["backbone"]
+    channel = max(founding.unit_costs(layer)[1] for layer in decoder_layers(dense))
+    if abs(removed - fraction * backbone) > multiple * channel:
+        raise InputError(
+            f"{removed / backbone:.2%} of the backbone went where {fraction:.2%} was asked: lower the fraction"
+        )
+
+
+def frontier(
+    dense: nn.Module,
+    samples: Sequence[torch.Tensor],
+    test: torch.Tensor,
+    fractions: Sequence[float],
+    methods: Sequence[str] = tuple(METHODS),
+    progress: Progress = NOT_KEPT,
+    multiple: int = 1,
+) -> pd.DataFrame:
+    """One row of `try_method` per method, calibration sample and fraction. `progress` keeps the rows."""
+    reference, known, rows = window_losses(dense, test), {}, []
+    progress = progress.of("frontier", dense, list(samples), test, multiple)
+
+    def try_it(name: str, sample: int, fraction: float) -> dict[str, object]:
+        preparation = PREPARATIONS.get(name), sample
+        if preparation not in known:
+            known[preparation] = prepare(name, dense, samples[sample], multiple)
+        row = try_method(name, dense, samples[sample], fraction, test, reference, known[preparation], multiple)
+        return {"sample": sample} | row
+
+    for name in methods:
+        for sample in range(len(samples)):
+            rows += [progress.once(f"{name}-{sample}-{f}", partial(try_it, name, sample, f)) for f in fractions]
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------- reading it
+
+
+def as_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Perplexity / dense in readable numbers, methods down and fractions across: the mean over samples and, of several, their range.
+
+    – where a method cannot do it, ∞ where nothing is left of the model; `at` what was removed where that is not what was asked.
+
+    Args:
+        rows: of `frontier`, or of a record's table.
+    """
+    cells = {key: _cell(group) for key, group in rows.groupby(["method", "fraction"])}
+    columns = {f"{100 * fraction:g} %": fraction for fraction in sorted(rows["fraction"].unique())}
+    table = {
+        title: [cells.get((name, fraction), "–") for name in rows["method"].unique()]
+        for title, fraction in columns.items()
+    }
+    return pd.DataFrame(table, index=pd.Index(rows["method"].unique(), name="method"))
+
+
+def _cell(rows: pd.DataFrame) -> str:
+    done = rows[rows["note"] == ""]
+    if done.empty:
+        return "–"
+    ratios = done["ratio"].astype(float).fillna(math.inf)  # a record has null for infinity
+    least, most = _short(ratios.min()), _short(ratios.max())
+    spread = f" ({least}–{most})" if least != most else ""  # of what reads no text there is none
+    removed, asked = done["backbone_removed_percent"].mean(), 100 * done["fraction"].iloc[0]
+    return _short(ratios.mean()) + spread + (f" at {removed:.0f} %" if abs(removed - asked) > CLOSE else "")
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:,.{2 if ratio < 10 else 1 if ratio < 100 else 0}f}".replace("inf", "∞")
+
+
+def against_peers(rows: pd.DataFrame, own: str = OWN, peers: Sequence[str] = tuple(PEERS)) -> pd.DataFrame:
+    """The own method beside the best peer, one row per fraction; a peer that removed less than was asked does not count.
+
+    Returns:
+        Ratio to dense of both, `own` and `best` (geometric mean over the samples), the name of that `peer`, `times` = own / best with
+        its paired standard error over the test windows, and a `verdict`: ahead or behind by more than two errors, or not told apart.
+    """
+    enough = rows["backbone_removed_percent"] > 100 * rows["fraction"] - CLOSE
+    done = rows[(rows["note"] == "") & rows["ratio"].notna() & enough]
+    return pd.DataFrame(
+        [_against(done[done["fraction"] == f], own, peers) | {"fraction": f} for f in sorted(rows["fraction"].unique())]
+    )
+
+
+def _against(done: pd.DataFrame, own: str, peers: Sequence[str]) -> dict[str, object]:
+    losses = {
+        name: torch.tensor(group["losses"].tolist(), dtype=torch.float64).mean(0)  # over the samples
+        for name, group in done.groupby("method")
+    }
+    ratios = {name: math.exp(group["ratio"].map(math.log).mean()) for name, group in done.groupby("method")}
+    best = min((name for name in peers if name in losses), key=ratios.get, default=None)
+    row = {"own": ratios.get(own, math.nan), "peer": best, "best": ratios.get(best, math.nan)}
+    if own not in losses or best is None:
+        return row | {"times": math.nan, "error": math.nan, "verdict": "no comparison"}
+    times, error = ratio_with_error(losses[own], losses[best])
+    verdict = "ahead" if times + 2 * error < 1 else "behind" if times - 2 * error > 1 else "not told apart"
+    return row | {"times": times, "error": error, "verdict": verdict}

@@ -1,0 +1,95 @@
+"""Perplexity, token by token in float64.
+
+Protocol: non-overlapping windows; in each window the first token is given and every other one is predicted from what
+stands before it; perplexity = exp(total negative log-likelihood / number of predicted tokens). A perplexity without
+corpus, split, window and number of tokens is not a result: records carry all four.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, pad
+
+from gqalib.stream import advance, batches, is_streamed, layers_between, tokens_at_once
+
+NO_LABEL = -100  # what transformers and torch leave out of a loss
+
+
+def perplexity(
+    model: nn.Module, windows: torch.Tensor, hidden_states: torch.Tensor | None = None, first_layer: int = 0
+) -> float:
+    """Perplexity of windows of token ids [count, length].
+
+    With `hidden_states` [count, length, hidden], the stream before layer `first_layer`, only the layers from there on
+    are run. A model so broken that the exponential overflows has perplexity infinity.
+    """
+    return exponential(window_losses(model, windows, hidden_states, first_layer).mean().item())
+
+
+def exponential(mean: float) -> float:
+    """Perplexity of a mean loss in nats; infinity where a float ends."""
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+@torch.no_grad()
+def window_losses(
+    model: nn.Module, windows: torch.Tensor, hidden_states: torch.Tensor | None = None, first_layer: int = 0
+) -> torch.Tensor:
+    """Mean −log p of the predicted tokens of each window, in nats, float64 [count] on the CPU, summed in float64."""
+    losses = []
+    if is_streamed(model):  # each layer is fetched once, not once per batch
+        last = len(model.get_decoder().layers)
+        hidden_states, first_layer = advance(model, hidden_states, windows, first_layer, last), last
+    with layers_between(model, first_layer):
+        for rows in batches(windows, tokens_at_once(model)):
+            input_ids = windows[rows].to(model.device)
+            inputs = {"input_ids": input_ids}
+            if hidden_states is not None:
+                inputs = {"inputs_embeds": hidden_states[rows].to(model.device)}
+            logits = model(**inputs, use_cache=False).logits
+            losses.append(token_losses(logits, input_ids).view(len(input_ids), -1).double().mean(1).cpu())
+    return torch.cat(losses)
+
+
+def ratio_with_error(losses: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """Perplexity relative to another model's on the same windows, and the standard error of that ratio.
+
+    From `window_losses` of both, [count]. The error is that of the paired differences: what makes a window hard is hard for both
+    and cancels. It says how much other windows of the same text would change the ratio, not how much another text would.
+    """
+    difference = losses - reference
+    ratio = difference.mean().exp().item()
+    return ratio, ratio * (difference.std() / len(difference) ** 0.5).item()
+
+
+def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """−log p of each token but the first of a window, float32 [count × (length − 1)]."""
+    labels = pad(input_ids[:, 1:], (0, 1), value=NO_LABEL).to(
+        logits.device
+    )  # logits without their last row would be a copy of them
+    losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=NO_LABEL)
+    return losses.view_as(labels)[:, :-1].flatten()
+
+
+def kl_divergence(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """KL(target || logits) of two sets of logits [tokens, vocabulary], in nats [tokens].
+
+    Σ p (log p − log q) − p + q: the last two add up to nothing, but with them no term is negative and the gradient is
+    exactly zero where the two agree. Muon and Adam would blow a rounding error up to a whole step.
+    """
+    log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    return (p * (log_p - log_q) - p + q).sum(-1)
+
+
+@torch.no_grad()
+def kl_to(dense: nn.Module, model: nn.Module, windows: torch.Tensor) -> float:
+    """KL(dense || model) of the next token, in nats, mean over the predicted tokens of windows [count, length]."""
+    total = 0.0
+    for rows in batches(windows, min(tokens_at_once(model), tokens_at_once(dense))):
+        logits, target = (
+            m(input_ids=windows[rows].to(m.device), use_cache=False).logits[:, :-1].float() for m in (model, dense)
+        )
+        total += kl_divergence(logits, target.to(logits.device)).double().sum().item()
+    return total / windows[:, 1:].numel()

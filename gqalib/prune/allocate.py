@@ -1,0 +1,220 @@
+"""Which module pays for a budget: a table of estimated costs, and the cheapest plan for it.
+
+The estimate. Let e be the error that a pruned and refitted sublayer makes in its output at a token, and g the gradient of the
+loss there. To second order, with the covariance of g in the place of the Hessian (Gauss–Newton; Martens & Grosse 2015), the loss
+rises by ½ E[(gᵀe)²] = ½ E[eᵀ G e]. That is what the weighted choice in `refit` lowers unit by unit, so one elimination of a module
+from whole to nothing gives its cost at every level: a table of 2 × layers rows for one pass over the text. That whole layers may
+go is one more level: their cost is measured (`scores.removal_importance`, `CostTable.with_layers`).
+
+The plan. `cheapest` picks one level for each layer, exactly, so that the parameters that go reach the budget at the least total
+cost; the costs are added up, as if each error stood alone.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from gqalib.errors import OutOfReach
+from gqalib.model.shapes import decoder_layers, layer_shapes
+from gqalib.prune import refit
+from gqalib.prune.founding import Plan, layer_sizes, unit_costs
+from gqalib.prune.rates import beyond_multiples
+from gqalib.run.resume import NOT_KEPT, Progress
+from gqalib.stream import at_work
+
+Covariances = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Estimated rise of the loss, in nats per token, when so much of a module goes; lists with one entry per layer."""
+
+    groups: list[np.ndarray]  # 0, 1, … of its groups removed
+    channels: list[np.ndarray]  # 0, 1, … times its step removed, at last all but one
+    steps: list[int]  # channels per level
+    multiple: int  # channels that stay are a multiple of it
+    prices: list[tuple[int, int]]  # parameters of a group and of a channel
+    widths: list[tuple[int, int]]  # groups and channels
+    sizes: list[int]  # parameters of the layer: all units, and output biases, which go only with it
+    layers: np.ndarray | None = None  # measured rise when the whole layer goes; None: none may
+
+    @property
+    def backbone(self) -> int:
+        """Parameters of all layers."""
+        return sum(self.sizes)
+
+    def with_layers(self, removal: torch.Tensor, dense: float) -> "CostTable":
+        """The same table with each whole layer as one more level.
+
+        Args:
+            removal: from `importance.removal_importance`, [layers], rises of the dense model's perplexity, `dense`, on the same text.
+                What helps costs nothing.
+        """
+        return dataclasses.replace(self, layers=(1 + removal / dense).log().clamp(min=0).numpy())
+
+    def plan(self, fraction: float, factors: np.ndarray | None = None) -> Plan:
+        """The cheapest plan that removes `fraction` of the backbone, met within one unit (or one multiple of channels).
+
+        Args:
+            factors: of the costs of attention and MLP, [2, layers] (default: 1); a whole layer's is their mean.
+
+        Raises:
+            OutOfReach: a fraction outside (0, 1), or more than the layers can lose.
+        """
+        if not 0 < fraction < 1:
+            raise OutOfReach(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
+        factors = np.ones((2, len(self.steps))) if factors is None else factors
+        options = [self._options(layer, *factors[:, layer]) for layer in range(len(self.steps))]
+        target = round(fraction * self.backbone)
+        coarsest = max(
+            max(group, step * channel) for (group, channel), step in zip(self.prices, self.steps, strict=True)
+        )
+        chosen = cheapest([costs for costs, _, _ in options], [sizes for _, sizes, _ in options], target, coarsest)
+        removed = np.array([units[choice] for (_, _, units), choice in zip(options, chosen, strict=True)])
+        if (removed == self.widths).all():
+            raise OutOfReach(f"no layer would be left without {fraction:.1%} of the backbone: give another fraction")
+        gone = sum(int(sizes[choice]) for (_, sizes, _), choice in zip(options, chosen, strict=True))
+        self._give_back(removed, gone - target)
+        rates = (removed * self.prices).sum(1) / (np.array(self.widths) * self.prices).sum(1)
+        return Plan(rates.tolist(), removed[:, 0].tolist(), removed[:, 1].tolist())
+
+    def _options(self, layer: int, attention: float, mlp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Costs and sizes [options] and removed units [options, 2] of every pair of levels, and of the whole layer."""
+        groups, most = self.groups[layer], self.widths[layer][1] - self.multiple
+        gone = np.append(np.arange(self._first[layer], most, self.steps[layer]), most)
+        mlp_costs = np.interp(gone, self._removed(layer), self.channels[layer])
+        costs = (attention * groups[:, None] + mlp * mlp_costs).ravel()
+        levels = np.stack(np.broadcast_arrays(np.arange(len(groups))[:, None], gone), -1).reshape(-1, 2)
+        sizes = (levels * self.prices[layer]).sum(1)
+        if self.layers is not None:
+            costs = np.append(costs, (attention + mlp) / 2 * self.layers[layer])
+            levels, sizes = np.vstack([levels, self.widths[layer]]), np.append(sizes, self.sizes[layer])
+        return costs, sizes, levels
+
+    @property
+    def _first(self) -> np.ndarray:
+        """Channels of each layer that go in any case, so that a multiple is left."""
+        return beyond_multiples(np.array(self.widths)[:, 1], self.multiple)
+
+    def _removed(self, layer: int) -> np.ndarray:
+        """How many channels have gone at each of the layer's costs."""
+        return np.minimum(np.arange(len(self.channels[layer])) * self.steps[layer], self.widths[layer][1] - 1)
+
+    def _give_back(self, removed: np.ndarray, excess: int) -> None:
+        """Levels are coarse: channels that went beyond the target come back, where the last ones cost most."""
+        for layer in sorted(range(len(removed)), key=lambda i: self._last_cost(i, *removed[i]), reverse=True):
+            whole = tuple(removed[layer]) == self.widths[layer]
+            price = self.multiple * self.prices[layer][1]
+            spare = removed[layer, 1] - self._first[layer]
+            count = 0 if whole else min(spare // self.multiple, excess // price)
+            removed[layer, 1] -= count * self.multiple
+            excess -= count * price
+
+    def _last_cost(self, layer: int, groups: int, channels: int) -> float:
+        """Cost per parameter of the last level of channels that went."""
+        removed, costs = self._removed(layer), self.channels[layer]
+        level = min(int(np.searchsorted(removed, channels)), len(costs) - 1)
+        size = (removed[level] - removed[level - 1]) * self.prices[layer][1]
+        return float(costs[level] - costs[level - 1]) / size if level else 0.0
+
+
+@torch.no_grad()
+def cost_table(
+    model: nn.Module,
+    windows: torch.Tensor,
+    covariances: Covariances,
+    ingredients: refit.Ingredients = refit.RECIPE,
+    *,
+    multiple: int = 1,
+    progress: Progress = NOT_KEPT,
+) -> CostTable:
+    """The estimates for a model, which stays as it is.
+
+    Args:
+        windows: calibration text, token ids [count, length]. covariances: from `importance.gradient_covariances` on it.
+        multiple: of which the channels that stay in a layer are a whole number.
+        progress: keeps each module's row.
+
+    Raises:
+        InputError: too little text, a singular or non-finite Gram matrix, fewer channels than `multiple`.
+    """
+    refit.check_tokens(model, windows)
+    beyond_multiples(layer_shapes(model)["intermediate_size"].to_numpy(), multiple)
+    progress = progress.of("cost_table", model, windows, covariances, ingredients, multiple)
+    stream, rows, steps = refit.embedded(model, windows), [], []
+    for index, layer in enumerate(decoder_layers(model)):
+        with at_work(layer), refit.in_tf32(True):
+            for half, sublayer in enumerate(refit.sublayers(layer)):
+                step = multiple * max(1, round(sublayer.num_units / ingredients.cuts / multiple)) if half else 1
+                current = refit.calls(model, index, half, stream, windows)
+                after = refit.through(stream, sublayer, current)
+                target = torch.sub(after, stream, out=refit.empty_like(stream))
+                what = (sublayer, current, target, covariances[index][half], step, ingredients)
+                rows.append(
+                    np.array(progress.once(f"layer-{index}-{half}", partial(_costs, *what))) / (2 * windows.numel())
+                )
+                stream = after
+        steps.append(step)
+    layers = decoder_layers(model)
+    return CostTable(
+        rows[::2], rows[1::2], steps, multiple, [unit_costs(layer) for layer in layers],
+        [tuple(sublayer.num_units for sublayer in refit.sublayers(layer)) for layer in layers],
+        layer_sizes(model).long().tolist(),
+    )  # fmt: skip
+
+
+def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: int, slack: int) -> list[int]:
+    """One option for each item, so that the sizes add up to `target` … `target + slack` and the costs to as little as possible; exact.
+
+    Dynamic programme over the sum of sizes, in units of their greatest common divisor: best(s) = the least cost of the items so
+    far whose sizes add up to s.
+
+    Args:
+        costs: for each item, the cost of each of its options, float [options]. sizes: what each option is worth, int [options].
+
+    Raises:
+        OutOfReach: no choice of options comes to the target.
+    """
+    unit = math.gcd(*(int(size) for item in sizes for size in item)) or 1
+    best, chosen = np.full((target + slack) // unit + 1, np.inf), []
+    best[0] = 0.0
+    for cost, size in zip(costs, sizes, strict=True):
+        total, option = np.full_like(best, np.inf), np.zeros(len(best), dtype=np.int32)
+        for index, (price, shift) in enumerate(zip(cost, size // unit, strict=True)):
+            candidate = best[: max(0, len(best) - shift)] + price
+            better = candidate < total[shift:]
+            total[shift:][better], option[shift:][better] = candidate[better], index
+        best = total
+        chosen.append(option)
+    least = -(-target // unit)
+    if not np.isfinite(best[least:].min(initial=np.inf)):
+        most = sum(int(size.max()) for size in sizes)
+        raise OutOfReach(f"{target:,} parameters cannot go, {most:,} at most and in whole units: give another fraction")
+    left, options = least + int(best[least:].argmin()), []
+    for option, size in zip(reversed(chosen), reversed(sizes), strict=True):
+        options.append(int(option[left]))
+        left -= int(size[options[-1]]) // unit
+    return options[::-1]
+
+
+def _costs(
+    sublayer: refit.Sublayer,
+    current: Sequence[refit.Call],
+    target: torch.Tensor,
+    covariance,
+    step: int,
+    ingredients: refit.Ingredients,
+) -> list[float]:
+    """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
+    moments, _ = refit.output_moments(sublayer, current, target)
+    output = refit.damped(covariance.to(moments.gram.device), ingredients.output_damping)
+    _, rises = refit.removal_order(
+        sublayer.output.weight, moments.gram, sublayer.num_units - 1, sublayer.unit, output, ingredients.damping, step
+    )
+    return [0.0, *rises.tolist()]

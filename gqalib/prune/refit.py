@@ -1,0 +1,615 @@
+"""Cut and mend: second-order choice of what goes, least-squares repair of what stays, one sweep from front to back.
+
+With X the inputs of `o_proj` or `down_proj` on calibration text, [tokens, features], Y the output that is wanted, W the dense
+weight [hidden, features], all sums in float64:
+
+    H = XᵀX + λI,  B = YᵀX + λW         λ = damping × mean diagonal of XᵀX
+    refit       W'_S = B_S H_SS⁻¹       the best weight on the kept features S, drawn towards W
+    choice      start from W = B H⁻¹; remove the unit u with the least tr(G W_u (H⁻¹_uu)⁻¹ W_uᵀ), correct W and H⁻¹, repeat
+                (optimal brain surgery, Hassibi & Stork 1993; in whole units: SlimGPT 2024); G is the covariance of the loss'
+                gradient at the output (K-FAC's other factor), or I
+
+Y is what the dense model's residual stream is after this sublayer, less what the pruned model's stream is before it: each
+sublayer also repairs what those in front of it broke. The *input refit* does the same for q, k, v, gate and up before the cut: on
+the pruned stream they are to give what they gave on the dense one. After the cut they are refitted together, by Gauss–Newton,
+for the one thing that counts, the sublayer's output against Y; that and the refit of the output projection take turns.
+
+On paper, one sublayer at a time (f, the width of `down_proj`, decides): beside the weights five residual streams of n tokens, one layer in float32,
+and the larger of three matrices of 8f² bytes and five vectors like gate and up in float64. `memory.expected` has the terms, `memory` the sum for
+Llama-3-8B: 34.9e9 bytes at n = 262,144, and 10.6e9 with `streaming.streamed`, where the streams and all layers but the one at work wait in host
+memory. The normalised streams are made when they are needed. The weights of the layers done wait in host memory as well, so that an error
+leaves the model as it was. FLOPs per layer, by `memory.sweep_flops`: 3.8e14 in float64, 2.3e15 in float32.
+
+The weighted choice needs `importance.gradient_covariances`, a backward pass without weight gradients.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call, vjp
+
+from gqalib.errors import InputError
+from gqalib.model.shapes import decoder_layers, layer_shape
+from gqalib.model.surgery import (
+    drop_layers,
+    keep_channels,
+    keep_groups,
+    replace_weight,
+    restored_on_error,
+    rows_of_heads,
+    take_weights,
+)
+from gqalib.prune.founding import Plan, check_plan
+from gqalib.prune.scores import gradient_covariances, largest
+from gqalib.run.resume import NOT_KEPT, Progress
+from gqalib.stream import advance, at_work, batches, is_streamed
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What the sweep does; each can be switched off."""
+
+    refit: bool = True  # least squares on what stays
+    residual_target: bool = True  # towards the dense stream, not the layer's own output
+    input_refit: bool = True  # q, k, v, gate, up as well
+    weighted: bool = True  # the choice weighs outputs by the gradient's covariance
+    newton_rounds: int = (
+        1  # afterwards: Gauss–Newton for q, k, v or gate, up together, then the output projection again
+    )
+    newton_steps: int = 3  # of conjugate gradients in each
+    newton_share: float = 0.25  # of the calibration batches that the curvature is taken from
+    damping: float = 1e-3  # of H, times its mean diagonal
+    input_damping: float = 1e-3  # the same in the input refit
+    output_damping: float = 0.05  # of G, times its mean diagonal
+    cuts: int = 64  # a layer's channels go in steps of 1/cuts of them; groups go one by one
+
+
+RECIPE = Ingredients()
+
+# ---------------------------------------------------------------- linear algebra
+
+
+class Moments:
+    """Running sums XᵀX [features, features] and YᵀX [out, features]: a batch's in float32, their sum in float64."""
+
+    gram: torch.Tensor | float = 0.0
+    cross: torch.Tensor | float = 0.0
+
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        inputs = at_least_float32(inputs.flatten(0, -2))
+        outputs = outputs.flatten(0, -2).to(inputs)
+        self.gram += (inputs.T @ inputs).double()
+        self.cross += (outputs.T @ inputs).double()
+
+
+def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """`gram` + damping × its mean diagonal × I."""
+    return _ridged(gram.clone(), _ridge(gram, damping))
+
+
+def _ridge(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Never zero, so that features that are zero on all of the text, as masked heads leave them, can be solved for."""
+    return (damping * gram.diagonal().mean()).clamp(min=1e-30)
+
+
+def _ridged(matrix: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    matrix.diagonal().add_(ridge)
+    return matrix
+
+
+def solve(
+    weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, damping: float, kept: Sequence[int] | None = None
+) -> torch.Tensor:
+    """W'_S = (YᵀX + λW)_S (XᵀX + λI)_SS⁻¹, float64 [out, |S|]: least squares on the kept features, drawn towards `weight`.
+
+    Args:
+        weight: [out, features]. gram: XᵀX [features, features]. cross: YᵀX [out, features]. kept: S (default: all features).
+
+    Raises:
+        InputError: the Gram matrix is not finite, or singular in spite of the damping.
+    """
+    columns = torch.arange(len(gram), device=gram.device) if kept is None else torch.as_tensor(kept, device=gram.device)
+    ridge = _ridge(gram, damping)
+    target = cross[:, columns] + ridge * weight[:, columns].double()
+    return torch.cholesky_solve(target.T, cholesky(_ridged(gram[columns][:, columns], ridge))).T
+
+
+def cholesky(matrix: torch.Tensor) -> torch.Tensor:
+    """Lower Cholesky factor(s) of [..., n, n].
+
+    Raises:
+        InputError: the matrix is not finite, or singular to working precision.
+    """
+    if not torch.isfinite(matrix.sum()):
+        raise InputError("a Gram matrix is not finite: use dtype float32 or another calibration text")
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    pivots, scale = factor.diagonal(dim1=-2, dim2=-1).square(), matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    if failed.any() or (pivots <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * scale).any():
+        raise InputError("a Gram matrix is singular: raise the damping, or give other calibration text")
+    return factor
+
+
+def choose(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    num_removed: int,
+    unit: int = 1,
+    output: torch.Tensor | None = None,
+    damping: float = 1e-2,
+    per_step: int = 1,
+) -> list[int]:
+    """The units that stay when `num_removed` go one step after the other, ascending. Arguments as in `removal_order`."""
+    gone = set(removal_order(weight, gram, num_removed, unit, output, damping, per_step)[0])
+    return [u for u in range(len(gram) // unit) if u not in gone]
+
+
+def removal_order(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    num_removed: int,
+    unit: int = 1,
+    output: torch.Tensor | None = None,
+    damping: float = 1e-2,
+    per_step: int = 1,
+) -> tuple[list[int], torch.Tensor]:
+    """The first `num_removed` units to go, in their order, by optimal brain surgery, and what that costs.
+
+    Args:
+        weight: [out, features], the best one with all features (`solve`); a unit is `unit` neighbouring columns.
+        gram: XᵀX. output: G [out, out], damped already; None is the identity.
+        per_step: units that go before the rest is corrected for their loss.
+
+    Returns:
+        The units; and after each step the rise of Σ (output error)ᵀ G (output error) so far, float64 [steps].
+
+    Raises:
+        InputError: a matrix is not finite, or singular in spite of the damping.
+    """
+    inverse = torch.cholesky_inverse(cholesky(damped(gram, damping)))
+    weight = weight.double() * (gram.diagonal() > 0)  # what does nothing costs nothing
+    weight = weight if output is None else cholesky(output).T @ weight  # tr(G A Aᵀ) = ‖LᵀA‖², G = LLᵀ
+    alive, order, rises = torch.ones(len(gram) // unit, dtype=torch.bool, device=gram.device), [], []
+    while len(order) < num_removed:
+        losses = unit_losses(weight, inverse, unit).masked_fill(~alive, torch.inf)
+        gone = losses.argsort(stable=True)[: min(per_step, num_removed - len(order))]
+        rises.append(
+            _eliminate(weight, inverse, (gone[:, None] * unit + torch.arange(unit, device=gone.device)).flatten())
+        )
+        alive[gone] = False
+        order += gone.tolist()
+    return order, torch.tensor(rises, dtype=torch.float64).cumsum(0)
+
+
+def unit_losses(weight: torch.Tensor, inverse: torch.Tensor, unit: int = 1) -> torch.Tensor:
+    """Rise of the squared error when one unit goes and the rest is corrected: tr(W_u (H⁻¹_uu)⁻¹ W_uᵀ), [units]."""
+    if unit == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    blocks = torch.stack([inverse[i : i + unit, i : i + unit] for i in range(0, len(inverse), unit)])
+    columns = weight.unflatten(1, (-1, unit)).permute(1, 2, 0)  # [units, unit, out]
+    return (columns * torch.cholesky_solve(columns, cholesky(blocks))).sum((1, 2))
+
+
+def _eliminate(weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> float:
+    """Correct weight and H⁻¹, in place, for the loss of these columns; what they leave is 0 columns and an identity block.
+
+    Returns the rise of the error, tr(W_gone (H⁻¹_gone)⁻¹ W_goneᵀ).
+    """
+    across, columns = inverse[gone], weight[:, gone]
+    factor = cholesky(across[:, gone])
+    rise = (columns * torch.cholesky_solve(columns.T, factor).T).sum().item()
+    correction = torch.cholesky_solve(across, factor)
+    weight.addmm_(columns, correction, alpha=-1)
+    inverse.addmm_(across.T, correction, alpha=-1)
+    inverse[gone] = inverse[:, gone] = 0
+    inverse[gone, gone] = 1
+    return rise
+
+
+# ---------------------------------------------------------------- one sublayer
+
+
+@dataclass(frozen=True)
+class Call:
+    """One batch on its way into a sublayer."""
+
+    rows: slice  # of the windows
+    stream: torch.Tensor  # before the sublayer's norm, [windows, length, hidden], wherever it is kept
+    norm: nn.Module
+    others: dict[str, Any]  # position embeddings, mask, …
+
+    @property
+    @torch.no_grad()
+    def inputs(self) -> torch.Tensor:
+        """The normalised stream, where the layer is; made when it is asked for: kept, it would be as long as the text."""
+        return self.norm(self.stream.to(self.norm.weight, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Attention or MLP of a layer, in the words that both share."""
+
+    module: nn.Module
+    norm: nn.Module
+    input_names: tuple[str, ...]  # of the projections that read the normalised stream
+    output: nn.Linear  # o_proj or down_proj; its input features are the units' activations
+    num_units: int  # groups or channels
+    keep: Callable[[nn.Module, int, Sequence[int]], None]  # surgery
+
+    @property
+    def unit(self) -> int:
+        """Features per unit."""
+        return self.output.in_features // self.num_units
+
+    @property
+    def inputs(self) -> list[nn.Linear]:
+        return [getattr(self.module, name) for name in self.input_names]
+
+    def run(self, call: Call, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """What the sublayer, as it is now, adds to the stream; `weights`: of its inputs, stacked, instead of their own."""
+        parts = () if weights is None else weights.split([linear.out_features for linear in self.inputs])
+        named = {f"{name}.weight": part for name, part in zip(self.input_names, parts, strict=False)}
+        outputs = functional_call(self.module, named, (call.inputs,), call.others)
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def sublayers(layer: nn.Module) -> tuple[Sublayer, Sublayer]:
+    """Attention and MLP, in the order in which they run."""
+    attention, mlp, shape = layer.self_attn, layer.mlp, layer_shape(layer)
+    heads, width = shape["num_key_value_heads"], shape["intermediate_size"]
+    return (
+        Sublayer(
+            attention, layer.input_layernorm, ("q_proj", "k_proj", "v_proj"), attention.o_proj, heads, keep_groups
+        ),
+        Sublayer(mlp, layer.post_attention_layernorm, ("gate_proj", "up_proj"), mlp.down_proj, width, keep_channels),
+    )
+
+
+def calls(model: nn.Module, index: int, half: int, stream: torch.Tensor, windows: torch.Tensor) -> list[Call]:
+    """The batches of a residual stream that stands before the attention (half 0) or the MLP (half 1) of a layer."""
+    norm, noted = sublayers(decoder_layers(model)[index])[half].norm, []
+    for rows in batches(windows):
+        others = _attention_arguments(model, index, stream[rows].to(norm.weight), windows[rows]) if half == 0 else {}
+        noted.append(Call(rows, stream[rows], norm, others))
+    return noted
+
+
+class _Noted(Exception):
+    pass
+
+
+def _attention_arguments(model: nn.Module, index: int, stream: torch.Tensor, windows: torch.Tensor) -> dict[str, Any]:
+    """What the decoder gives a layer's attention besides the hidden states: its own forward pass, stopped at that call."""
+    noted: dict[str, Any] = {}
+
+    def stop(module: nn.Module, inputs: tuple, arguments: dict[str, Any]) -> None:
+        noted.update(arguments)
+        raise _Noted
+
+    hook = decoder_layers(model)[index].self_attn.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        advance(model, stream, windows, index, index + 1)
+    except _Noted:
+        return {name: value for name, value in noted.items() if name != "hidden_states"}
+    finally:
+        hook.remove()
+
+
+def through(stream: torch.Tensor, sublayer: Sublayer, current: Sequence[Call]) -> torch.Tensor:
+    """The residual stream after the sublayer."""
+    after = empty_like(stream)
+    for call in current:
+        after[call.rows].copy_(_rows(stream, call) + sublayer.run(call))
+    return after
+
+
+def empty_like(stream: torch.Tensor) -> torch.Tensor:
+    """Room for another stream, pinned if this one is: pinned memory is lent again, fresh pages cost more than the copy into them."""
+    return torch.empty_like(stream, pin_memory=stream.is_pinned())
+
+
+def _rows(stream: torch.Tensor, call: Call) -> torch.Tensor:
+    """The rows of a stream that belong to a batch, where the batch is; the stream itself may wait in host memory."""
+    return stream[call.rows].to(call.norm.weight.device, non_blocking=True)
+
+
+def refit_inputs(sublayer: Sublayer, wanted: Sequence[Call], current: Sequence[Call], damping: float) -> None:
+    """Make q, k, v (or gate, up) give on the current stream what they give on the wanted one."""
+    moments = Moments()
+    for call, goal in zip(current, wanted, strict=True):
+        moments.add(call.inputs, goal.inputs)
+    for linear in sublayer.inputs:
+        replace_weight(linear, solve(linear.weight, moments.gram, linear.weight.double() @ moments.cross, damping))
+
+
+def output_moments(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor) -> tuple[Moments, float]:
+    """XᵀX and YᵀX at `o_proj` or `down_proj`, Y: the target [count, length, hidden], less the bias if there is one; and Σ‖output − target‖²."""
+    moments, error, seen, bias = Moments(), 0.0, [], 0.0 if sublayer.output.bias is None else sublayer.output.bias
+    hook = sublayer.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        for call in current:
+            goal = _rows(target, call)
+            error += _squared(sublayer.run(call) - goal)
+            moments.add(seen.pop(), goal - bias)
+    finally:
+        hook.remove()
+    return moments, float(error)
+
+
+def _squared(difference: torch.Tensor) -> torch.Tensor:
+    return difference.square().sum(dtype=torch.float64)
+
+
+def cut(
+    sublayer: Sublayer,
+    moments: Moments,
+    num_removed: int,
+    ingredients: Ingredients,
+    scores: torch.Tensor | None = None,
+    covariance: torch.Tensor | None = None,
+) -> tuple[list[int], torch.Tensor]:
+    """The units to keep, and the weight of the output projection on them, float64; nothing changes yet.
+
+    Args:
+        scores: of the units, the largest stay (default: OBS). covariance: G, not damped (default: the identity).
+    """
+    weight, damping = sublayer.output.weight, ingredients.damping
+    if scores is not None:
+        kept = largest(scores, sublayer.num_units - num_removed)
+    else:
+        best = solve(weight, moments.gram, moments.cross, damping)
+        output = None if covariance is None else damped(covariance.to(weight.device), ingredients.output_damping)
+        per_step = max(1, sublayer.num_units // ingredients.cuts)
+        kept = choose(best, moments.gram, num_removed, sublayer.unit, output, damping, per_step)
+    columns = rows_of_heads(kept, sublayer.unit).to(weight.device)
+    return kept, solve(weight, moments.gram, moments.cross, damping, columns) if ingredients.refit else weight[
+        :, columns
+    ]
+
+
+def refit_together(
+    sublayer: Sublayer,
+    current: Sequence[Call],
+    target: torch.Tensor,
+    num_steps: int,
+    damping: float,
+    share: float = 1.0,
+) -> Moments:
+    """One Gauss–Newton step for q, k, v (or gate, up) together: Σ‖output − target‖² falls, or nothing changes.
+
+    The output is linearised in the stacked weights V [rows, hidden], output ≈ output(V) + J·D, and JᵀJ D = Jᵀ(target − output(V))
+    is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + λI of the normalised stream X: products with J
+    and Jᵀ only, nothing larger than V and a batch. JᵀJ is taken from a `share` of the batches, as in Hessian-free optimisation (Martens
+    2010). A step that does not help is halved, three times at most.
+
+    Returns:
+        `output_moments` of what the inputs have become.
+    """
+    start = torch.cat([linear.weight for linear in sublayer.inputs]).detach()
+    some = current[:: max(1, round(1 / share))]
+    wanted, before = _pull(sublayer, current, start, lambda call, outputs: _rows(target, call) - outputs)
+
+    def product(direction: torch.Tensor) -> torch.Tensor:
+        """JᵀJ·direction; J·direction is a difference quotient: one forward pass, where forward AD takes the time of four."""
+        width = (1e-3 * start.norm() / direction.norm()).to(start.dtype)
+        moved = start + width * direction.to(start.dtype)
+        with in_tf32(False):  # its ten bits are too few for a difference
+            pulled = _pull(sublayer, some, start, lambda call, outputs: (sublayer.run(call, moved) - outputs) / width)[
+                0
+            ]
+        return pulled * (len(current) / len(some))
+
+    change = conjugate_gradients(product, wanted, cholesky(damped(_gram(current), damping)), num_steps)
+    for scale in (1.0, 0.5, 0.25, 0.125, 0.0):
+        _put(sublayer.inputs, (start + scale * change).to(start.dtype) if scale else start)
+        moments, error = output_moments(sublayer, current, target)
+        if error < before:
+            break
+    return moments
+
+
+def _pull(
+    sublayer: Sublayer,
+    current: Sequence[Call],
+    weights: torch.Tensor,
+    vector: Callable[[Call, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, float]:
+    """Jᵀ·vector, summed over the batches in float64, and Σ‖vector‖²; `vector` is given the batch and its output."""
+    total, size = torch.zeros_like(weights, dtype=torch.float64), 0.0
+    for call in current:
+        outputs, transpose = vjp(partial(sublayer.run, call), weights)
+        pulled = vector(call, outputs)
+        size += _squared(pulled)
+        total += transpose(pulled)[0]
+    return total, float(size)
+
+
+def _put(inputs: Sequence[nn.Linear], weights: torch.Tensor) -> None:
+    for linear, weight in zip(inputs, weights.split([linear.out_features for linear in inputs]), strict=True):
+        replace_weight(linear, weight)
+
+
+def _gram(current: Sequence[Call]) -> torch.Tensor:
+    return sum((x.T @ x).double() for x in (call.inputs.flatten(0, -2) for call in current))
+
+
+@contextmanager
+def in_tf32(allowed: bool) -> Iterator[None]:
+    """Inside, a GPU may round the factors of float32 products to ten bits, which takes a sixth of the time, or may not. A CPU does not."""
+    backend = torch.backends.cuda.matmul
+    before, backend.allow_tf32 = backend.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        backend.allow_tf32 = before
+
+
+def conjugate_gradients(
+    product: Callable[[torch.Tensor], torch.Tensor], residual: torch.Tensor, factor: torch.Tensor, num_steps: int
+) -> torch.Tensor:
+    """D after some steps towards product(D) = residual, [rows, features]; preconditioned on the features by LLᵀ, `factor` = L.
+
+    Each of these is like gate and up in float64, 0.94e9 bytes at 8B, so none outlives its use.
+    """
+    direction = torch.cholesky_solve(residual.T, factor).T
+    result, size = torch.zeros_like(residual), (residual * direction).sum()
+    for _ in range(num_steps):
+        along = product(direction)
+        curvature = (direction * along).sum()
+        if not curvature > 0:  # there is nothing left to gain
+            break
+        result += size / curvature * direction
+        residual = residual - size / curvature * along
+        del along
+        solved = torch.cholesky_solve(residual.T, factor).T
+        last, size = size, (residual * solved).sum()
+        direction = solved + size / last * direction
+        del solved
+    return result
+
+
+def mend(
+    model: nn.Module,
+    index: int,
+    half: int,
+    num_removed: int,
+    windows: torch.Tensor,
+    wanted: torch.Tensor,
+    current: torch.Tensor,
+    ingredients: Ingredients,
+    scores: torch.Tensor | None = None,
+    covariance: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut one sublayer and refit it; returns the dense and the pruned model's streams after it, given those before it."""
+    sublayer = sublayers(decoder_layers(model)[index])[half]
+    dense, now = calls(model, index, half, wanted, windows), calls(model, index, half, current, windows)
+    goal = through(wanted, sublayer, dense)
+    if ingredients.input_refit:
+        refit_inputs(sublayer, dense, now, ingredients.input_damping)
+    del dense
+    target = empty_like(goal)
+    if ingredients.residual_target:
+        torch.sub(goal, current, out=target)
+    else:
+        for call in now:
+            target[call.rows].copy_(sublayer.run(call))
+    kept, weight = cut(sublayer, output_moments(sublayer, now, target)[0], num_removed, ingredients, scores, covariance)
+    sublayer.keep(model, index, kept)
+    replace_weight(sublayer.output, weight)
+    for _ in range(ingredients.newton_rounds):
+        steps = (ingredients.newton_steps, ingredients.input_damping, ingredients.newton_share)
+        moments = refit_together(sublayer, now, target, *steps)
+        replace_weight(sublayer.output, solve(sublayer.output.weight, moments.gram, moments.cross, ingredients.damping))
+    return goal, through(current, sublayer, now)
+
+
+def mended(
+    model: nn.Module,
+    index: int,
+    half: int,
+    weights: Mapping[str, torch.Tensor],
+    windows: torch.Tensor,
+    wanted: torch.Tensor,
+    current: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `mend` did, given the weights that it left: the same streams, bit for bit, by one forward pass each."""
+    sublayer = sublayers(decoder_layers(model)[index])[half]
+    dense, now = calls(model, index, half, wanted, windows), calls(model, index, half, current, windows)
+    goal = through(wanted, sublayer, dense)
+    take_weights(model, sublayer.module, weights)
+    return goal, through(current, sublayer, now)
+
+
+# ---------------------------------------------------------------- the sweep
+
+
+@torch.no_grad()
+def sweep(
+    model: nn.Module,
+    plan: Plan,
+    windows: torch.Tensor,
+    ingredients: Ingredients = RECIPE,
+    *,
+    scores: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    covariances: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    after_layer: Callable[[int], None] | None = None,
+    progress: Progress = NOT_KEPT,
+) -> None:
+    """Prune and refit a model in place, front to back; what it was before is what it is fitted to.
+
+    Args:
+        windows: calibration text, token ids [count, length].
+        scores: from `importance.unit_scores`; the units with the largest stay (default: chosen by OBS).
+        covariances: from `importance.gradient_covariances`, of the model as it is (default: computed here if they are needed).
+        after_layer: called with the index of each layer when it is done, now or by an earlier run.
+        progress: keeps the mended weights of each sublayer, in at least float32, as they were at work.
+
+    Raises:
+        InputError: a plan that does not fit, too little text, a singular or non-finite Gram matrix; the model is as before.
+    """
+    check_plan(plan, model, whole_layers=True)
+    check_tokens(model, windows)
+    progress = progress.of("sweep", model, plan, windows, ingredients, scores, covariances)
+    if not ingredients.weighted or scores is not None:
+        covariances = None
+    elif covariances is None:
+        with torch.enable_grad():
+            covariances = gradient_covariances(model, windows)
+    wanted = current = embedded(model, windows)
+    dropped = plan.whole_layers(model)
+    with restored_on_error(model), in_tf32(True):
+        for index, layer in enumerate(decoder_layers(model)):
+            with at_work(layer), _layer_at_least_float32(layer):
+                if index in dropped:  # the next layers' target makes up for it
+                    wanted = advance(model, wanted, windows, index, index + 1)
+                    continue
+                for half, removed in enumerate((plan.groups, plan.channels)):
+                    score, covariance = (
+                        None if table is None else table[index][half] for table in (scores, covariances)
+                    )
+                    weights = progress.load(f"layer-{index}-{half}")
+                    if weights is not None:
+                        wanted, current = mended(model, index, half, weights, windows, wanted, current)
+                        continue
+                    wanted, current = mend(
+                        model, index, half, removed[index], windows, wanted, current, ingredients, score, covariance
+                    )
+                    progress.keep(f"layer-{index}-{half}", sublayers(layer)[half].module.state_dict())
+            if after_layer is not None:
+                after_layer(index)
+        if dropped:
+            drop_layers(model, dropped)
+
+
+def embedded(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """The residual stream before the first layer, in float32: targets are small differences of large numbers. It is carried to a GPU
+    over and over if it waits in host memory, and so is pinned there."""
+    stream = at_least_float32(advance(model, None, windows, 0, 0))
+    return stream.pin_memory() if is_streamed(model) and torch.cuda.is_available() else stream
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextmanager
+def _layer_at_least_float32(layer: nn.Module) -> Iterator[None]:
+    dtype = next(layer.parameters()).dtype
+    layer.to(torch.promote_types(dtype, torch.float32))
+    try:
+        yield
+    finally:
+        layer.to(dtype)
+
+
+def check_tokens(model: nn.Module, windows: torch.Tensor) -> None:
+    """Raises InputError if there are fewer calibration tokens than unknowns in a row of the widest projection."""
+    widest = max(m.in_features for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear))
+    if windows.numel() < widest:
+        raise InputError(
+            f"{windows.numel()} calibration tokens are too few for a least-squares fit: give at least {widest}"
+        )

@@ -1,0 +1,261 @@
+"""Records: one JSON file per executed notebook, from which README, figures and the report are made.
+
+A notebook holds one `Notebook`: it reads the preset, finds upstream records, collects metrics, tables and figures, and
+writes everything at the very end, atomically. A notebook that was killed leaves no record, but it does leave its progress, from
+which the next run goes on.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import transformers
+from torch import nn
+
+from gqalib import figures
+from gqalib.errors import InputError
+from gqalib.measure import memory
+from gqalib.measure.cost import weight_bytes
+from gqalib.model.load import REPOSITORY, check_model, resolve_device
+from gqalib.run.corpora import corpus_path
+from gqalib.run.presets import load_preset
+from gqalib.run.resume import Part, Progress, library_hash, replacing
+
+SCHEMA = 1
+NOTEBOOKS = REPOSITORY / "notebooks"
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
+
+
+def default_run_dir(preset: str) -> Path:
+    """`runs/<preset>` in the repository, or under `$GQALIB_RUNS`."""
+    return Path(os.environ.get("GQALIB_RUNS", REPOSITORY / "runs")).expanduser().absolute() / preset
+
+
+def numbered_notebooks(folder: Path = NOTEBOOKS) -> list[Path]:
+    """The notebooks of the series in order; 00, which made the reference model, is not part of it."""
+    return sorted(path for path in folder.glob("[0-9][0-9]_*.ipynb") if not path.name.startswith("00_"))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record, whole and of this schema.
+
+    Raises:
+        InputError: it is missing, torn or of another schema.
+    """
+    name = path.stem
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"run {name} first: {path} is missing") from error
+    except ValueError as error:
+        raise InputError(f"{path} is torn: delete it and run {name} again") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or record.get("notebook") != name:
+        raise InputError(f"{path} is no record of {name} in schema {SCHEMA}: delete it and run {name} again")
+    return record
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def progress_dir(run_dir: Path, name: str) -> Path:
+    """Where a notebook keeps what it has done so far; it goes when the notebook is finished."""
+    return run_dir / "progress" / name
+
+
+def fingerprints(parameters: dict[str, Any]) -> dict[str, str]:
+    """What tells that a local model folder or corpus file has been replaced: names, sizes and times of its files, hashed."""
+    places = {"model": Path(check_model(parameters["model"])), "corpus": corpus_path(parameters["corpus"])}
+    return {name: _fingerprint(place) for name, place in places.items() if place.exists()}
+
+
+def _fingerprint(place: Path) -> str:
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+class Notebook:
+    """The handle of one executed notebook. Creating it seeds Python, numpy and torch."""
+
+    def __init__(self, name: str, preset: str, overrides: dict[str, Any], run_dir: str | Path = "", seed: int = 0):
+        self.name, self.seed, self.overrides = name, seed, overrides
+        self.preset = load_preset(preset, overrides)
+        self.run_dir = Path(run_dir).absolute() if run_dir else default_run_dir(preset)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.metrics, self.tables, self.texts, self.artefacts, self.read = {}, {}, {}, [], {}
+        self.stages: list[dict[str, Any]] = []
+        self._started = time.monotonic()
+        transformers.set_seed(seed)
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        figures.use_style()
+
+    def upstream(self, name: str) -> dict[str, Any]:
+        """The record of an earlier notebook of the same run.
+
+        Raises:
+            InputError: it is missing, torn, or was made with other parameters.
+        """
+        path = self.run_dir / f"{name}.json"
+        record = read_record(path)
+        if record["parameters"] != json.loads(json.dumps(self.preset.to_dict())) or record["seed"] != self.seed:
+            raise InputError(f"{path} was made with other parameters: run {name} again with these")
+        self.read[name] = sha256(path)
+        return record
+
+    @contextlib.contextmanager
+    def stage(
+        self,
+        name: str,
+        model: nn.Module,
+        shape: tuple[int, int],
+        knob: str,
+        copies: int = 0,
+        of: Sequence[str] = (),
+        **options: Any,
+    ) -> Iterator[memory.Peak]:
+        """A long step: states the memory that it needs before it begins, or refuses; states what it took, and lists it in the record.
+
+        Args:
+            name: one of `memory.STAGES`, or anything if it consists of several: `of`. shape: (windows, length) that go through it.
+            knob: the parameter that lowers the need. copies: of the model that it makes. options: as in `memory.expected`.
+        """
+        terms = memory.expected(of or name, model, *shape, **options)
+        terms |= {"copies": copies * weight_bytes(model)} if copies else {}
+        with memory.stage(name, terms, model, f"lower {knob}") as peak:
+            yield peak
+        self.stages.append({"stage": name, **asdict(peak)})
+
+    def metric(self, name: str, value: float, unit: str) -> None:
+        """A number for the record; it must be finite."""
+        if isinstance(value, bool) or not math.isfinite(value):
+            raise InputError(f"metric {name} = {value} is not finite: see the cell that computes it")
+        self.metrics[name] = {"value": value if isinstance(value, int) else float(value), "unit": unit}
+
+    def table(self, name: str, frame: pd.DataFrame) -> None:
+        """A table for the record, as a list of rows; what is not finite becomes null."""
+        self.tables[name] = json.loads(frame.to_json(orient="records", double_precision=6))
+
+    def text(self, name: str, value: str) -> None:
+        self.texts[name] = value
+
+    def progress(self, name: str) -> Progress:
+        """Where a long computation keeps what it has done so far, for a `progress=` argument; calls with other arguments may share one.
+
+        A run with another parameter, seed, model or corpus file, device or version of anything finds nothing in it.
+        """
+        return Progress(progress_dir(self.run_dir, self.name) / name, self._reasons())
+
+    def trained(self, name: str, train: Callable[[Path], Part]) -> Part:
+        """What `train(folder)` comes to, kept as progress; the folder, where a killed training goes on, goes then."""
+        progress = self.progress("training")
+        folder = progress.folder / name
+        result = progress.once(name, lambda: train(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+        return result
+
+    def _reasons(self) -> dict[str, Any]:
+        """What the results depend on, as far as it is not an argument of what computes them."""
+        parameters = self.preset.to_dict()
+        return {
+            "parameters": parameters,
+            "seed": self.seed,
+            "inputs": fingerprints(parameters),
+            "library": library_hash(),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "device": resolve_device(self.preset.device),
+        }
+
+    def artefact(self, name: str) -> Path:
+        """A folder for a model, listed in the record."""
+        self.artefacts.append(f"models/{name}")
+        return self.run_dir / "models" / name
+
+    def figure(self, fig: plt.Figure, name: str) -> None:
+        """Save a figure as PNG and SVG and list it in the record; the notebook shows it as well."""
+        folder = self.run_dir / "figures"
+        folder.mkdir(exist_ok=True)
+        for suffix in ("png", "svg"):
+            file = f"{self.name[:2]}_{name}.{suffix}"
+            fig.savefig(folder / file)
+            self.artefacts.append(f"figures/{file}")
+
+    def finish(self) -> None:
+        """Write the record; what was kept on the way to it goes."""
+        record = self.save()
+        shutil.rmtree(progress_dir(self.run_dir, self.name), ignore_errors=True)
+        with contextlib.suppress(OSError):  # another notebook's is still there, or there is none
+            progress_dir(self.run_dir, self.name).parent.rmdir()
+        print(
+            f"{self.name}: {len(self.metrics)} metrics and {len(self.tables)} tables recorded after {record['seconds']:.0f} s"
+        )
+
+    def save(self) -> dict[str, Any]:
+        """Write the record of what there is so far, the stages as a table of it."""
+        if self.stages:
+            self.table("stages", pd.DataFrame(self.stages))
+        record = {
+            "schema": SCHEMA,
+            "notebook": self.name,
+            "preset": self.preset.name,
+            **self._reasons(),
+            "overrides": self.overrides,
+            "git_commit": _git_commit(),
+            "machine": machine(self.preset.device),
+            "upstream": self.read,
+            "metrics": self.metrics,
+            "tables": self.tables,
+            "texts": self.texts,
+            "artefacts": self.artefacts,
+            "seconds": round(time.monotonic() - self._started, 1),
+        }
+        write_atomically(self.run_dir / f"{self.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        return record
+
+
+def machine(device: str) -> str:
+    """What the figures were measured on: system and processor, and the card with its driver and CUDA where one is used."""
+    words = [
+        f"{platform.system()} {platform.machine()}",
+        f"{os.cpu_count()} cores",
+        torch.backends.cpu.get_cpu_capability(),
+    ]
+    if resolve_device(device).startswith("cuda"):
+        driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        words += [torch.cuda.get_device_name(), f"driver {driver}", f"CUDA {torch.version.cuda}"]
+    return ", ".join(words)
+
+
+def _git_commit() -> str | None:
+    """The commit that is checked out, with `-dirty` if files differ from it."""
+    return _said_by("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty") or None
+
+
+def _said_by(*command: str) -> str:
+    """What a command prints; nothing if it fails or is not there."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
+    return ""

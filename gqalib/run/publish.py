@@ -1,0 +1,209 @@
+"""What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables, the report."""
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from gqalib.errors import InputError
+from gqalib.measure import frontier
+from gqalib.model.load import REPOSITORY
+from gqalib.run.notebook import NOTEBOOKS, numbered_notebooks, read_record, write_atomically
+
+DEFAULT = "tiny"  # the preset whose executed notebooks are committed
+AT_SIZE = "llama3-8b-shape"  # the preset that measures cost at real size
+
+
+def results_table(record: dict[str, Any]) -> pd.DataFrame:
+    """Dense / v2 / v3 / v3 + LoRA, as 07_cost_analysis recorded it, in readable numbers."""
+    table = pd.DataFrame(record["tables"]["results"])
+    for column, digits in (
+        ("parameters kept %", 1),
+        ("backbone removed %", 1),
+        ("perplexity", 2),
+        ("speed-up", 2),
+        ("ceiling", 2),
+    ):
+        table[column] = table[column].map(
+            lambda value, d=digits: "–" if value is None or pd.isna(value) else f"{value:,.{d}f}"
+        )
+    return table
+
+
+def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
+    """Perplexity relative to dense, methods down and fractions of the backbone removed across, as 08_frontier recorded it."""
+    return frontier.as_table(pd.DataFrame(record["tables"]["frontier"])).reset_index()
+
+
+def cost_table(record: dict[str, Any]) -> pd.DataFrame:
+    """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as `at_size` recorded it."""
+    table = pd.DataFrame(record["tables"]["speed"])
+    table = table[table["model"] != "dense"]
+    measured = [
+        row.note
+        if row.note
+        else f"{row.speedup:.2f} ({row.speedup_low:.2f}–{row.speedup_high:.2f}) of {row.ceiling:.2f}"
+        for row in table.itertuples()
+    ]
+    points = table.assign(measured=measured).rename(columns={"batch_size": "batch"})
+    columns = list(dict.fromkeys(table["model"]))
+    return points.pivot(index=["phase", "batch", "context"], columns="model", values="measured")[columns].reset_index()
+
+
+def stages_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """What each stage took, as `at_size` recorded it, beside what it was expected to need."""
+    rows = [{"layers": r["metrics"]["layers"]["value"], **row} for r in records for row in r["tables"]["stages"]]
+    table = pd.DataFrame(rows)[["stage", "layers", "seconds", "expected_gb", "peak_gb"]]
+    table["seconds"] = table["seconds"].map("{:.0f}".format)
+    for column in ("expected_gb", "peak_gb"):
+        table[column] = table[column].map("{:.1f}".format)
+    return table.rename(columns={"expected_gb": "GB expected", "peak_gb": "GB at its peak"})
+
+
+def cost_block(results: Path) -> str:
+    """README's words on speed at real size: the records' tables, or that there is none."""
+    try:
+        speed, *stages = (
+            read_record(results / AT_SIZE / f"at_size_{step}.json") for step in ("speed", "pruning", "refit")
+        )
+    except InputError:
+        return "Speed at this size: not measured. `make at-size` on a GPU, then `make publish`, fills this in."
+    p = speed["parameters"]
+    under = f"Measured, times dense, *of* the ceiling: {p['model']} with random weights in {p['dtype']}, {speed['machine']}."
+    return f"{_markdown(cost_table(speed))}\n\n{under}\n\n{_markdown(stages_table(stages))}"
+
+
+def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
+    """Copy a finished run of a plain preset into the repository: records, figures and README's tables; of `tiny` the notebooks, too.
+
+    Of `tiny` the whole series must be there, of another preset at least one notebook.
+
+    Raises:
+        InputError: a record is missing, or was made with overrides or another preset.
+    """
+    series = [
+        path for path in numbered_notebooks(notebooks) if preset == DEFAULT or (run_dir / f"{path.stem}.json").exists()
+    ]
+    records = {path: read_record(run_dir / f"{path.stem}.json") for path in series}
+    if not records:
+        raise InputError(f"{run_dir} holds no record: run preset {preset} first")
+    _check_plain(preset, list(records.values()))
+    results = root / "data" / "results"
+    (results / preset).mkdir(parents=True, exist_ok=True)
+    for path, record in records.items():
+        if preset == DEFAULT:
+            write_atomically(path, nbformat.writes(_clean(nbformat.read(run_dir / path.name, as_version=4))) + "\n")
+        write_atomically(
+            results / preset / f"{path.stem}.json", (run_dir / f"{path.stem}.json").read_text(encoding="utf-8")
+        )
+        _copy_figures(run_dir, record, root / "figures" / preset)
+    update_readme(root / "README.md", results, notebooks)
+
+
+def _copy_figures(run_dir: Path, record: dict[str, Any], target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for stale in target.glob(f"{record['notebook'][:2]}_*"):
+        stale.unlink()
+    for artefact in record["artefacts"]:
+        if artefact.startswith("figures/"):
+            shutil.copyfile(run_dir / artefact, target / Path(artefact).name)
+
+
+def _check_plain(preset: str, records: list[dict[str, Any]]) -> None:
+    for record in records:
+        if record["overrides"] or record["preset"] != preset:
+            made_with = f"preset {record['preset']} and overrides {record['overrides']}"
+            raise InputError(f"{record['notebook']} was made with {made_with}: publish a run of plain {preset}")
+
+
+def update_readme(readme: Path, results: Path, notebooks: Path = NOTEBOOKS) -> None:
+    """Rewrite README's blocks, `<!-- results -->` and so on, from the records in `results`, a folder per preset."""
+    text = readme.read_text(encoding="utf-8")
+    for name, block in readme_blocks(results, notebooks).items():
+        marked = f"<!-- {name} -->\n{block}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, m=marked: m, text, flags=re.DOTALL)
+    write_atomically(readme, text)
+
+
+def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
+    """README's results table and map of the series, as Markdown, from records and the notebooks' titles."""
+    record = read_record(results / DEFAULT / "07_cost_analysis.json")
+    p = record["parameters"]
+    under = (
+        f"Measured on the {p['corpus']} test text, {p['evaluation']['num_tokens']:,} tokens in windows of "
+        f"{p['evaluation']['short_window']}, preset `{record['preset']}`, seed {record['seed']}, {record['machine']}."
+    )
+    rows = []
+    for path in numbered_notebooks(notebooks):
+        number, _, title = _title(path).partition(" · ")
+        seconds = read_record(results / DEFAULT / f"{path.stem}.json")["seconds"]
+        rows.append([f"[{number}](notebooks/{path.name})", title, f"{seconds:.0f} s"])
+    return {
+        "results": f"{_markdown(results_table(record))}\n\n{under}",
+        "cost": cost_block(results),
+        "series": _markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
+        "frontier": "\n\n".join(
+            _frontier_block(read_record(path))
+            for path in sorted(results.glob("*/08_frontier.json"), key=_default_first)
+        ),
+    }
+
+
+def _frontier_block(record: dict[str, Any]) -> str:
+    p = record["parameters"]["frontier"]
+    of_several = ", of which mean and range" if p["seeds"] > 1 else ""
+    above = (
+        f"**{record['parameters']['model']}** (preset `{record['preset']}`), {p['test']['num_examples']} test windows; calibration on "
+        f"{p['calibration']['num_examples']} windows, {p['seeds']} sample{'s' * (p['seeds'] > 1)}{of_several}; no training; {record['machine']}:"
+    )
+    return f"{above}\n\n{_markdown(frontier_table(record))}"
+
+
+def _default_first(path: Path) -> tuple[bool, Path]:
+    return path.parent.name != DEFAULT, path
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def _title(path: Path) -> str:
+    """The heading of a notebook's first cell."""
+    return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
+
+
+def report(run_dir: Path) -> Path:
+    """One HTML page per executed notebook and an index, in `run_dir/report`."""
+    from nbconvert import HTMLExporter
+
+    folder = run_dir / "report"
+    folder.mkdir(exist_ok=True)
+    pages = sorted(run_dir.glob("[0-9][0-9]_*[a-z].ipynb"))
+    for path in pages:
+        html, _ = HTMLExporter().from_filename(str(path))
+        write_atomically(folder / f"{path.stem}.html", html)
+    links = "\n".join(f'<li><a href="{path.stem}.html">{path.stem.replace("_", " ")}</a></li>' for path in pages)
+    write_atomically(
+        folder / "index.html", f"<!doctype html><meta charset=utf-8><title>Report</title><ul>{links}</ul>\n"
+    )
+    return folder / "index.html"
+
+
+def _clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """An executed notebook as it is committed: no injected parameters, no timings, cells counted 1 … n."""
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    for count, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec", "language_info") if k in notebook.metadata}
+    notebook.metadata["language_info"] = {"name": "python"}
+    return notebook

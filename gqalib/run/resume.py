@@ -1,0 +1,177 @@
+"""What a long computation has done so far, kept while it runs, so that a killed run goes on where it was.
+
+    progress = progress.of("removal", model, windows)                      # all that its parts depend on
+    loss = progress.once("layer-3", lambda: perplexity(model, windows))    # computed, or read from an earlier run
+
+A *part* is what JSON can say (numbers come back bit for bit, infinite ones too) or a dict of tensors (safetensors). It appears
+whole or not at all. A resumed run reads the parts that are there and computes the others, so its result is that of a run that
+was never interrupted, as long as whoever computes a part leaves nothing else behind; where random numbers are drawn, the
+generator's state belongs into the part.
+"""
+
+import dataclasses
+import hashlib
+import json
+import numbers
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+Part = Any  # what JSON can say, or a dict of tensors
+
+
+class Progress:
+    """The parts of one computation in a folder of its own.
+
+    Args:
+        folder: nothing else may be in it: parts that were kept under another key are deleted.
+        key: what the results depend on, as JSON.
+    """
+
+    def __init__(self, folder: Path, key: Any):
+        self.folder = folder
+        description = json.dumps(key, sort_keys=True, indent=1)
+        if _text(folder / "key.json") != description:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            with replacing(folder / "key.json") as file:
+                file.write_text(description, encoding="utf-8")
+
+    def of(self, *inputs: Any) -> "Progress":
+        """Progress for these inputs alone: models, tensors, dataclasses, numbers, lists and dicts of them, seen by `digest`."""
+        return Progress(self.folder / digest(*inputs)[:32], {})
+
+    def once(self, name: str, compute: Callable[[], Part]) -> Part:
+        """The part, computed if it is not there."""
+        part = self.load(name)
+        if part is None:
+            part = compute()
+            self.keep(name, part)
+        return part
+
+    def load(self, name: str) -> Part | None:
+        """A part that was kept, tensors on the CPU; None if there is none, or none that can be read."""
+        try:
+            if self._file(name, "safetensors").exists():
+                return load_file(self._file(name, "safetensors"))
+            return json.loads(self._file(name, "json").read_text(encoding="utf-8"))["part"]
+        except (OSError, ValueError, SafetensorError):
+            return None
+
+    def keep(self, name: str, part: Part) -> None:
+        """Keep a part; one of this name that is there is replaced."""
+        if isinstance(part, Mapping) and part and all(isinstance(value, torch.Tensor) for value in part.values()):
+            with replacing(self._file(name, "safetensors")) as file:
+                save_file({key: value.detach().cpu().contiguous() for key, value in part.items()}, file)
+        else:
+            with replacing(self._file(name, "json")) as file:
+                file.write_text(json.dumps({"part": part}), encoding="utf-8")  # in brackets: half a number is a number
+
+    def _file(self, name: str, kind: str) -> Path:
+        return self.folder / f"{quote(name, safe=' ,')}.{kind}"
+
+
+class _NotKept(Progress):
+    def __init__(self) -> None:
+        pass
+
+    def of(self, *inputs: Any) -> Progress:
+        return self
+
+    def load(self, name: str) -> None:
+        return None
+
+    def keep(self, name: str, part: Part) -> None:
+        pass
+
+
+NOT_KEPT = _NotKept()  # nothing is kept, everything is computed
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` when the block ends well: whoever reads sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        onto_disk(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def onto_disk(path: Path) -> None:
+    """A file, or all files of a folder, on the disk before it gets its name: a power cut leaves no half part."""
+    for place in filter(Path.is_file, [path, *path.rglob("*")]):
+        with place.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+# ---------------------------------------------------------------- what a result depends on
+
+
+@cache
+def library_hash() -> str:
+    """One hash of gqalib's own source and presets."""
+    folder = Path(__file__).parents[1]
+    files = sorted(folder.rglob("*.py")) + sorted(folder.rglob("*.yaml"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def digest(*things: Any) -> str:
+    """A hash of models (configuration, parameters), tensors, arrays, dataclasses, numbers, text, and lists and dicts of them.
+
+    Raises:
+        TypeError: something else; two of those could not be told apart.
+    """
+    hasher = hashlib.sha256()
+    for piece in _pieces(things):
+        hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def _pieces(thing: Any) -> Iterator[bytes | memoryview]:
+    if isinstance(thing, nn.Module):
+        config = thing.config
+        yield from _pieces([json.dumps(config.to_dict(), sort_keys=True, default=str), config._attn_implementation])
+        yield from _pieces(dict(thing.named_parameters()))
+    elif isinstance(thing, torch.Tensor):
+        yield f"{thing.dtype}{list(thing.shape)};".encode()
+        if (
+            not thing.is_meta
+        ):  # weights that wait elsewhere are known by the model's files, which are in a notebook's key
+            yield thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    elif isinstance(thing, np.ndarray):
+        yield from _pieces(torch.from_numpy(thing))
+    elif dataclasses.is_dataclass(thing):
+        yield from _pieces({field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)})
+    elif isinstance(thing, Mapping):
+        yield from _pieces([list(thing.keys()), list(thing.values())])
+    elif thing is None or isinstance(thing, str | numbers.Number):
+        yield f"{thing!r};".encode()
+    elif isinstance(thing, Sequence):
+        yield f"[{len(thing)}]".encode()
+        for entry in thing:
+            yield from _pieces(entry)
+    else:
+        raise TypeError(
+            f"a {type(thing).__name__} cannot be told from another one: leave it out, or give what it is made of"
+        )

@@ -1,0 +1,243 @@
+"""The runner: executes the numbered notebooks through papermill, one line of progress each, and goes on after an interruption."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from gqalib.errors import InputError
+from gqalib.model.load import REPOSITORY, check_model, load_tokenizer
+from gqalib.run.corpora import check_corpus, evaluation_windows
+from gqalib.run.notebook import (
+    NOTEBOOKS,
+    default_run_dir,
+    fingerprints,
+    numbered_notebooks,
+    progress_dir,
+    read_record,
+    sha256,
+)
+from gqalib.run.presets import load_preset
+from gqalib.run.publish import frontier_table, results_table
+from gqalib.run.resume import library_hash, onto_disk
+
+PARAMETERS = ("preset", "overrides", "run_dir", "seed")
+KERNEL_ENVIRONMENT = {  # never MPLBACKEND: figures would vanish from the executed notebooks
+    "PYTHONHASHSEED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TQDM_DISABLE": "1",
+}
+TIMEOUT_S = 24 * 3600  # per cell; a hung kernel ends some day
+KERNEL_DIED = 3  # the command line's exit status: the same run may succeed another time
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook of the series raised; the message names notebook, cell and error."""
+
+
+class KernelDied(NotebookFailed):
+    """A notebook's process was killed from outside, often for memory: the same run may succeed another time."""
+
+
+@dataclass
+class Series:
+    """What is to be run, checked before anything starts."""
+
+    preset: str = "tiny"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    run_dir: Path | None = None
+    seed: int = 0
+    first: str | None = None
+    only: str | None = None  # a number, or several with commas between them
+    notebooks: Path = NOTEBOOKS
+
+    def __post_init__(self) -> None:
+        self.parameters = load_preset(self.preset, self.overrides).to_dict()
+        check_model(self.parameters["model"])
+        check_corpus(self.parameters["corpus"])
+        self._check_length()
+        self.run_dir = Path(self.run_dir).absolute() if self.run_dir else default_run_dir(self.preset)
+        self.paths = self._select()
+
+    def _check_length(self) -> None:
+        """Anybody's own file may be too short; the corpora that the workbook names are not."""
+        p = self.parameters
+        if p["corpus"].startswith("file:"):
+            tokenizer = load_tokenizer(p["model"])
+            for split, length in (("test", p["evaluation"]["short_window"]), ("train", p["calibration"]["length"])):
+                evaluation_windows(p["corpus"], split, tokenizer, length, length)
+
+    def _select(self) -> list[Path]:
+        paths = numbered_notebooks(self.notebooks)
+        numbers = [path.name[:2] for path in paths]
+        if not paths:
+            raise InputError(f"{self.notebooks} holds no notebook: give a folder with files such as 01_baseline.ipynb")
+        only = [] if self.only is None else [number.strip() for number in self.only.split(",")]
+        for option, number in [("--from", self.first), *(("--only", number) for number in only)]:
+            if number is not None and number[:2] not in numbers:
+                raise InputError(f"{option} {number} names no notebook: use one of {', '.join(numbers)}")
+        if only:
+            return [path for path in paths if path.name[:2] in {number[:2] for number in only}]
+        return [path for path in paths if self.first is None or path.name[:2] >= self.first[:2]]
+
+    def run(self, force: bool = False) -> None:
+        """Execute what is not finished yet, one line of progress each."""
+        os.environ.update(KERNEL_ENVIRONMENT)
+        started, spent = time.monotonic(), 0.0
+        with locked(self.run_dir):
+            for i, path in enumerate(self.paths, 1):
+                print(f"[{i}/{len(self.paths)}] {path.stem:24s}", end=" ", flush=True)
+                if not force and self.is_finished(path):
+                    print("finished before", flush=True)
+                    continue
+                if force:
+                    shutil.rmtree(progress_dir(self.run_dir, path.stem), ignore_errors=True)
+                begun = time.monotonic()
+                self.execute(path)
+                spent += time.monotonic() - begun
+                left = self._expected_s(self.paths[i:])
+                print(
+                    f"{time.monotonic() - begun:4.0f} s   (elapsed {_clock(time.monotonic() - started)}, {left})",
+                    flush=True,
+                )
+
+    def is_finished(self, path: Path) -> bool:
+        """Whether record and executed notebook stand for these parameters, inputs, code and upstream records, and nothing is gone."""
+        try:
+            record = read_record(self.run_dir / f"{path.stem}.json")
+            executed = nbformat.read(self.run_dir / path.name, as_version=4)
+            whole = all((self.run_dir / name).exists() for name in record["artefacts"])
+            asked = {
+                "parameters": json.loads(json.dumps(self.parameters)),
+                "seed": self.seed,
+                "inputs": fingerprints(self.parameters),
+                "library": library_hash(),
+                "upstream": {name: sha256(self.run_dir / f"{name}.json") for name in record["upstream"]},
+            }
+            same = all(record[key] == value for key, value in asked.items())
+        except (InputError, OSError, KeyError, ValueError):
+            return False
+        return whole and same and _code(executed) == _code(nbformat.read(path, as_version=4))
+
+    def execute(self, path: Path) -> None:
+        """Run one notebook headlessly; the executed copy appears in the run folder when it is whole.
+
+        Raises:
+            InputError: a cell raised one. NotebookFailed: a cell raised anything else. KernelDied: its process was killed.
+        """
+        import papermill
+        from nbclient.exceptions import DeadKernelError
+
+        unknown = set(PARAMETERS) - set(papermill.inspect_notebook(str(path)))
+        if unknown:
+            raise InputError(
+                f"{path.name} has no parameter {', '.join(sorted(unknown))}: add it to the cell tagged parameters"
+            )
+        record, temporary = self.run_dir / f"{path.stem}.json", self.run_dir / f".{path.name}"
+        record.unlink(missing_ok=True)  # an old record must not stand beside a half-run notebook
+        values = {"preset": self.preset, "overrides": self.overrides, "run_dir": str(self.run_dir), "seed": self.seed}
+        try:
+            papermill.execute_notebook(
+                str(path), str(temporary), values, kernel_name="python3", language="python", cwd=str(path.parent),
+                progress_bar=False, execution_timeout=TIMEOUT_S, extra_arguments=["--log-level=ERROR"],
+            )  # fmt: skip
+        except papermill.PapermillExecutionError as error:
+            where = f"{path.stem}, cell {error.cell_index}: {error.source.strip().splitlines()[0]}"
+            if error.ename == "InputError":
+                raise InputError(f"{error.evalue} ({path.stem})") from None
+            kept = temporary.replace(self.run_dir / f"{path.stem}.failed.ipynb")
+            raise NotebookFailed(f"{where}\n{error.ename}: {error.evalue}\nthe notebook up to there: {kept}") from None
+        except DeadKernelError:
+            raise KernelDied(
+                f"{path.stem}: its process was killed from outside; if it was for memory, run less beside it"
+            ) from None
+        finally:
+            if sys.exc_info()[0] is not None:
+                temporary.unlink(missing_ok=True)
+        read_record(record)  # a notebook that wrote none has not finished
+        onto_disk(temporary)
+        temporary.replace(self.run_dir / path.name)
+        (self.run_dir / f"{path.stem}.failed.ipynb").unlink(missing_ok=True)
+
+    def _expected_s(self, paths: list[Path]) -> str:
+        """What is left, from the committed records of the same preset where there are any."""
+        seconds = [_seconds(REPOSITORY / "data" / "results" / self.preset / f"{path.stem}.json") for path in paths]
+        if not paths:
+            return "done"
+        return f"about {_clock(sum(seconds))} left" if all(seconds) else f"{len(paths)} left"
+
+    def summary(self) -> str:
+        """The results table, the frontier and where everything lies."""
+        lines = []
+        with contextlib.suppress(InputError):
+            lines += ["", results_table(read_record(self.run_dir / "07_cost_analysis.json")).to_string(index=False)]
+        with contextlib.suppress(InputError):
+            lines += ["", frontier_table(read_record(self.run_dir / "08_frontier.json")).to_string(index=False)]
+        lines += [""] * bool(lines)
+        lines += [f"notebooks  {self.run_dir / path.name}" for path in self.paths]
+        return "\n".join([*lines, f"figures    {self.run_dir / 'figures'}"])
+
+
+def _code(notebook: nbformat.NotebookNode) -> list[str]:
+    """Source of the code cells but the one that papermill injected."""
+    cells = (c for c in notebook.cells if c.cell_type == "code")
+    return [c.source for c in cells if "injected-parameters" not in c.metadata.get("tags", [])]
+
+
+def reads(path: Path) -> list[str]:
+    """The records that a notebook asks for, as written in its calls of `nb.upstream("NN_name")`.
+
+    Raises:
+        InputError: a name is computed, so that only running the notebook would tell.
+    """
+    asked = re.findall(r"\.upstream\(\s*(.*?),?\s*\)", "\n".join(_code(nbformat.read(path, as_version=4))))
+    for name in asked:
+        if not re.fullmatch(r"([\"'])\w+\1", name):
+            raise InputError(f'{path.stem} computes a name, nb.upstream({name}): write it, as nb.upstream("01_name")')
+    return [name[1:-1] for name in asked]
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Only one run at a time in a folder; the lock goes with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"run folder {run_dir} cannot be written ({error.strerror}): give another --run-dir"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another run is working in {run_dir}: wait for it, or give another --run-dir") from error
+        try:
+            yield
+        finally:
+            if os.listdir(run_dir) == [".lock"]:  # nothing came of it
+                shutil.rmtree(run_dir)
+
+
+def _seconds(path: Path) -> float:
+    try:
+        return read_record(path)["seconds"]
+    except InputError:
+        return 0.0
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
