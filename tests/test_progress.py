@@ -520,11 +520,11 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from conftest import small_model
 from test_progress import QUICK, sweep
-from gqalib import pruning, refit
-from gqalib.progress import Progress
+from gqalib.prune import founding, refit
+from gqalib.run.resume import Progress
 text = torch.tensor({text.tolist()})
 die = lambda layer: os.kill(os.getpid(), signal.SIGKILL) if layer == 1 else None
-plan = pruning.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
+plan = founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
 refit.sweep(small_model(), plan, text, QUICK, after_layer=die, progress=Progress(__import__("pathlib").Path({str(tmp_path)!r}) / "progress", "key"))
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -535,8 +535,9 @@ refit.sweep(small_model(), plan, text, QUICK, after_layer=die, progress=Progress
 
 SLOW = """
 import os, pathlib, time, torch
-from gqalib import importance, models
-run, original = pathlib.Path(run_dir), importance._perplexity_without
+from gqalib.model import load
+from gqalib.prune import scores
+run, original = pathlib.Path(run_dir), scores._perplexity_without
 
 
 def watched(model, windows, layer, hidden_states):
@@ -548,9 +549,9 @@ def watched(model, windows, layer, hidden_states):
     return original(model, windows, layer, hidden_states)
 
 
-importance._perplexity_without = watched
-model, windows = models.load_model(nb.preset.model, device="cpu"), torch.arange(60).view(3, 20)
-for layer, rise in enumerate(importance.removal_importance(model, windows, progress=nb.progress("removal"))):
+scores._perplexity_without = watched
+model, windows = load.load_model(nb.preset.model, device="cpu"), torch.arange(60).view(3, 20)
+for layer, rise in enumerate(scores.removal_importance(model, windows, progress=nb.progress("removal"))):
     nb.metric(f"layer_{layer}", rise.item(), "perplexity")
 """
 
