@@ -13,9 +13,10 @@ import pytest
 from conftest import small_model
 
 from gqalib import InputError
-from gqalib.run import publish, series
+from gqalib.run import publish, resume, series
 from gqalib.run.cli import main
-from gqalib.run.notebook import Notebook, read_record
+from gqalib.run.notebook import Notebook, locked, read_record, stands_for
+from gqalib.run.presets import load_preset
 
 PARAMETERS = 'preset = "tiny"\noverrides = {}\nrun_dir = ""\nseed = 0'
 
@@ -91,7 +92,69 @@ def test_runs_resumes_and_reruns_what_changed(job, notebooks, capsys):
     assert states(job()) == [True, False]
     assert states(job(seed=1)) == [False, False]
     model = job().parameters["model"]
-    assert states(job(overrides={"model": model, "pruning.mean_rate": 0.3})) == [False, False]
+    assert states(job(overrides={"model": model, "pruning.mean_rate": 0.3})) == [True, False]  # neither reads it
+
+
+def test_a_record_depends_on_what_its_notebook_reads(tmp_path, model_folder):
+    def notebook(**changes):
+        overrides = {"model": model_folder, **changes}
+        return Notebook("01_first", "tiny", overrides, tmp_path, reads=("recovery",))
+
+    notebook().finish()
+    record = read_record(tmp_path / "01_first.json")
+    stands_for(record, load_preset("tiny", {"model": model_folder, "pruning.alpha": 2.0}).to_dict(), 0)
+    other = load_preset("tiny", {"model": model_folder, "recovery.lora_r": 16}).to_dict()
+    with pytest.raises(InputError, match="01_first was made with another recovery: run 01_first again"):
+        stands_for(record, other, 0)
+    with pytest.raises(AttributeError, match="does not say that it reads 'pruning': add it to `reads`"):
+        notebook().preset.pruning  # noqa: B018
+
+
+def test_other_parameters_have_a_folder_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("GQALIB_RUNS", str(tmp_path))
+    assert series.Series(overrides={"recovery.lora_r": 16}).run_dir == tmp_path / "tiny+lora_r=16"
+    nb = Notebook("06_lora_recovery", "tiny", {"recovery.lora_r": 16}, seed=1)
+    assert nb.run_dir == tmp_path / "tiny+lora_r=16+seed=1"
+
+
+def test_a_notebook_opened_alone_takes_committed_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GQALIB_RUNS", str(tmp_path))
+    nb = Notebook("06_lora_recovery", "tiny", {"recovery.lora_r": 16})
+    assert nb.upstream("01_baseline")["metrics"]["perplexity_short"]["value"] > 1
+    assert "01_baseline: taken from data/results/tiny" in capsys.readouterr().out
+    with pytest.raises(InputError, match="another evaluation: run 01_baseline again"):
+        Notebook("06_lora_recovery", "tiny", {"evaluation.num_tokens": 64}).upstream("01_baseline")
+
+
+def test_a_missing_model_is_made(finished, notebooks, tmp_path, monkeypatch, capsys):
+    model = "import pathlib; folder = nb.artefact('v'); folder.mkdir(parents=True); (folder / 'x').write_text('x')"
+    write_notebook(notebooks, "01_first", model)
+    monkeypatch.setattr(series, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(series.Series.__dataclass_fields__["notebooks"], "default", notebooks)
+    monkeypatch.setattr(series.Series.__init__, "__defaults__", (*series.Series.__init__.__defaults__[:-1], notebooks))
+    nb = Notebook("02_second", "tiny", finished().overrides, tmp_path / "other")
+    assert (nb.made("v", "01_first") / "x").read_text() == "x"
+    assert "models/v is missing: 01_first makes it" in capsys.readouterr().out
+    assert nb.made("v", "01_first") == tmp_path / "other" / "models" / "v"
+    assert "missing" not in capsys.readouterr().out
+
+
+def test_an_open_notebook_and_a_runner_respect_each_other(job):
+    nb = Notebook("01_first", "tiny", job().overrides, job().run_dir)
+    Notebook("02_second", "tiny", job().overrides, job().run_dir).finish()  # two notebooks may be open
+    with pytest.raises(InputError, match="a notebook that is open, is working in"):
+        job().run()
+    nb.finish()
+    with locked(job().run_dir), pytest.raises(InputError, match="is working in"):
+        Notebook("01_first", "tiny", job().overrides, job().run_dir)
+
+
+def test_words_change_no_code(tmp_path):
+    source = "from gqalib.prune.rates import layer_rates"
+    assert resume.code_hash(source) == resume.code_hash("import torch\n" + source)
+    assert resume.code_hash(source) != resume.code_hash("from gqalib.prune import search")
+    plain, spoken = "def f():\n    return 1", 'def f():\n    """Says one."""\n    return 1  # one'
+    assert resume._bare(plain) == resume._bare(spoken) != resume._bare(plain.replace("1", "2"))
 
 
 def test_a_new_upstream_record_makes_the_rest_stale(finished):
@@ -117,9 +180,9 @@ def test_missing_upstream_record(job):
         job(only="02").run()
 
 
-def test_upstream_of_other_parameters(finished, model_folder):
-    with pytest.raises(InputError, match="made with other parameters"):
-        finished(only="02", overrides={"model": model_folder, "pruning.alpha": 2.0}).run()
+def test_upstream_of_other_parameters(finished):
+    with pytest.raises(InputError, match="01_first was made with another seed: run 01_first again"):
+        finished(only="02", seed=1).run()
 
 
 def test_failure_names_notebook_cell_and_error(job, notebooks):
@@ -163,7 +226,7 @@ def test_kill_in_the_middle_and_resume(job, notebooks, tmp_path):
     while not (job().run_dir / "begun").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
-    with pytest.raises(InputError, match="another run is working"):
+    with pytest.raises(InputError, match="is working in"):
         job().run()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

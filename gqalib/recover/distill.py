@@ -38,7 +38,7 @@ from gqalib.reference import training
 from gqalib.reference.training import Batch, as_inputs
 from gqalib.run.corpora import examples, training_windows
 from gqalib.run.presets import Distillation, Preset
-from gqalib.run.resume import digest, library_hash
+from gqalib.run.resume import code_hash, digest
 
 COLUMNS = ["tokens", "loss", "kl", "cross_entropy", "learning_rate", "seconds"]
 MICRO_TOKENS = 2048  # that go through student and teacher at once
@@ -84,7 +84,11 @@ def distill(
     if settings.num_tokens == 0:
         return pd.DataFrame(columns=COLUMNS, dtype=float)
     text = train_batches if isinstance(train_batches, torch.Tensor) else None  # a function's text is not seen
-    run = {"settings": dataclasses.asdict(settings), "start": digest(student, teacher, text), "library": library_hash()}
+    run = {
+        "settings": dataclasses.asdict(settings),
+        "start": digest(student, teacher, text),
+        "library": code_hash(Path(__file__).read_text(encoding="utf-8")),
+    }
     loss_of = distillation_loss(teacher, settings.alpha, settings.temperature)
     with _trained(student, settings) as trained:
         opts = in_shards(trained, training.optimizers(trained, settings))

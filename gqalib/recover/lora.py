@@ -30,7 +30,7 @@ from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.parallel import is_one_of_several, total_over_ranks
 from gqalib.run.corpora import examples, instructions
 from gqalib.run.presets import Preset, Recovery
-from gqalib.run.resume import Progress, digest, library_hash, onto_disk
+from gqalib.run.resume import Progress, code_hash, digest, onto_disk
 
 
 def finetune_lora(
@@ -73,7 +73,7 @@ def finetune_lora(
         "settings": dataclasses.asdict(settings),
         "seed": seed,
         "start": digest(model, rows),
-        "library": library_hash(),
+        "library": code_hash(Path(__file__).read_text(encoding="utf-8")),
     }
     with args.main_process_first(local=False):
         state = Progress(_state(folder), run | {"processes": args.world_size})

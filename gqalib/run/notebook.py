@@ -6,6 +6,7 @@ which the next run goes on.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -19,9 +20,11 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import datasets
 import matplotlib.pyplot as plt
+import nbformat
 import pandas as pd
 import torch
 import transformers
@@ -33,17 +36,23 @@ from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
 from gqalib.model.load import REPOSITORY, check_model, resolve_device
 from gqalib.run.corpora import corpus_path
-from gqalib.run.presets import load_preset
-from gqalib.run.resume import Part, Progress, library_hash, replacing
+from gqalib.run.presets import Preset, load_preset
+from gqalib.run.resume import Part, Progress, code_hash, replacing
 
 SCHEMA = 1
 NOTEBOOKS = REPOSITORY / "notebooks"
+COMMITTED = REPOSITORY / "data" / "results"
+BASE = ("model", "corpus", "dtype", "device")  # what every notebook depends on
+HELD = "GQALIB_LOCKED"  # in the environment of the notebooks that a runner starts: the folder that it has locked
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
 
 
-def default_run_dir(preset: str) -> Path:
-    """`runs/<preset>` in the repository, or under `$GQALIB_RUNS`."""
-    return Path(os.environ.get("GQALIB_RUNS", REPOSITORY / "runs")).expanduser().absolute() / preset
+def default_run_dir(preset: str, overrides: dict[str, Any] | None = None, seed: int = 0) -> Path:
+    """`runs/<preset>` in the repository, or under `$GQALIB_RUNS`; other parameters have a folder of their own, `<preset>+lora_r=16`."""
+    changes = {name.rpartition(".")[2]: value for name, value in sorted((overrides or {}).items())}
+    name = "+".join([preset, *(f"{key}={value}" for key, value in changes.items()), *([f"seed={seed}"] * bool(seed))])
+    safe = quote(name, safe=" ,+=[]")  # a path among the values is no folder in between
+    return Path(os.environ.get("GQALIB_RUNS", REPOSITORY / "runs")).expanduser().absolute() / safe[:200]
 
 
 def numbered_notebooks(folder: Path = NOTEBOOKS) -> list[Path]:
@@ -81,7 +90,7 @@ def sha256(path: Path) -> str:
 
 
 def progress_dir(run_dir: Path, name: str) -> Path:
-    """Where a notebook keeps what it has done so far; it goes when the notebook is finished."""
+    """Where a notebook keeps what its long stages found, under what that depends on; `--force` forgets it."""
     return run_dir / "progress" / name
 
 
@@ -97,14 +106,109 @@ def _fingerprint(place: Path) -> str:
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
-class Notebook:
-    """The handle of one executed notebook. Creating it seeds Python, numpy and torch."""
+def find_record(name: str, run_dir: Path, parameters: dict[str, Any], seed: int) -> Path:
+    """The record of a notebook that stands for these parameters, in the run's folder, the preset's plain one or the repository's.
 
-    def __init__(self, name: str, preset: str, overrides: dict[str, Any], run_dir: str | Path = "", seed: int = 0):
+    Raises:
+        InputError: there is none, or all that are there are torn or were made with other parameters.
+    """
+    preset, problems = parameters["name"], []
+    paths = [folder / f"{name}.json" for folder in (run_dir, default_run_dir(preset), COMMITTED / preset)]
+    for path in [path for path in paths if path.exists()] or paths[:1]:
+        try:
+            stands_for(read_record(path), parameters, seed)
+            return path
+        except InputError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def stands_for(record: dict[str, Any], parameters: dict[str, Any], seed: int) -> None:
+    """Raises InputError if a record was made with other values of the sections that its notebook reads."""
+    now = json.loads(json.dumps(parameters))
+    changed = [name for name, value in record["parameters"].items() if now.get(name) != value]
+    if changed or record["seed"] != seed:
+        name = record["notebook"]
+        raise InputError(
+            f"{name} was made with another {', '.join(changed) or 'seed'}: run {name} again with these parameters"
+        )
+
+
+def seconds_of(name: str, preset: str) -> float:
+    """How long a notebook took in the committed run of a preset; 0 where there is none."""
+    with contextlib.suppress(InputError):
+        return read_record(COMMITTED / preset / f"{name}.json")["seconds"]
+    return 0.0
+
+
+def code_used(path: Path) -> str:
+    """`code_hash` of a notebook, which stands in the working folder or in the repository; of the whole library where it is in neither."""
+    place = next((p for p in (path, NOTEBOOKS / path.name) if p.is_file()), None)
+    cells = nbformat.read(place, as_version=4).cells if place else []
+    return code_hash(
+        "\n".join(cell.source for cell in cells if cell.cell_type == "code") or "from gqalib.run import cli"
+    )
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path, shared: bool = False) -> Iterator[None]:
+    """One runner at a time in a folder, or notebooks that are open (`shared`); the lock goes with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"run folder {run_dir} cannot be written ({error.strerror}): give another --run-dir"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            others = "another run" if shared else "another run, or a notebook that is open,"
+            raise InputError(f"{others} is working in {run_dir}: wait for it, or give another --run-dir") from error
+        try:
+            yield
+        finally:
+            if os.listdir(run_dir) == [".lock"]:  # nothing came of it
+                shutil.rmtree(run_dir)
+
+
+class Sections:
+    """The sections of a preset that a notebook says it reads."""
+
+    def __init__(self, preset: Preset, names: Sequence[str]):
+        vars(self).update({name: getattr(preset, name) for name in names})
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the notebook does not say that it reads {name!r}: add it to `reads` where Notebook is made"
+        )
+
+
+class Notebook:
+    """The handle of one executed notebook. Creating it seeds Python, numpy and torch.
+
+    Args:
+        reads: the sections of the preset that the notebook's results depend on, beside `BASE`; it is given no others.
+        run_dir: where it reads and writes (default: the preset's, or that of these overrides).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        preset: str,
+        overrides: dict[str, Any],
+        run_dir: str | Path = "",
+        seed: int = 0,
+        reads: Sequence[str] = (),
+    ):
         self.name, self.seed, self.overrides = name, seed, overrides
-        self.preset = load_preset(preset, overrides)
-        self.run_dir = Path(run_dir).absolute() if run_dir else default_run_dir(preset)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.parameters = load_preset(preset, overrides).to_dict()
+        self.preset = Sections(load_preset(preset, overrides), (*BASE, *reads))
+        self.run_dir = Path(run_dir).absolute() if run_dir else default_run_dir(preset, overrides, seed)
+        self._lock = contextlib.ExitStack()
+        if os.environ.get(HELD) != str(self.run_dir):  # else the runner that started this notebook has it
+            self._lock.enter_context(locked(self.run_dir, shared=True))
         self.metrics, self.tables, self.texts, self.artefacts, self.read = {}, {}, {}, [], {}
         self.stages: list[dict[str, Any]] = []
         self._started = time.monotonic()
@@ -114,17 +218,35 @@ class Notebook:
         figures.use_style()
 
     def upstream(self, name: str) -> dict[str, Any]:
-        """The record of an earlier notebook of the same run.
+        """The record of an earlier notebook: of this run, of the preset's plain run, or the committed one.
 
         Raises:
             InputError: it is missing, torn, or was made with other parameters.
         """
-        path = self.run_dir / f"{name}.json"
-        record = read_record(path)
-        if record["parameters"] != json.loads(json.dumps(self.preset.to_dict())) or record["seed"] != self.seed:
-            raise InputError(f"{path} was made with other parameters: run {name} again with these")
+        path = find_record(name, self.run_dir, self.parameters, self.seed)
+        if path.parent != self.run_dir:
+            print(f"{name}: taken from {os.path.relpath(path.parent, REPOSITORY)}")
         self.read[name] = sha256(path)
-        return record
+        return read_record(path)
+
+    def made(self, model: str, notebook: str) -> Path:
+        """The folder of a model that an earlier notebook made, in this run or the preset's plain one; if it is missing, that is made up for."""
+        for folder in dict.fromkeys((self.run_dir, default_run_dir(self.parameters["name"]))):
+            with contextlib.suppress(InputError):
+                stands_for(read_record(folder / f"{notebook}.json"), self.parameters, self.seed)
+                if (folder / "models" / model).is_dir():
+                    return folder / "models" / model
+        from gqalib.run.series import Series
+
+        seconds = seconds_of(notebook, self.parameters["name"])
+        print(
+            f"models/{model} is missing: {notebook} makes it{f', in about {seconds:.0f} s' if seconds else ''}",
+            flush=True,
+        )
+        job = Series(self.parameters["name"], self.overrides, self.run_dir, self.seed, only=notebook[:2])
+        os.environ[HELD] = str(self.run_dir)
+        job.execute(job.paths[0])
+        return self.run_dir / "models" / model
 
     @contextlib.contextmanager
     def stage(
@@ -179,12 +301,11 @@ class Notebook:
 
     def _reasons(self) -> dict[str, Any]:
         """What the results depend on, as far as it is not an argument of what computes them."""
-        parameters = self.preset.to_dict()
         return {
-            "parameters": parameters,
+            "parameters": {name: self.parameters[name] for name in vars(self.preset)},
             "seed": self.seed,
-            "inputs": fingerprints(parameters),
-            "library": library_hash(),
+            "inputs": fingerprints(self.parameters),
+            "library": code_used(Path(f"{self.name}.ipynb")),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "device": resolve_device(self.preset.device),
         }
@@ -204,11 +325,9 @@ class Notebook:
             self.artefacts.append(f"figures/{file}")
 
     def finish(self) -> None:
-        """Write the record; what was kept on the way to it goes."""
+        """Write the record. What was kept on the way to it stays, for a run of which only words or figures have changed."""
         record = self.save()
-        shutil.rmtree(progress_dir(self.run_dir, self.name), ignore_errors=True)
-        with contextlib.suppress(OSError):  # another notebook's is still there, or there is none
-            progress_dir(self.run_dir, self.name).parent.rmdir()
+        self._lock.close()
         print(
             f"{self.name}: {len(self.metrics)} metrics and {len(self.tables)} tables recorded after {record['seconds']:.0f} s"
         )
@@ -220,7 +339,7 @@ class Notebook:
         record = {
             "schema": SCHEMA,
             "notebook": self.name,
-            "preset": self.preset.name,
+            "preset": self.parameters["name"],
             **self._reasons(),
             "overrides": self.overrides,
             "git_commit": _git_commit(),

@@ -132,7 +132,7 @@ def update_readme(readme: Path, results: Path, notebooks: Path = NOTEBOOKS) -> N
 def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
     """README's results table and map of the series, as Markdown, from records and the notebooks' titles."""
     record = read_record(results / DEFAULT / "07_cost_analysis.json")
-    p = record["parameters"]
+    p = read_record(results / DEFAULT / "01_baseline.json")["parameters"]
     under = (
         f"Measured on the {p['corpus']} test text, {p['evaluation']['num_tokens']:,} tokens in windows of "
         f"{p['evaluation']['short_window']}, preset `{record['preset']}`, seed {record['seed']}, {record['machine']}."

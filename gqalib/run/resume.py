@@ -9,6 +9,7 @@ was never interrupted, as long as whoever computes a part leaves nothing else be
 generator's state belongs into the part.
 """
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+PACKAGE = Path(__file__).parents[1]
 Part = Any  # what JSON can say, or a dict of tensors
 
 
@@ -129,11 +131,32 @@ def _text(path: Path) -> str | None:
 
 
 @cache
-def library_hash() -> str:
-    """One hash of gqalib's own source and presets."""
-    folder = Path(__file__).parents[1]
-    files = sorted(folder.rglob("*.py")) + sorted(folder.rglob("*.yaml"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+def code_hash(source: str) -> str:
+    """One hash of the modules of gqalib that some code imports, and of all that those import; comments and docstrings do not count."""
+    found: dict[Path, str] = {}
+    waiting = [source]
+    while waiting:
+        for path in set(_imported(ast.parse(waiting.pop()))) - found.keys():
+            waiting.append(path.read_text(encoding="utf-8"))
+            found[path] = _bare(waiting[-1])
+    return hashlib.sha256("".join(found[path] for path in sorted(found)).encode()).hexdigest()
+
+
+def _imported(tree: ast.AST) -> Iterator[Path]:
+    """The files of gqalib that are imported anywhere in some code."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE.name:
+            place = PACKAGE.joinpath(*node.module.split(".")[1:])
+            names = [place, *(place / alias.name for alias in node.names)]
+            yield from filter(Path.is_file, [f for n in names for f in (n.with_suffix(".py"), n / "__init__.py")])
+
+
+def _bare(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def digest(*things: Any) -> str:

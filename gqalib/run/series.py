@@ -1,35 +1,39 @@
 """The runner: executes the numbered notebooks through papermill, one line of progress each, and goes on after an interruption."""
 
 import contextlib
-import fcntl
-import json
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import nbformat
 
 from gqalib.errors import InputError
-from gqalib.model.load import REPOSITORY, check_model, load_tokenizer
+from gqalib.model.load import check_model, load_tokenizer
 from gqalib.run.corpora import check_corpus, evaluation_windows
 from gqalib.run.notebook import (
+    HELD,
     NOTEBOOKS,
+    code_used,
     default_run_dir,
+    find_record,
     fingerprints,
+    locked,
     numbered_notebooks,
     progress_dir,
     read_record,
+    seconds_of,
     sha256,
+    stands_for,
 )
 from gqalib.run.presets import load_preset
 from gqalib.run.publish import frontier_table, results_table
-from gqalib.run.resume import library_hash, onto_disk
+from gqalib.run.resume import onto_disk
 
 PARAMETERS = ("preset", "overrides", "run_dir", "seed")
 KERNEL_ENVIRONMENT = {  # never MPLBACKEND: figures would vanish from the executed notebooks
@@ -68,7 +72,8 @@ class Series:
         check_model(self.parameters["model"])
         check_corpus(self.parameters["corpus"])
         self._check_length()
-        self.run_dir = Path(self.run_dir).absolute() if self.run_dir else default_run_dir(self.preset)
+        plain = default_run_dir(self.preset, self.overrides, self.seed)
+        self.run_dir = Path(self.run_dir).absolute() if self.run_dir else plain
         self.paths = self._select()
 
     def _check_length(self) -> None:
@@ -96,7 +101,7 @@ class Series:
         """Execute what is not finished yet, one line of progress each."""
         os.environ.update(KERNEL_ENVIRONMENT)
         started, spent = time.monotonic(), 0.0
-        with locked(self.run_dir):
+        with locked(self.run_dir), patch.dict(os.environ, {HELD: str(self.run_dir)}):
             for i, path in enumerate(self.paths, 1):
                 print(f"[{i}/{len(self.paths)}] {path.stem:24s}", end=" ", flush=True)
                 if not force and self.is_finished(path):
@@ -119,12 +124,12 @@ class Series:
             record = read_record(self.run_dir / f"{path.stem}.json")
             executed = nbformat.read(self.run_dir / path.name, as_version=4)
             whole = all((self.run_dir / name).exists() for name in record["artefacts"])
+            stands_for(record, self.parameters, self.seed)
+            where = (self.run_dir, self.parameters, self.seed)
             asked = {
-                "parameters": json.loads(json.dumps(self.parameters)),
-                "seed": self.seed,
                 "inputs": fingerprints(self.parameters),
-                "library": library_hash(),
-                "upstream": {name: sha256(self.run_dir / f"{name}.json") for name in record["upstream"]},
+                "library": code_used(path),
+                "upstream": {name: sha256(find_record(name, *where)) for name in record["upstream"]},
             }
             same = all(record[key] == value for key, value in asked.items())
         except (InputError, OSError, KeyError, ValueError):
@@ -173,7 +178,7 @@ class Series:
 
     def _expected_s(self, paths: list[Path]) -> str:
         """What is left, from the committed records of the same preset where there are any."""
-        seconds = [_seconds(REPOSITORY / "data" / "results" / self.preset / f"{path.stem}.json") for path in paths]
+        seconds = [seconds_of(path.stem, self.preset) for path in paths]
         if not paths:
             return "done"
         return f"about {_clock(sum(seconds))} left" if all(seconds) else f"{len(paths)} left"
@@ -207,35 +212,6 @@ def reads(path: Path) -> list[str]:
         if not re.fullmatch(r"([\"'])\w+\1", name):
             raise InputError(f'{path.stem} computes a name, nb.upstream({name}): write it, as nb.upstream("01_name")')
     return [name[1:-1] for name in asked]
-
-
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Only one run at a time in a folder; the lock goes with the process, however it ends."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise InputError(
-            f"run folder {run_dir} cannot be written ({error.strerror}): give another --run-dir"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another run is working in {run_dir}: wait for it, or give another --run-dir") from error
-        try:
-            yield
-        finally:
-            if os.listdir(run_dir) == [".lock"]:  # nothing came of it
-                shutil.rmtree(run_dir)
-
-
-def _seconds(path: Path) -> float:
-    try:
-        return read_record(path)["seconds"]
-    except InputError:
-        return 0.0
 
 
 def _clock(seconds: float) -> str:
