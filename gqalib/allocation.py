@@ -81,6 +81,11 @@ def whole_units(rates: torch.Tensor, counts: torch.Tensor, multiple: int = 1) ->
     return (removed * multiple).tolist()
 
 
+def some_units(count: int, rate: float) -> int:
+    """How many of `count` units a rate is: at least one, but one stays, so none of a single one."""
+    return min(count - 1, max(1, round(rate * count)))
+
+
 def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: int, slack: int) -> list[int]:
     """One option for each item, so that the sizes add up to `target` … `target + slack` and the costs to as little as possible; exact.
 

@@ -58,11 +58,12 @@ def traced_without_rotation():
     return patch.object(modeling_llama, "rotate_half", lambda x: x)
 
 
-def truncate_query_heads(model: nn.Module, group_size: int) -> None:
-    """v2's repair: keep the *first* `group_size` × (KV heads left) query heads of every layer, in place."""
-    for layer in decoder_layers(model):
+def truncate_query_heads(model: nn.Module, group_size: int | Sequence[int]) -> None:
+    """v2's repair: keep the *first* `group_size` (or one for each layer) × (KV heads left) query heads, in place."""
+    layers = decoder_layers(model)
+    for layer, size in zip(layers, torch.as_tensor(group_size).expand(len(layers)).tolist(), strict=True):
         attention = layer.self_attn
-        kept = torch.arange(group_size * layer_shape(layer)["num_key_value_heads"] * attention.head_dim)
+        kept = torch.arange(size * layer_shape(layer)["num_key_value_heads"] * attention.head_dim)
         if len(kept) < attention.q_proj.out_features:
             _keep(attention.q_proj, rows=kept)
             _keep(attention.o_proj, columns=kept)

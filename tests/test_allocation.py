@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqalib import InputError
-from gqalib.allocation import cheapest, layer_rates, layer_weights, whole_units
+from gqalib.allocation import cheapest, layer_rates, layer_weights, some_units, whole_units
 
 LAYERS = st.integers(1, 40)
 POSITIVE = st.floats(1e-6, 1e6)
@@ -52,6 +52,10 @@ def test_whole_units_keep_multiples(multiple):
     counts = torch.tensor([64, 64, 32])
     removed = whole_units(torch.tensor([0.3, 0.9, 0.99]), counts, multiple)
     assert all((c - r) % multiple == 0 and c > r for c, r in zip(counts.tolist(), removed, strict=True))
+
+
+def test_some_units_are_one_at_least_and_leave_one():
+    assert [some_units(*pair) for pair in ((8, 0.25), (8, 0.01), (8, 0.99), (2, 0.1), (1, 0.5))] == [2, 1, 7, 1, 0]
 
 
 def test_inverse_weights_by_hand():

@@ -1,0 +1,75 @@
+"""The first notebooks on shapes that they were not drawn for: a single group, one or two layers, layers that differ."""
+
+from collections import defaultdict
+
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+from conftest import biased_model, small_model
+
+from gqalib import models, surgery
+from gqalib.records import NOTEBOOKS, Notebook
+
+SMALL = {
+    "corpus": "random-tokens", "evaluation.short_window": 16, "evaluation.long_window": 32, "evaluation.num_tokens": 64,
+    "evaluation.quick_tokens": 32, "calibration.num_examples": 2, "calibration.length": 16, "removal.num_examples": 2,
+    "removal.length": 16, "cost.min_run_s": 0.01, "cost.contexts": [8], "cost.batch_sizes": [1],
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer, monkeypatch):
+    """Every cell of a notebook on a model, in this process, with made-up upstream records and no figures; gives its names."""
+    monkeypatch.setattr(Notebook, "figure", lambda self, fig, name: plt.close(fig))
+    monkeypatch.setattr(Notebook, "upstream", lambda *_: {"metrics": defaultdict(lambda: {"value": 60.0})})
+
+    def execute(number, model, **parameters):
+        models.save_model(model, tokenizer, tmp_path / "model")
+        names = {"preset": "tiny", "overrides": SMALL | {"model": str(tmp_path / "model")}, "run_dir": tmp_path, "seed": 0}
+        for cell in nbformat.read(next(NOTEBOOKS.glob(f"{number}_*.ipynb")), as_version=4).cells:
+            given = dict(names) | parameters if "parameters" in cell.metadata.get("tags", []) else {}
+            exec(cell.source if cell.cell_type == "code" else "", names)
+            names |= given
+        return names
+
+    return execute
+
+
+def uneven_model():
+    model = biased_model()
+    surgery.keep_groups(model, 0, [0, 2, 3])
+    surgery.keep_groups(model, 1, [1])
+    surgery.keep_channels(model, 2, range(17))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", ["02", "03", "04"])
+def test_a_single_group_is_left_alone(run, number, capsys):
+    names = run(number, small_model(num_key_value_heads=1))
+    assert "attention is left alone" in capsys.readouterr().out
+    changes = {"misread_graph", "factor_pairing", "perplexity_single_layer", "wins_over_random", "change_five_layers"}
+    assert {key: names["nb"].metrics[key]["value"] for key in changes & names["nb"].metrics.keys()} == (
+        {"misread_graph": 0, "factor_pairing": 1} if number == "02" else {}
+    )
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_few_layers(run, num_layers):
+    names = run("04", small_model(num_hidden_layers=num_layers))
+    assert names["spread"] == list(range(num_layers)) and names["nb"].metrics["change_five_layers"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_v2_of_a_pruned_model(run, tmp_path):
+    """Each layer loses its own share, and no layer its last group."""
+    names = run("02", uneven_model())
+    shapes = models.layer_shapes(models.load_model(tmp_path / "models" / "v2"))
+    assert [len(names["removed"][layer]) for layer in range(3)] == [1, 0, 1]
+    assert shapes.to_numpy().tolist() == [[4, 2, 18], [2, 1, 18], [6, 3, 13]]
+
+
+def test_groups_of_a_pruned_model(run):
+    names = run("03", uneven_model())
+    assert [row["layer"] for row in names["nb"].tables["one_group"]] == [0, 2] and names["chosen"] == 2
+    assert run("04", uneven_model())["kept"] == {0: 2, 2: 3}
