@@ -19,13 +19,14 @@ SMALL = {
 
 @pytest.fixture
 def run(tmp_path, tokenizer, monkeypatch):
-    """Every cell of a notebook on a model, in this process, with made-up upstream records and no figures; gives its names."""
+    """Every cell of a notebook on a model, in this process, on made-up upstream records, no figures; its names."""
     monkeypatch.setattr(Notebook, "figure", lambda self, fig, name: plt.close(fig))
     monkeypatch.setattr(Notebook, "upstream", lambda *_: {"metrics": defaultdict(lambda: {"value": 60.0})})
 
     def execute(number, model, **parameters):
         models.save_model(model, tokenizer, tmp_path / "model")
-        names = {"preset": "tiny", "overrides": SMALL | {"model": str(tmp_path / "model")}, "run_dir": tmp_path, "seed": 0}
+        overrides = SMALL | {"model": str(tmp_path / "model")}
+        names = {"preset": "tiny", "overrides": overrides, "run_dir": tmp_path, "seed": 0}
         for cell in nbformat.read(next(NOTEBOOKS.glob(f"{number}_*.ipynb")), as_version=4).cells:
             given = dict(names) | parameters if "parameters" in cell.metadata.get("tags", []) else {}
             exec(cell.source if cell.cell_type == "code" else "", names)
@@ -60,6 +61,11 @@ def test_few_layers(run, num_layers):
     assert names["spread"] == list(range(num_layers)) and names["nb"].metrics["change_five_layers"]
 
 
+def test_anatomy_of_an_uneven_model_with_biases(run):
+    anatomy = run("01", uneven_model())["anatomy"]
+    assert (anatomy["on paper"] == anatomy["in the model"]).all()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_v2_of_a_pruned_model(run, tmp_path):
     """Each layer loses its own share, and no layer its last group."""
@@ -73,3 +79,15 @@ def test_groups_of_a_pruned_model(run):
     names = run("03", uneven_model())
     assert [row["layer"] for row in names["nb"].tables["one_group"]] == [0, 2] and names["chosen"] == 2
     assert run("04", uneven_model())["kept"] == {0: 2, 2: 3}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_full_prune_of_a_model_whose_groups_differ(run):
+    """As torch-pruning's peer leaves it: 4 and 2 query heads per KV head."""
+    model = small_model(num_key_value_heads=2, num_hidden_layers=2)
+    heads = surgery.rows_of_heads([0, 1, 4, 5], 6)
+    attention = model.model.layers[1].self_attn
+    surgery.replace_weight(attention.q_proj, attention.q_proj.weight[heads])
+    surgery.replace_weight(attention.o_proj, attention.o_proj.weight[:, heads])
+    surgery.record_shapes(model)
+    assert run("05", model, backbone_rates=[0.25])["table"]["4:1"].tolist() == [4, 2]
