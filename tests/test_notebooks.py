@@ -7,13 +7,15 @@ import nbformat
 import pytest
 from conftest import biased_model, small_model
 
-from gqalib import models, surgery
+from gqalib import frontier, models, surgery
 from gqalib.records import NOTEBOOKS, Notebook
 
 SMALL = {
     "corpus": "random-tokens", "evaluation.short_window": 16, "evaluation.long_window": 32, "evaluation.num_tokens": 64,
     "evaluation.quick_tokens": 32, "calibration.num_examples": 2, "calibration.length": 16, "removal.num_examples": 2,
     "removal.length": 16, "cost.min_run_s": 0.01, "cost.contexts": [8], "cost.batch_sizes": [1],
+    "frontier.fractions": [0.25, 0.7], "frontier.calibration.num_examples": 4, "frontier.calibration.length": 16,
+    "frontier.test.num_examples": 2, "frontier.test.length": 16, "frontier.other_corpus": "random-tokens",
 }  # fmt: skip
 
 
@@ -53,6 +55,16 @@ def test_a_single_group_is_left_alone(run, number, capsys):
     assert {key: names["nb"].metrics[key]["value"] for key in changes & names["nb"].metrics.keys()} == (
         {"misread_graph": 0, "factor_pairing": 1} if number == "02" else {}
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_frontier_of_a_model_that_cannot_lose_half(run, monkeypatch):
+    """With one group, attention stays: what is looked at more closely is what can be done."""
+    methods = ["FLAP", "OSSCAR", frontier.OWN]
+    monkeypatch.setattr("gc.collect", lambda: 0)  # a third of a second for each measurement
+    few = {"left_out": [name for name in frontier.METHODS if name not in methods], "switched_off": {}}
+    names = run("08", small_model(num_key_value_heads=1, num_hidden_layers=2), **few)
+    assert names["middle"] == names["largest"] == 0.25 and names["nb"].metrics["ratio_own_25"]
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
