@@ -58,11 +58,11 @@ def draw_pairing(
 
 
 def heatmap(ax: plt.Axes, values: np.ndarray, label: str, change: bool = False) -> None:
-    """Values [layers, units], layers from left to right; a `change` has two colours around zero.
+    """Values [layers, units], layers from left to right, NaN left blank; a `change` has two colours around zero.
 
     Changes of layers differ by orders of magnitude, so beyond ±1 their scale is logarithmic.
     """
-    limit = max(2.0, np.nanmax(np.abs(values)))
+    limit = np.nanmax(np.abs(values), initial=2.0)
     norm = SymLogNorm(linthresh=1, vmin=-limit, vmax=limit) if change else None
     image = ax.imshow(
         values.T, origin="lower", cmap="RdBu_r" if change else "viridis", norm=norm, interpolation="nearest"

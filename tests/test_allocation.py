@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gqalib import InputError
 from gqalib.prune.allocate import cheapest
-from gqalib.prune.rates import layer_rates, layer_weights, whole_units
+from gqalib.prune.rates import layer_rates, layer_weights, some_units, whole_units
 
 LAYERS = st.integers(1, 40)
 POSITIVE = st.floats(1e-6, 1e6)
@@ -57,6 +57,10 @@ def test_whole_units_keep_multiples(multiple):
     assert removed[3] == 0
     with pytest.raises(InputError, match="a layer of 30 channels cannot keep a multiple of 32: lower"):
         whole_units(torch.ones(4), counts, 32)
+
+
+def test_some_units_are_one_at_least_and_leave_one():
+    assert [some_units(*pair) for pair in ((8, 0.25), (8, 0.01), (8, 0.99), (2, 0.1), (1, 0.5))] == [2, 1, 7, 1, 0]
 
 
 def test_inverse_weights_by_hand():

@@ -125,6 +125,13 @@ def test_dependency_graph_ends_for_every_group_size(windows, kv_heads):
     )
 
 
+def test_truncation_of_layers_that_differ():
+    model = small_model()  # 2:1
+    surgery.keep_groups(model, 0, [1])
+    baselines.truncate_query_heads(model, [2, 1, 2])
+    assert models.layer_shapes(model)["num_attention_heads"].tolist() == [2, 4, 8]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_tracing_without_rotate_half_changes_no_group(windows, monkeypatch):
     model, untouched = llama_like(), llama_like()

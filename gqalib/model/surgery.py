@@ -121,7 +121,7 @@ def query_heads(groups: Sequence[int], group_size: int) -> list[int]:
 
 def rows_of_heads(heads: Sequence[int], head_dim: int) -> torch.Tensor:
     """Row numbers of whole heads in a projection's weight, int64 [heads × head_dim]."""
-    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+    return (torch.tensor(heads, dtype=torch.long)[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 def record_shapes(model: nn.Module) -> None:

@@ -58,27 +58,18 @@ def traced_without_rotation():
     return patch.object(modeling_llama, "rotate_half", lambda x: x)
 
 
-def truncate_query_heads(model: nn.Module, group_size: int) -> None:
-    """v2's repair: keep the *first* `group_size` × (KV heads left) query heads of every layer, in place."""
-    for layer in decoder_layers(model):
-        attention = layer.self_attn
-        kept = torch.arange(group_size * layer_shape(layer)["num_key_value_heads"] * attention.head_dim)
-        if len(kept) < attention.q_proj.out_features:
-            _keep(attention.q_proj, rows=kept)
-            _keep(attention.o_proj, columns=kept)
-    record_shapes(model)
-
-
-def _keep(linear: nn.Linear, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
-    """Keep rows or columns of a projection with torch-pruning's own primitives."""
+def truncate_query_heads(model: nn.Module, group_size: int | Sequence[int]) -> None:
+    """v2's repair: keep the *first* `group_size` (or one for each layer) × (KV heads left) query heads, in place."""
     import torch_pruning as tp
 
-    if rows is not None:
-        gone = sorted(set(range(linear.out_features)) - set(rows.tolist()))
-        tp.prune_linear_out_channels(linear, gone)
-    if columns is not None:
-        gone = sorted(set(range(linear.in_features)) - set(columns.tolist()))
-        tp.prune_linear_in_channels(linear, gone)
+    layers = decoder_layers(model)
+    for layer, size in zip(layers, torch.as_tensor(group_size).expand(len(layers)).tolist(), strict=True):
+        attention = layer.self_attn
+        kept = size * layer_shape(layer)["num_key_value_heads"] * attention.head_dim
+        if gone := list(range(kept, attention.q_proj.out_features)):
+            tp.prune_linear_out_channels(attention.q_proj, gone)
+            tp.prune_linear_in_channels(attention.o_proj, gone)
+    record_shapes(model)
 
 
 def prune_mlp(model: nn.Module, channels: Sequence[int], statistic: str = "magnitude") -> None:

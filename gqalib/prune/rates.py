@@ -80,6 +80,11 @@ def whole_units(rates: torch.Tensor, counts: torch.Tensor, multiple: int = 1) ->
     return (first + removed * multiple).tolist()
 
 
+def some_units(count: int, rate: float) -> int:
+    """How many of `count` units a rate is: at least one, but one stays, so none of a single one."""
+    return min(count - 1, max(1, round(rate * count)))
+
+
 def beyond_multiples(counts: torch.Tensor | np.ndarray, multiple: int) -> torch.Tensor | np.ndarray:
     """How many units of each layer have to go before a multiple of them is left.
 

@@ -1,0 +1,105 @@
+"""The first notebooks on shapes that they were not drawn for: a single group, one or two layers, layers that differ."""
+
+from collections import defaultdict
+
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+from conftest import biased_model, small_model
+
+from gqalib import frontier, models, surgery
+from gqalib.run.notebook import NOTEBOOKS, Notebook
+
+SMALL = {
+    "corpus": "random-tokens", "evaluation.short_window": 16, "evaluation.long_window": 32, "evaluation.num_tokens": 64,
+    "evaluation.quick_tokens": 32, "calibration.num_examples": 2, "calibration.length": 16, "removal.num_examples": 2,
+    "removal.length": 16, "cost.min_run_s": 0.01, "cost.contexts": [8], "cost.batch_sizes": [1],
+    "frontier.fractions": [0.25, 0.7], "frontier.calibration.num_examples": 4, "frontier.calibration.length": 16,
+    "frontier.test.num_examples": 2, "frontier.test.length": 16, "frontier.other_corpus": "random-tokens",
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer, monkeypatch):
+    """Every cell of a notebook on a model, in this process, on made-up upstream records, no figures; its names."""
+    monkeypatch.setattr(Notebook, "figure", lambda self, fig, name: plt.close(fig))
+    monkeypatch.setattr(Notebook, "upstream", lambda *_: {"metrics": defaultdict(lambda: {"value": 60.0})})
+
+    def execute(number, model, **parameters):
+        models.save_model(model, tokenizer, tmp_path / "model")
+        overrides = SMALL | {"model": str(tmp_path / "model")}
+        names = {"preset": "tiny", "overrides": overrides, "run_dir": tmp_path, "seed": 0}
+        for cell in nbformat.read(next(NOTEBOOKS.glob(f"{number}_*.ipynb")), as_version=4).cells:
+            given = dict(names) | parameters if "parameters" in cell.metadata.get("tags", []) else {}
+            exec(cell.source if cell.cell_type == "code" else "", names)
+            names |= given
+        return names
+
+    return execute
+
+
+def uneven_model():
+    model = biased_model()
+    surgery.keep_groups(model, 0, [0, 2, 3])
+    surgery.keep_groups(model, 1, [1])
+    surgery.keep_channels(model, 2, range(17))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", ["02", "03", "04"])
+def test_a_single_group_is_left_alone(run, number, capsys):
+    names = run(number, small_model(num_key_value_heads=1))
+    assert "attention is left alone" in capsys.readouterr().out
+    changes = {"misread_graph", "factor_pairing", "perplexity_single_layer", "wins_over_random", "change_five_layers"}
+    assert {key: names["nb"].metrics[key]["value"] for key in changes & names["nb"].metrics.keys()} == (
+        {"misread_graph": 0, "factor_pairing": 1} if number == "02" else {}
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_frontier_of_a_model_that_cannot_lose_half(run, monkeypatch):
+    """With one group, attention stays: what is looked at more closely is what can be done."""
+    methods = ["FLAP", "OSSCAR", frontier.OWN]
+    monkeypatch.setattr("gc.collect", lambda: 0)  # a third of a second for each measurement
+    few = {"left_out": [name for name in frontier.METHODS if name not in methods], "switched_off": {}}
+    names = run("08", small_model(num_key_value_heads=1, num_hidden_layers=2), **few)
+    assert names["middle"] == names["largest"] == 0.25 and names["nb"].metrics["ratio_own_25"]
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_few_layers(run, num_layers):
+    names = run("04", small_model(num_hidden_layers=num_layers))
+    assert names["spread"] == list(range(num_layers)) and names["nb"].metrics["change_five_layers"]
+
+
+def test_anatomy_of_an_uneven_model_with_biases(run):
+    anatomy = run("01", uneven_model())["anatomy"]
+    assert (anatomy["on paper"] == anatomy["in the model"]).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_v2_of_a_pruned_model(run, tmp_path):
+    """Each layer loses its own share, and no layer its last group."""
+    names = run("02", uneven_model())
+    shapes = models.layer_shapes(models.load_model(tmp_path / "models" / "v2"))
+    assert [len(names["removed"][layer]) for layer in range(3)] == [1, 0, 1]
+    assert shapes.to_numpy().tolist() == [[4, 2, 18], [2, 1, 18], [6, 3, 13]]
+
+
+def test_groups_of_a_pruned_model(run):
+    names = run("03", uneven_model())
+    assert [row["layer"] for row in names["nb"].tables["one_group"]] == [0, 2] and names["chosen"] == 2
+    assert run("04", uneven_model())["kept"] == {0: 2, 2: 3}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_full_prune_of_a_model_whose_groups_differ(run):
+    """As torch-pruning's peer leaves it: 4 and 2 query heads per KV head."""
+    model = small_model(num_key_value_heads=2, num_hidden_layers=2)
+    heads = surgery.rows_of_heads([0, 1, 4, 5], 6)
+    attention = model.model.layers[1].self_attn
+    surgery.replace_weight(attention.q_proj, attention.q_proj.weight[heads])
+    surgery.replace_weight(attention.o_proj, attention.o_proj.weight[:, heads])
+    surgery.record_shapes(model)
+    assert run("05", model, backbone_rates=[0.25])["table"]["4:1"].tolist() == [4, 2]
