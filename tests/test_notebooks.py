@@ -7,7 +7,9 @@ import nbformat
 import pytest
 from conftest import biased_model, small_model
 
-from gqalib import frontier, models, surgery
+from gqalib.measure import frontier
+from gqalib.model import load, surgery
+from gqalib.model.shapes import layer_shapes
 from gqalib.run.notebook import NOTEBOOKS, Notebook
 
 SMALL = {
@@ -26,7 +28,7 @@ def run(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(Notebook, "upstream", lambda *_: {"metrics": defaultdict(lambda: {"value": 60.0})})
 
     def execute(number, model, **parameters):
-        models.save_model(model, tokenizer, tmp_path / "model")
+        load.save_model(model, tokenizer, tmp_path / "model")
         overrides = SMALL | {"model": str(tmp_path / "model")}
         names = {"preset": "tiny", "overrides": overrides, "run_dir": tmp_path, "seed": 0}
         for cell in nbformat.read(next(NOTEBOOKS.glob(f"{number}_*.ipynb")), as_version=4).cells:
@@ -82,7 +84,7 @@ def test_anatomy_of_an_uneven_model_with_biases(run):
 def test_v2_of_a_pruned_model(run, tmp_path):
     """Each layer loses its own share, and no layer its last group."""
     names = run("02", uneven_model())
-    shapes = models.layer_shapes(models.load_model(tmp_path / "models" / "v2"))
+    shapes = layer_shapes(load.load_model(tmp_path / "models" / "v2"))
     assert [len(names["removed"][layer]) for layer in range(3)] == [1, 0, 1]
     assert shapes.to_numpy().tolist() == [[4, 2, 18], [2, 1, 18], [6, 3, 13]]
 

@@ -128,8 +128,8 @@ def test_dependency_graph_ends_for_every_group_size(windows, kv_heads):
 def test_truncation_of_layers_that_differ():
     model = small_model()  # 2:1
     surgery.keep_groups(model, 0, [1])
-    baselines.truncate_query_heads(model, [2, 1, 2])
-    assert models.layer_shapes(model)["num_attention_heads"].tolist() == [2, 4, 8]
+    v2.truncate_query_heads(model, [2, 1, 2])
+    assert layer_shapes(model)["num_attention_heads"].tolist() == [2, 4, 8]
 
 
 @pytest.mark.filterwarnings("ignore")
