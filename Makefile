@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: env run test lab report publish at-size
+.PHONY: env run test test-all lab report publish at-size
 .DELETE_ON_ERROR:
 
 env: $(STAMP)
@@ -31,9 +31,18 @@ at-size: env
 lab: env
 	$(BIN)/jupyter lab --ip 127.0.0.1 --allow-root --notebook-dir .
 
-# nbval executes the committed notebooks, in order, in a run folder of its own
+# nbval executes the committed notebooks, in order, at the scale of a preset of its own, in a run folder of its own
 test: env
+	$(BIN)/python -m pytest tests -m "not slow"
+	$(NBVAL)
+
+# the same with what is slow and rarely needed
+test-all: env
 	$(BIN)/python -m pytest tests
+	$(NBVAL)
+
+define NBVAL
 	rm -rf runs/nbval
-	GQALIB_RUNS=$(CURDIR)/runs/nbval TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1 \
+	GQALIB_PRESET=smoke GQALIB_RUNS=$(CURDIR)/runs/nbval TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1 \
 	  $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 -p no:randomly notebooks/0[1-9]_*.ipynb notebooks/1*_*.ipynb
+endef

@@ -191,6 +191,8 @@ class Notebook:
     Args:
         reads: the sections of the preset that the notebook's results depend on, beside `BASE`; it is given no others.
         run_dir: where it reads and writes (default: the preset's, or that of these overrides).
+
+    `$GQALIB_PRESET` overrules `preset`: the tests run the committed notebooks at a small scale with it.
     """
 
     def __init__(
@@ -202,6 +204,7 @@ class Notebook:
         seed: int = 0,
         reads: Sequence[str] = (),
     ):
+        preset = os.environ.get("GQALIB_PRESET", preset)
         self.name, self.seed, self.overrides = name, seed, overrides
         self.parameters = load_preset(preset, overrides).to_dict()
         self.preset = Sections(load_preset(preset, overrides), (*BASE, *reads))
