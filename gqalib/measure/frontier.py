@@ -26,17 +26,7 @@ from gqalib.measure.cost import Used
 from gqalib.measure.memory import measured_on
 from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, size_of
-from gqalib.peers.peers import (
-    flap,
-    layer_removal,
-    llm_pruner,
-    magnitude,
-    osscar,
-    random,
-    shortgpt,
-    torch_pruning_gqa,
-    wanda_sp,
-)
+from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, wanda_sp
 from gqalib.prune import allocate, founding, refit, scores
 from gqalib.run.presets import Pruning
 from gqalib.run.resume import NOT_KEPT, Progress
@@ -90,17 +80,17 @@ def covariances_and_table(
 
 OWN = "refit, allocated"
 METHODS: dict[str, Method] = {
-    "random": random,
-    "magnitude": magnitude,
-    "Wanda-sp": wanda_sp,
-    "torch-pruning, GQA": torch_pruning_gqa,
-    "LLM-Pruner": partial(llm_pruner, protect=True),
-    "LLM-Pruner, all layers": partial(llm_pruner, protect=False),
-    "FLAP": partial(flap, by_column=True),
-    "FLAP, by head": partial(flap, by_column=False),
-    "ShortGPT": shortgpt,
-    "layer removal": layer_removal,
-    "OSSCAR": osscar,
+    "random": controls.random,
+    "magnitude": controls.magnitude,
+    "Wanda-sp": wanda_sp.wanda_sp,
+    "torch-pruning, GQA": torch_pruning.torch_pruning_gqa,
+    "LLM-Pruner": partial(llm_pruner.llm_pruner, protect=True),
+    "LLM-Pruner, all layers": partial(llm_pruner.llm_pruner, protect=False),
+    "FLAP": partial(flap.flap, by_column=True),
+    "FLAP, by head": partial(flap.flap, by_column=False),
+    "ShortGPT": depth.shortgpt,
+    "layer removal": depth.layer_removal,
+    "OSSCAR": osscar.osscar,
     "seed Taylor": seed_taylor,
     "seed Taylor, one shot": partial(seed_taylor, sequential=False),
     "refit, uniform": refit_uniform,
