@@ -9,8 +9,7 @@ from gqalib.measure.perplexity import perplexity
 from gqalib.model import load, surgery
 from gqalib.model.shapes import count_parameters, layer_shape, layer_shapes
 from gqalib.peers import PEERS, depth, flap, llm_pruner, osscar, torch_pruning, v2, wanda_sp
-from gqalib.peers.common import output_projections
-from gqalib.prune import founding
+from gqalib.prune import founding, refit
 from gqalib.prune.scores import backward
 
 WIDTH = sorted(set(PEERS) - {"shortgpt", "layer_removal"})
@@ -19,6 +18,10 @@ DEPTH = ["shortgpt", "layer_removal"]
 
 def removed(model, dense) -> int:
     return count_parameters(dense)["backbone"] - count_parameters(model)["backbone"]
+
+
+def output_projections(layer) -> dict[str, torch.nn.Linear]:
+    return {"o_proj": layer.self_attn.o_proj, "down_proj": layer.mlp.down_proj}
 
 
 def features(model, index, windows) -> dict[str, torch.Tensor]:
@@ -83,8 +86,7 @@ def test_a_model_half_pruned_is_put_back(windows, logits_of, monkeypatch):
             raise InputError("stop")
         keep(model, index, channels)
 
-    for module in (wanda_sp, flap, osscar):
-        monkeypatch.setattr(module, "keep_channels", stop_at_the_last)
+    monkeypatch.setattr(refit, "keep_channels", stop_at_the_last)
     for name in ("wanda_sp", "flap", "osscar"):
         with pytest.raises(InputError, match="stop"):
             PEERS[name](model, windows, 0.3)

@@ -1,13 +1,12 @@
-"""What the peers share."""
+"""What the peers share: the door that checks and registers them, and a look at the features that pruning removes."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from gqalib.errors import InputError
-from gqalib.model.shapes import decoder_layers, layer_shape
 from gqalib.model.surgery import restored_on_error
 from gqalib.stream import advance
 
@@ -30,24 +29,23 @@ def peer(function: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-def output_projections(layer: nn.Module) -> dict[str, nn.Linear]:
-    """The two projections that write into the residual stream; their inputs are the features that pruning removes."""
-    return {"o_proj": layer.self_attn.o_proj, "down_proj": layer.mlp.down_proj}
-
-
 @torch.no_grad()
 def feed(
-    model: nn.Module, stream: torch.Tensor | None, windows: torch.Tensor, index: int, see: dict[str, Callable]
+    model: nn.Module,
+    stream: torch.Tensor | None,
+    windows: torch.Tensor,
+    index: int,
+    see: Mapping[nn.Linear, Callable[[torch.Tensor], object]],
 ) -> torch.Tensor:
-    """Carry the residual stream (None: the embeddings) through one layer, and show its features on the way.
+    """Carry the residual stream (None: the embeddings) through one layer, and show the inputs of its projections on the way.
 
-    `see`: {"o_proj" or "down_proj": function of the features [tokens, width] of one batch, in float64}.
+    `see`: {projection: function of its inputs [tokens, features] of one batch, in float64}.
     """
-    projections = output_projections(decoder_layers(model)[index])
-    hooks = [
-        projections[name].register_forward_pre_hook(lambda _, args, look=look: look(args[0].flatten(0, -2).double()))
-        for name, look in see.items()
-    ]
+
+    def show(linear: nn.Linear, args: tuple[torch.Tensor]) -> None:
+        see[linear](args[0].flatten(0, -2).double())
+
+    hooks = [linear.register_forward_pre_hook(show) for linear in see]
     try:
         return advance(model, stream, windows, index, index + 1)
     finally:
@@ -55,8 +53,8 @@ def feed(
             hook.remove()
 
 
-class Moments:
-    """Mean and variance of features over all tokens, float64 [width]."""
+class MeanVariance:
+    """Sums over all tokens of features and of their squares, float64 [width], and what follows from them."""
 
     def __init__(self) -> None:
         self.count, self.sum, self.squares = 0, 0.0, 0.0
@@ -73,15 +71,3 @@ class Moments:
     @property
     def variance(self) -> torch.Tensor:
         return (self.squares / self.count - self.mean.square()).clamp(min=0)
-
-
-def by_group(columns: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """Columns of o_proj [heads × head_dim] → one row per group [num_key_value_heads, size × head_dim]."""
-    return columns.view(layer_shape(layer)["num_key_value_heads"], -1)
-
-
-def columns(layer: nn.Module, name: str, units: Sequence[int]) -> torch.Tensor:
-    """Columns of o_proj or down_proj that belong to these groups or channels, int64."""
-    linear = output_projections(layer)[name]
-    num_units = layer_shape(layer)["num_key_value_heads" if name == "o_proj" else "intermediate_size"]
-    return torch.arange(linear.in_features).view(num_units, -1)[list(units)].flatten()

@@ -1,12 +1,12 @@
-"""Depth pruners."""
+"""Depth pruners: whole layers go, those of least influence."""
 
 import torch
 from torch import nn
 
 from gqalib.errors import InputError, OutOfReach
-from gqalib.model.shapes import decoder_layers
 from gqalib.model.surgery import drop_layers
 from gqalib.peers.common import peer
+from gqalib.prune.founding import layer_sizes
 from gqalib.prune.scores import activation_importance, removal_importance
 
 
@@ -25,7 +25,7 @@ def layer_removal(
 ) -> None:
     """Drop the layers whose removal, one at a time, raises the calibration perplexity least (Kim et al., Shortened LLaMA, 2024).
 
-    Choices: measured once on the dense model, as published, by `importance.removal_importance` (`removal`, if it is at hand); as
+    Choices: measured once on the dense model, as published, by `scores.removal_importance` (`removal`, if it is at hand); as
     many layers as come nearest to the fraction, at least one.
     """
     _drop_least(model, removal_importance(model, windows) if removal is None else removal, fraction)
@@ -34,13 +34,9 @@ def layer_removal(
 def _drop_least(model: nn.Module, influence: torch.Tensor, fraction: float) -> None:
     if not torch.isfinite(influence).all():
         raise InputError(f"layer importances {influence.tolist()} are not all finite: use a longer sample or float32")
-    layers = decoder_layers(model)
-    order = torch.argsort(influence, stable=True).tolist()
-    sizes = [
-        sum(p.numel() for block in (layers[i].self_attn, layers[i].mlp) for p in block.parameters()) for i in order
-    ]
-    target, totals = fraction * sum(sizes), torch.tensor(sizes).cumsum(0)
-    count = int((totals - target).abs().argmin()) + 1
-    if count == len(layers):
+    order = torch.argsort(influence, stable=True)
+    totals = layer_sizes(model)[order].long().cumsum(0)
+    count = int((totals - fraction * int(totals[-1])).abs().argmin()) + 1
+    if count == len(order):
         raise OutOfReach(f"fraction {fraction} is nearest to all {count} layers: one must stay; lower the fraction")
-    drop_layers(model, order[:count])
+    drop_layers(model, order[:count].tolist())

@@ -1,4 +1,4 @@
-"""LLM-Pruner."""
+"""LLM-Pruner: first-order Taylor scores of all weights, one shot."""
 
 import torch
 from torch import nn
@@ -22,9 +22,9 @@ def llm_pruner(
     sixteenth of the layers stay whole.
 
     Choices: the chosen KV heads go with the query heads that read them; all of `windows` is used, not ten short samples; a budget
-    that the unprotected layers cannot give is taken from all layers.
+    that the unprotected layers cannot give is taken from all layers, and so is any without `protect`.
     """
-    plan = (_protecting_plan if protect else uniform_plan)(model, fraction, multiple=multiple)
+    plan = _plan(model, fraction, protect, multiple)
     backward(model, windows)
     for index, layer in enumerate(decoder_layers(model)):
         groups, channels = misaligned_group_scores(layer), channel_scores(layer)
@@ -32,10 +32,10 @@ def llm_pruner(
         keep_channels(model, index, largest(channels, len(channels) - plan.channels[index]))
 
 
-def _protecting_plan(model: nn.Module, fraction: float, multiple: int) -> Plan:
+def _plan(model: nn.Module, fraction: float, protect: bool, multiple: int) -> Plan:
     count = len(decoder_layers(model))
-    first, last = round(count / 8), round(count / 16)
+    ends = [*range(round(count / 8)), *range(count - round(count / 16), count)] if protect else []
     try:
-        return uniform_plan(model, fraction, [*range(first), *range(count - last, count)], multiple)
+        return uniform_plan(model, fraction, ends, multiple)
     except OutOfReach:
         return uniform_plan(model, fraction, multiple=multiple)

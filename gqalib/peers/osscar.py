@@ -1,26 +1,26 @@
-"""OSSCAR."""
+"""OSSCAR: what stays is chosen and refitted by least squares, with local search."""
 
 import torch
 from torch import nn
 
-from gqalib.errors import InputError
-from gqalib.model.shapes import decoder_layers, layer_shape
-from gqalib.model.surgery import keep_channels, keep_groups
-from gqalib.peers.common import columns, feed, output_projections, peer
+from gqalib.model.shapes import decoder_layers
+from gqalib.model.surgery import replace_weight, rows_of_heads
+from gqalib.peers.common import feed, peer
 from gqalib.prune import refit
 from gqalib.prune.founding import uniform_plan
 from gqalib.stream import advance
 
 RIDGE = 1e-2  # of the mean diagonal of a Gram matrix: what makes every solve well-posed
+ROUNDS = 16  # of swaps at most
 
 
 @peer
-def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, rounds: int = 16, multiple: int = 1) -> None:
+def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: int = 1) -> None:
     """OSSCAR (Meng et al., ICML 2024), in compact form: units by least-squares reconstruction error, with local search, and a refit.
 
     Front to back, at a uniform rate. With X the features that the model pruned so far feeds to o_proj or down_proj, units are
     eliminated greedily by the exact rise of min_V ‖X_S Vᵀ − X Wᵀ‖², then single swaps are made as long as they lower it
-    (`rounds` at most); the projection becomes the minimiser V. Ridge: `RIDGE` of the mean diagonal of XᵀX.
+    (`ROUNDS` at most); the projection becomes the minimiser V. Ridge: `RIDGE` of the mean diagonal of XᵀX.
 
     Choices: the target is the dense weight on the pruned stream, as in the paper's formula (the dense model's own output as
     target did worse on stories260K); channels are eliminated 1/64 of the width at a time.
@@ -28,47 +28,20 @@ def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, rounds: int
     Raises:
         InputError: fewer calibration tokens than the widest projection has features, or a Gram matrix that is not finite.
     """
-    widest = max(linear.in_features for layer in decoder_layers(model) for linear in output_projections(layer).values())
-    if windows.numel() < widest:
-        raise InputError(
-            f"{windows.numel()} calibration tokens are too few to refit {widest} features: give at least {widest}"
-        )
+    refit.check_tokens(model, windows)
     plan, stream = uniform_plan(model, fraction, multiple=multiple), None
-    for index in range(len(plan.groups)):
-        _select_and_refit(model, stream, windows, index, "o_proj", plan.groups[index], rounds)
-        _select_and_refit(model, stream, windows, index, "down_proj", plan.channels[index], rounds)
+    for index, layer in enumerate(decoder_layers(model)):
+        for part, removed in zip(refit.sublayers(layer), (plan.groups[index], plan.channels[index]), strict=True):
+            weight = part.output.weight.detach().double()
+            gram = torch.zeros(len(weight.T), len(weight.T), dtype=torch.float64, device=weight.device)
+            feed(model, stream, windows, index, {part.output: lambda x, gram=gram: gram.add_(x.T @ x)})
+            gram = refit.damped(gram, RIDGE)
+            cross = gram @ weight.T
+            kept = select_units(gram, cross, part.num_units, removed, ROUNDS).tolist()
+            columns = rows_of_heads(kept, part.unit)
+            part.keep(model, index, kept)
+            replace_weight(part.output, torch.linalg.solve(gram[columns][:, columns], cross[columns]).T)
         stream = advance(model, stream, windows, index, index + 1)
-
-
-def _select_and_refit(model: nn.Module, stream, windows, index: int, name: str, removed: int, rounds: int) -> None:
-    """Cut one module to its best units, and make its output projection the best one for them."""
-    layer = decoder_layers(model)[index]
-    linear, attention = output_projections(layer)[name], name == "o_proj"
-    gram = _damped_gram(model, stream, windows, index, name)
-    cross = gram @ linear.weight.detach().double().T
-    kept = select_units(
-        gram, cross, layer_shape(layer)["num_key_value_heads" if attention else "intermediate_size"], removed, rounds
-    )
-    chosen = columns(layer, name, kept.tolist())
-    (keep_groups if attention else keep_channels)(model, index, kept.tolist())
-    with torch.no_grad():
-        linear.weight.copy_(torch.linalg.solve(gram[chosen][:, chosen], cross[chosen]).T)
-
-
-def _damped_gram(model: nn.Module, stream, windows, index: int, name: str) -> torch.Tensor:
-    """H = XᵀX + λI of the features of a projection, float64 [width, width]."""
-    gram = 0.0
-
-    def see(features: torch.Tensor) -> None:
-        nonlocal gram
-        gram = gram + features.T @ features
-
-    feed(model, stream, windows, index, {name: see})
-    if not torch.isfinite(gram).all():
-        raise InputError(
-            f"the Gram matrix of layer {index}'s {name} is not finite: use dtype float32 or another calibration text"
-        )
-    return refit.damped(gram, RIDGE)
 
 
 def select_units(gram: torch.Tensor, cross: torch.Tensor, num_units: int, count: int, rounds: int = 0) -> torch.Tensor:
@@ -89,31 +62,23 @@ def select_units(gram: torch.Tensor, cross: torch.Tensor, num_units: int, count:
     return kept
 
 
-def _features(units: torch.Tensor, size: int) -> torch.Tensor:
-    return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
-
-
 def _rise_without(gram: torch.Tensor, cross: torch.Tensor, kept: torch.Tensor, num_units: int) -> torch.Tensor:
     """Rise of the error when one more of the kept units goes: tr(W_uᵀ (H⁻¹_uu)⁻¹ W_u), with W = H_SS⁻¹ B_S; [kept]."""
-    size = len(gram) // num_units
-    columns = _features(kept, size)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[columns][:, columns]))
-    weight = (inverse @ cross[columns]).view(len(kept), size, -1)
-    blocks = torch.stack([inverse[i : i + size, i : i + size] for i in range(0, len(inverse), size)])
-    return (weight * torch.linalg.solve(blocks, weight)).sum((1, 2))
+    unit = len(gram) // num_units
+    columns = rows_of_heads(kept.tolist(), unit)
+    inverse = torch.cholesky_inverse(refit.cholesky(gram[columns][:, columns]))
+    return refit.unit_losses((inverse @ cross[columns]).T, inverse, unit)
 
 
 def _fall_with(
     gram: torch.Tensor, cross: torch.Tensor, kept: torch.Tensor, out: torch.Tensor, num_units: int
 ) -> torch.Tensor:
     """Fall of the error when one unit comes back: tr(R_vᵀ S_v⁻¹ R_v), R and S the rest of B and H that S does not explain; [out]."""
-    size = len(gram) // num_units
-    inside, outside = _features(kept, size), _features(out, size)
-    explained = torch.cholesky_solve(gram[inside][:, outside], torch.linalg.cholesky(gram[inside][:, inside]))
-    rest = (cross[outside] - explained.T @ cross[inside]).view(len(out), size, -1)
-    left = gram[outside][:, outside] - gram[outside][:, inside] @ explained
-    blocks = torch.stack([left[i : i + size, i : i + size] for i in range(0, len(left), size)])
-    return (rest * torch.linalg.solve(blocks, rest)).sum((1, 2))
+    unit = len(gram) // num_units
+    inside, outside = rows_of_heads(kept.tolist(), unit), rows_of_heads(out.tolist(), unit)
+    explained = torch.cholesky_solve(gram[inside][:, outside], refit.cholesky(gram[inside][:, inside]))
+    rest = cross[outside] - explained.T @ cross[inside]
+    return refit.unit_losses(rest.T, gram[outside][:, outside] - gram[outside][:, inside] @ explained, unit)
 
 
 def _swap(gram: torch.Tensor, cross: torch.Tensor, kept: torch.Tensor, num_units: int) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""torch-pruning's own mode."""
+"""torch-pruning's own mode for grouped queries: query heads and channels go, KV heads stay."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 from gqalib.model.attention import attention_implementation
 from gqalib.model.shapes import count_parameters, decoder_layers, layer_shape, layer_shapes
 from gqalib.model.surgery import record_shapes
-from gqalib.peers.common import output_projections, peer
+from gqalib.peers.common import peer
 from gqalib.peers.v2 import traced_inputs, traced_without_rotation
 from gqalib.prune.founding import size, spread_channels, unit_costs
 from gqalib.prune.rates import whole_units
@@ -51,7 +51,7 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float, 
             pruning_ratio=0.0,
             pruning_ratio_dict=ratios,
             ignored_layers=[model.get_input_embeddings(), model.get_output_embeddings()]
-            + [projection for layer in layers for projection in output_projections(layer).values()],
+            + [linear for layer in layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)],
             num_heads=num_heads,
             prune_num_heads=True,
             prune_head_dims=False,
@@ -68,21 +68,18 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float, 
 
 
 def _query_heads_and_channels(model: nn.Module, fraction: float, multiple: int) -> tuple[list[int], list[int]]:
-    """Query heads and channels that each layer loses in torch-pruning's GQA mode.
+    """Query heads and channels that each layer loses.
 
     A step takes one query head from every group of a layer; on MHA it is one head with its key and value.
     """
-    layers = decoder_layers(model)
-    shapes, costs = layer_shapes(model), torch.tensor([unit_costs(layer) for layer in layers], dtype=torch.float64)
+    layers, shapes = decoder_layers(model), layer_shapes(model)
     queries, kv_heads, widths = (torch.tensor(shapes[name].to_numpy()) for name in shapes)
-    mha = queries == kv_heads
-    step_heads = torch.where(mha, 1, kv_heads)
-    query_costs = [size(layer.self_attn.q_proj) + size(layer.self_attn.o_proj, rows=False) for layer in layers]
-    step_costs = torch.where(mha, costs[:, 0], torch.tensor(query_costs, dtype=torch.float64) / (queries // kv_heads))
-    steps = torch.where(
-        mha, kv_heads, queries // kv_heads - 1
-    )  # whole_units leaves one, so two query heads of a group stay
-    taken = torch.tensor(whole_units(fraction * kv_heads * costs[:, 0] / step_costs / steps, steps))
-    target = fraction * count_parameters(model)["backbone"]
-    left, free = target - (taken * step_costs).sum(), torch.ones_like(costs[:, 1])
-    return (taken * step_heads).tolist(), spread_channels(left, widths, costs[:, 1], free, multiple)
+    groups, channels = torch.tensor([unit_costs(layer) for layer in layers], dtype=torch.float64).T
+    own = [size(layer.self_attn.q_proj) + size(layer.self_attn.o_proj, rows=False) for layer in layers]
+    mha, per_group = queries == kv_heads, queries // kv_heads
+    step_costs = torch.where(mha, groups, torch.tensor(own, dtype=torch.float64) / per_group)
+    steps = torch.where(mha, kv_heads, per_group - 1)  # whole_units leaves one, so two query heads of a group stay
+    taken = torch.tensor(whole_units(fraction * kv_heads * groups / step_costs / steps, steps))
+    left = fraction * count_parameters(model)["backbone"] - (taken * step_costs).sum()
+    heads = taken * torch.where(mha, 1, kv_heads)
+    return heads.tolist(), spread_channels(left, widths, channels, torch.ones_like(channels), multiple)

@@ -1,6 +1,6 @@
-"""What others do, as faithfully as it can be run: v2, the pipeline whose failure this workbook starts from.
+"""v2, the pipeline whose failure this workbook starts from, as faithfully as it can be run.
 
-v2 is torch-pruning's dependency graph rooted at each layer's `k_proj`, as LLM-Pruner calls it, followed by a truncation:
+It is torch-pruning's dependency graph rooted at each layer's `k_proj`, as LLM-Pruner calls it, followed by a truncation:
 
     32 query / 8 KV heads  --graph-->  30 / 6  --first 24 query heads-->  24 / 6
 
@@ -21,9 +21,9 @@ from gqalib.model.surgery import keep_channels, record_shapes, rows_of_heads
 from gqalib.prune.scores import channel_scores, largest, misaligned_group_scores
 
 
-def kv_heads_to_remove(layer: nn.Module, count: int, statistic: str = "taylor") -> list[int]:
-    """The KV heads that LLM-Pruner's score, with its misaligned fold, ranks lowest."""
-    return largest(-misaligned_group_scores(layer, statistic), count)
+def kv_heads_to_remove(layer: nn.Module, count: int) -> list[int]:
+    """The KV heads that LLM-Pruner's Taylor score, with its misaligned fold, ranks lowest."""
+    return largest(-misaligned_group_scores(layer), count)
 
 
 def prune_with_dependency_graph(model: nn.Module, kv_heads: dict[int, Sequence[int]], example: torch.Tensor) -> None:
@@ -60,28 +60,18 @@ def traced_without_rotation():
 
 def truncate_query_heads(model: nn.Module, group_size: int) -> None:
     """v2's repair: keep the *first* `group_size` × (KV heads left) query heads of every layer, in place."""
+    import torch_pruning as tp
+
     for layer in decoder_layers(model):
-        attention = layer.self_attn
-        kept = torch.arange(group_size * layer_shape(layer)["num_key_value_heads"] * attention.head_dim)
-        if len(kept) < attention.q_proj.out_features:
-            _keep(attention.q_proj, rows=kept)
-            _keep(attention.o_proj, columns=kept)
+        attention, num_kept = layer.self_attn, group_size * layer_shape(layer)["num_key_value_heads"]
+        gone = list(range(num_kept * attention.head_dim, attention.q_proj.out_features))
+        if gone:
+            tp.prune_linear_out_channels(attention.q_proj, gone)
+            tp.prune_linear_in_channels(attention.o_proj, gone)
     record_shapes(model)
 
 
-def _keep(linear: nn.Linear, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> None:
-    """Keep rows or columns of a projection with torch-pruning's own primitives."""
-    import torch_pruning as tp
-
-    if rows is not None:
-        gone = sorted(set(range(linear.out_features)) - set(rows.tolist()))
-        tp.prune_linear_out_channels(linear, gone)
-    if columns is not None:
-        gone = sorted(set(range(linear.in_features)) - set(columns.tolist()))
-        tp.prune_linear_in_channels(linear, gone)
-
-
-def prune_mlp(model: nn.Module, channels: Sequence[int], statistic: str = "magnitude") -> None:
+def prune_mlp(model: nn.Module, channels: Sequence[int], statistic: str) -> None:
     """Remove the lowest-scoring MLP channels, so many per layer, in place."""
     for index, layer in enumerate(decoder_layers(model)):
         scores = channel_scores(layer, statistic)

@@ -1,12 +1,12 @@
-"""Wanda-sp."""
+"""Wanda-sp: weights times activations, layer by layer on the model pruned so far."""
 
 import torch
 from torch import nn
 
 from gqalib.model.shapes import decoder_layers
-from gqalib.model.surgery import keep_channels, keep_groups
-from gqalib.peers.common import Moments, by_group, feed, output_projections, peer
+from gqalib.peers.common import MeanVariance, feed, peer
 from gqalib.prune.founding import uniform_plan
+from gqalib.prune.refit import sublayers
 from gqalib.prune.scores import largest
 from gqalib.stream import advance
 
@@ -21,15 +21,11 @@ def wanda_sp(model: nn.Module, windows: torch.Tensor, fraction: float, multiple:
     """
     plan, stream = uniform_plan(model, fraction, multiple=multiple), None
     for index, layer in enumerate(decoder_layers(model)):
-        moments = {name: Moments() for name in output_projections(layer)}
-        feed(model, stream, windows, index, {name: m.see for name, m in moments.items()})
-        scores = {
-            name: wanda_scores(linear.weight, moments[name].squares)
-            for name, linear in output_projections(layer).items()
-        }
-        groups, channels = by_group(scores["o_proj"], layer).sum(1), scores["down_proj"]
-        keep_groups(model, index, largest(groups, len(groups) - plan.groups[index]))
-        keep_channels(model, index, largest(channels, len(channels) - plan.channels[index]))
+        parts, seen = sublayers(layer), (MeanVariance(), MeanVariance())
+        feed(model, stream, windows, index, {part.output: sums.see for part, sums in zip(parts, seen, strict=True)})
+        for part, sums, removed in zip(parts, seen, (plan.groups[index], plan.channels[index]), strict=True):
+            scores = wanda_scores(part.output.weight, sums.squares).view(part.num_units, -1).sum(1)
+            part.keep(model, index, largest(scores, part.num_units - removed))
         stream = advance(model, stream, windows, index, index + 1)
 
 
