@@ -56,7 +56,7 @@ def test_what_cannot_be_done_is_a_row_with_the_sentence(text, windows):
 
 def test_a_method_off_the_budget_is_found_out(text, windows, monkeypatch):
     monkeypatch.setitem(
-        frontier.METHODS, "lazy", lambda model, windows, fraction: frontier.peers.random(model, windows, 0.1)
+        frontier.METHODS, "lazy", lambda model, windows, fraction: frontier.controls.random(model, windows, 0.1)
     )
     row = frontier.frontier(small_model(), [text], windows, [0.4], ["lazy"]).iloc[0]
     assert "where 40.00% was asked" in row["note"] and math.isnan(row["ratio"])

@@ -64,8 +64,6 @@ def test_llama_3_8b_on_paper():
     for stage in ("one-shot Taylor", "sequential Taylor", "gradient covariances"):
         assert total(stage, 10, 128) <= 40e9
     assert total("one-shot Taylor", 128, 2048) <= 40e9 and total("gradient covariances", 128, 2048) <= 40e9
-    flops = memory.sweep_flops(model, 128 * 2048)
-    assert 0.5e16 < flops["float64"] < 2e16 and 5e16 < flops["others"] < 1e17
 
 
 def test_refused_before_the_work(model, monkeypatch):

@@ -8,12 +8,11 @@ from gqalib import InputError
 from gqalib.measure.perplexity import perplexity
 from gqalib.model import load, surgery
 from gqalib.model.shapes import count_parameters, layer_shape, layer_shapes
-from gqalib.peers import peers, v2
-from gqalib.prune import founding
-from gqalib.prune import scores as prune_scores
+from gqalib.peers import PEERS, depth, flap, llm_pruner, osscar, torch_pruning, v2, wanda_sp
+from gqalib.prune import founding, refit
 from gqalib.prune.scores import backward
 
-WIDTH = sorted(set(peers.PEERS) - {"shortgpt", "layer_removal"})
+WIDTH = sorted(set(PEERS) - {"shortgpt", "layer_removal"})
 DEPTH = ["shortgpt", "layer_removal"]
 
 
@@ -21,9 +20,13 @@ def removed(model, dense) -> int:
     return count_parameters(dense)["backbone"] - count_parameters(model)["backbone"]
 
 
+def output_projections(layer) -> dict[str, torch.nn.Linear]:
+    return {"o_proj": layer.self_attn.o_proj, "down_proj": layer.mlp.down_proj}
+
+
 def features(model, index, windows) -> dict[str, torch.Tensor]:
     """What flows into o_proj and down_proj of a layer, float64 [tokens, width]."""
-    seen, projections = {}, peers.output_projections(model.model.layers[index])
+    seen, projections = {}, output_projections(model.model.layers[index])
     hooks = [
         x.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].flatten(0, 1).double()}))
         for name, x in projections.items()
@@ -42,7 +45,7 @@ def features(model, index, windows) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", WIDTH)
 def test_width_budget_runs_saves_and_loads(model, name, windows, clone, logits_of, tmp_path):
     dense = clone(model)
-    peers.PEERS[name](model, windows, 0.25)
+    PEERS[name](model, windows, 0.25)
     channel = 3 * 32
     assert abs(removed(model, dense) - 0.25 * count_parameters(dense)["backbone"]) <= channel
     model.save_pretrained(tmp_path)
@@ -56,20 +59,20 @@ def test_width_budget_runs_saves_and_loads(model, name, windows, clone, logits_o
 @pytest.mark.parametrize(("fraction", "layers_left"), [(0.05, 2), (0.25, 2), (0.45, 2), (0.55, 1)])
 def test_depth_budget(model, name, fraction, layers_left, windows, clone, logits_of, tmp_path):
     dense = clone(model)
-    peers.PEERS[name](model, windows, fraction)
+    PEERS[name](model, windows, fraction)
     assert len(model.model.layers) == layers_left  # the nearest to 3 × (1 − fraction), at least one gone
     assert removed(model, dense) == count_parameters(dense)["backbone"] * (3 - layers_left) // 3
     model.save_pretrained(tmp_path)
     assert torch.equal(logits_of(load.load_model(str(tmp_path))), logits_of(model))
 
 
-@pytest.mark.parametrize("name", sorted(peers.PEERS))
+@pytest.mark.parametrize("name", sorted(PEERS))
 def test_impossible_budgets_leave_the_model_alone(name, windows, logits_of):
     model = small_model()
     before, config = logits_of(model), model.config.to_dict()
     for fraction, says in ((0.0, "outside"), (1.0, "outside"), (0.98, "lower the fraction")):
         with pytest.raises(InputError, match=says):
-            peers.PEERS[name](model, windows, fraction)
+            PEERS[name](model, windows, fraction)
     assert torch.equal(logits_of(model), before) and model.config.to_dict() == config
 
 
@@ -83,10 +86,10 @@ def test_a_model_half_pruned_is_put_back(windows, logits_of, monkeypatch):
             raise InputError("stop")
         keep(model, index, channels)
 
-    monkeypatch.setattr(peers, "keep_channels", stop_at_the_last)
+    monkeypatch.setattr(refit, "keep_channels", stop_at_the_last)
     for name in ("wanda_sp", "flap", "osscar"):
         with pytest.raises(InputError, match="stop"):
-            peers.PEERS[name](model, windows, 0.3)
+            PEERS[name](model, windows, 0.3)
     assert torch.equal(logits_of(model), before) and model.config.to_dict() == config
     assert all(torch.equal(a, b) and a.requires_grad for a, b in zip(model.parameters(), parameters, strict=True))
 
@@ -98,7 +101,7 @@ def test_budget_on_an_uneven_model_with_biases(windows, clone):
     dense = clone(model)
     for name in ("random", "flap", "wanda_sp"):
         pruned = clone(model)
-        peers.PEERS[name](pruned, windows, 0.3)
+        PEERS[name](pruned, windows, 0.3)
         assert abs(removed(pruned, dense) - 0.3 * count_parameters(dense)["backbone"]) <= 3 * 32 + 2
 
 
@@ -120,8 +123,9 @@ def test_what_sits_in_biases_stays(name, windows, monkeypatch):
         for parameter in model.parameters():
             parameter.grad = parameter.detach().clone()
 
-    monkeypatch.setattr(prune_scores, "backward", gradients)
-    peers.PEERS[name](model, windows, 0.4)
+    for module in (llm_pruner, torch_pruning):
+        monkeypatch.setattr(module, "backward", gradients)
+    PEERS[name](model, windows, 0.4)
     assert (layer_shapes(model)["num_attention_heads"] < 8).any()
     for layer in model.model.layers:
         assert (layer.self_attn.q_proj.bias == 10).sum() == 6 and (layer.mlp.gate_proj.bias == 10).sum() == 1
@@ -132,11 +136,11 @@ def test_what_sits_in_biases_stays(name, windows, monkeypatch):
 
 def test_llm_pruner_protects_the_ends_as_long_as_it_can(windows):
     model = small_model(num_hidden_layers=8)
-    peers.llm_pruner(model, windows, 0.25)
+    llm_pruner.llm_pruner(model, windows, 0.25)
     widths = layer_shapes(model)["intermediate_size"].tolist()
     assert widths[0] == 24 and max(widths[1:]) < 24  # an eighth in front; a sixteenth of 8 layers rounds to none
     model = small_model(num_hidden_layers=8)
-    peers.llm_pruner(model, windows, 0.78)
+    llm_pruner.llm_pruner(model, windows, 0.78)
     assert layer_shapes(model)["intermediate_size"][0] < 24
 
 
@@ -145,7 +149,7 @@ def test_torch_pruning_keeps_kv_heads_and_pairs_rightly(windows, clone, logits_o
     """Equal to masking the o_proj columns of the query heads and channels that went: nobody reads another's KV head."""
     model = small_model(num_attention_heads=8, num_key_value_heads=2)
     dense = clone(model)
-    peers.torch_pruning_gqa(model, windows, 0.4)
+    torch_pruning.torch_pruning_gqa(model, windows, 0.4)
     shapes = layer_shapes(model)
     assert (shapes["num_key_value_heads"] == 2).all() and shapes["num_attention_heads"].min() < 8
     for old, new in zip(dense.model.layers, model.model.layers, strict=True):
@@ -166,9 +170,9 @@ def test_torch_pruning_traces_few_tokens(monkeypatch):
     """Scores read whole windows; the graph does not."""
     model, lengths, gradients = small_model(), [], backward
     windows = torch.randint(1, 61, (2, 64), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(prune_scores, "backward", lambda *text: gradients(*text) and lengths.clear())
+    monkeypatch.setattr(torch_pruning, "backward", lambda *text: gradients(*text) and lengths.clear())
     model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].numel()))
-    peers.torch_pruning_gqa(model, windows, 0.3)
+    torch_pruning.torch_pruning_gqa(model, windows, 0.3)
     assert lengths and max(lengths) <= 32
     lengths.clear()
     v2.prune_with_dependency_graph(model, {}, windows)
@@ -178,14 +182,14 @@ def test_torch_pruning_traces_few_tokens(monkeypatch):
 def test_wanda_scores_by_hand():
     weight = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
     inputs = torch.tensor([[3.0, 1.0], [4.0, 0.0], [0.0, 1.0]])
-    scores = peers.wanda_scores(weight, inputs.double().square().sum(0))
+    scores = wanda_sp.wanda_scores(weight, inputs.double().square().sum(0))
     assert scores.tolist() == pytest.approx([4 * 5.0, 2.5 * 2**0.5])
 
 
 def test_wanda_reads_the_pruned_stream(model, clone, windows):
     """The last layer's choice is the one that its inputs in the model pruned before it ask for."""
     dense = clone(model)
-    peers.wanda_sp(model, windows, 0.4)
+    wanda_sp.wanda_sp(model, windows, 0.4)
     reference = clone(model)
     reference.model.layers[2] = clone(dense.model.layers[2])
     inputs = features(reference, 2, windows)["o_proj"]
@@ -202,7 +206,7 @@ def test_wanda_reads_the_pruned_stream(model, clone, windows):
 
 def test_flap_bias_is_the_mean_of_what_went(model, clone, windows):
     dense = clone(model)
-    peers.flap(model, windows, 0.4)
+    flap.flap(model, windows, 0.4)
     for index, (old, new) in enumerate(zip(dense.model.layers, model.model.layers, strict=True)):
         inputs = features(dense, index, windows)
         channels = torch.tensor(
@@ -211,7 +215,7 @@ def test_flap_bias_is_the_mean_of_what_went(model, clone, windows):
         heads = old.self_attn.q_proj.weight.view(-1, 6, 32)
         kept = [any(torch.equal(head, x) for x in new.self_attn.q_proj.weight.view(-1, 6, 32)) for head in heads]
         for name, gone in (("o_proj", ~torch.tensor(kept).repeat_interleave(6)), ("down_proj", ~channels)):
-            before, after = peers.output_projections(old)[name], peers.output_projections(new)[name]
+            before, after = output_projections(old)[name], output_projections(new)[name]
             lost = (inputs[name][:, gone] @ before.weight[:, gone].double().T).mean(0)
             assert torch.allclose(after.bias.double(), lost, atol=1e-5)
             assert after.bias.abs().max() > 1e-3 or not gone.any()
@@ -228,13 +232,13 @@ def test_flap_of_constant_features_is_exact(clone, windows, logits_of):
             layer.mlp.gate_proj.weight[:10] = 0
             layer.mlp.up_proj.weight[:10] = 0
     for index, layer in enumerate(model.model.layers):  # all others fluctuate alike, so that none is thought as cheap
-        for name, linear in peers.output_projections(layer).items():
+        for name, linear in output_projections(layer).items():
             scores = features(model, index, windows)[name].var(0) * linear.weight.detach().double().square().sum(0)
             linear.weight.data[:, scores > 1e-9] /= scores[scores > 1e-9].sqrt().float()
     dense = clone(model)
     group, channel = founding.unit_costs(model.model.layers[0])
     fraction = 3 * (2 * group + 10 * channel) / count_parameters(model)["backbone"]
-    peers.flap(model, windows, fraction)
+    flap.flap(model, windows, fraction)
     shapes = layer_shapes(model)
     assert (shapes["num_key_value_heads"] == 2).all() and (shapes["intermediate_size"] == 14).all()
     assert torch.allclose(logits_of(model), logits_of(dense), atol=1e-4)
@@ -246,29 +250,29 @@ def test_flap_scores_by_hand():
         torch.tensor([4.0, 1.0, 1.0, 0.5]).double(),
     )
     columns = torch.tensor([4.0, 4.0, 9.0, 1.0], dtype=torch.float64)
-    assert torch.allclose(peers.flap_scores(weight, variance, 4), (columns - 4.5) / columns.std(correction=0))
-    assert peers.flap_scores(weight, variance, 2).tolist() == pytest.approx([-1.0, 1.0])  # means 4 and 5
+    assert torch.allclose(flap.flap_scores(weight, variance, 4), (columns - 4.5) / columns.std(correction=0))
+    assert flap.flap_scores(weight, variance, 2).tolist() == pytest.approx([-1.0, 1.0])  # means 4 and 5
     squares = columns.square()
     expected = ((squares - squares.mean()) / squares.std(correction=0)).view(2, 2).mean(1)
-    assert torch.allclose(peers.flap_scores(weight, variance, 2, by_column=True), expected)
-    assert peers.flap_scores(torch.zeros(2, 4), variance, 4).tolist() == [0.0] * 4
+    assert torch.allclose(flap.flap_scores(weight, variance, 2, by_column=True), expected)
+    assert flap.flap_scores(torch.zeros(2, 4), variance, 4).tolist() == [0.0] * 4
 
 
 def test_cheapest_units_pass_over_what_does_not_fit():
     scores, costs = torch.tensor([5.0, 1.0, 2.0, 3.0, 0.0]), torch.tensor([10, 10, 10, 3, 3])
     protected = torch.tensor([False, False, False, False, True])
-    assert peers.cheapest_units(scores, costs, protected, 13).tolist() == [False, True, False, True, False]
+    assert flap.cheapest_units(scores, costs, protected, 13).tolist() == [False, True, False, True, False]
     with pytest.raises(InputError, match="not finite"):
-        peers.cheapest_units(scores * torch.nan, costs, protected, 13)
+        flap.cheapest_units(scores * torch.nan, costs, protected, 13)
 
 
 @pytest.mark.parametrize("identity", [0, 1, 2])
 def test_shortgpt_drops_a_layer_that_is_an_identity_first(model, windows, logits_of, identity):
     with torch.no_grad():
-        for linear in peers.output_projections(model.model.layers[identity]).values():
+        for linear in output_projections(model.model.layers[identity]).values():
             linear.weight.zero_()
     before, kept = logits_of(model), [layer for i, layer in enumerate(model.model.layers) if i != identity]
-    peers.shortgpt(model, windows, 0.33)
+    depth.shortgpt(model, windows, 0.33)
     assert all(a is b for a, b in zip(model.model.layers, kept, strict=True))
     assert torch.equal(logits_of(model), before)
 
@@ -279,7 +283,7 @@ def test_layer_removal_drops_the_layer_that_is_missed_least(model, windows, clon
         smaller = clone(model)
         surgery.drop_layers(smaller, [index])
         without.append(perplexity(smaller, windows))
-    peers.layer_removal(model, windows, 0.33)
+    depth.layer_removal(model, windows, 0.33)
     assert perplexity(model, windows) == pytest.approx(min(without))
 
 
@@ -304,8 +308,8 @@ def error(x, y, units, size=2) -> float:
 def test_rise_and_fall_are_the_exact_changes_of_the_error():
     x, y = problem()
     gram, cross, kept, out = x.T @ x, x.T @ y, torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4])
-    rise = peers._rise_without(gram, cross, kept, 6)
-    fall = peers._fall_with(gram, cross, kept, out, 6)
+    rise = osscar._rise_without(gram, cross, kept, 6)
+    fall = osscar._fall_with(gram, cross, kept, out, 6)
     base = error(x, y, kept)
     assert rise.tolist() == pytest.approx([error(x, y, kept[kept != u]) - base for u in kept])
     assert fall.tolist() == pytest.approx([base - error(x, y, [*kept.tolist(), u]) for u in out])
@@ -317,7 +321,7 @@ def test_selection_is_no_worse_with_swaps_and_often_the_best():
     best = 0
     for seed in range(12):
         x, y = problem(seed=seed)
-        greedy, swapped = (error(x, y, peers.select_units(x.T @ x, x.T @ y, 6, 3, rounds)) for rounds in (0, 20))
+        greedy, swapped = (error(x, y, osscar.select_units(x.T @ x, x.T @ y, 6, 3, rounds)) for rounds in (0, 20))
         optimum = min(error(x, y, units) for units in combinations(range(6), 3))
         assert optimum - 1e-9 <= swapped <= greedy + 1e-9
         best += swapped < optimum + 1e-6
@@ -327,15 +331,15 @@ def test_selection_is_no_worse_with_swaps_and_often_the_best():
 def test_osscar_with_nothing_removed_is_the_identity(model, clone, logits_of, windows, monkeypatch):
     before = logits_of(model)
     nothing = founding.Plan([0.0] * 3, [0] * 3, [0] * 3)
-    monkeypatch.setattr(peers, "uniform_plan", lambda *_, **__: nothing)
-    peers.osscar(model, windows, 0.1)
+    monkeypatch.setattr(osscar, "uniform_plan", lambda *_, **__: nothing)
+    osscar.osscar(model, windows, 0.1)
     assert torch.allclose(logits_of(model), before, atol=1e-3)
 
 
 def test_osscar_refit_beats_cutting(model, clone, windows):
     """Of the first o_proj, whose inputs no cut has touched: the refit's error against the dense output, and the plain cut's."""
     dense = clone(model)
-    peers.osscar(model, windows, 0.4)
+    osscar.osscar(model, windows, 0.4)
     old, new = dense.model.layers[0].self_attn, model.model.layers[0].self_attn
     inputs = features(dense, 0, windows)["o_proj"]
     kept = [
@@ -350,4 +354,4 @@ def test_osscar_refit_beats_cutting(model, clone, windows):
 
 def test_osscar_needs_tokens(model, windows):
     with pytest.raises(InputError, match="20 calibration tokens are too few"):
-        peers.osscar(model, windows[:1], 0.25)
+        osscar.osscar(model, windows[:1], 0.25)

@@ -148,7 +148,7 @@ def prune_to_kept(model, text, progress):
 
 
 def rows(model, text, progress):
-    methods = ["random", "layer removal", "FLAP", "seed Taylor, one shot", "ShortGPT"]
+    methods = ["random", "layer removal", "FLAP", "founding Taylor, one shot", "ShortGPT"]
     found = frontier.frontier(model, [text, text.flip(0)], text[:4], [1 / 3, 0.98], methods, progress)
     return found.drop(columns=["seconds", "peak_mib"])
 

@@ -1,14 +1,10 @@
 """Every method at every size, on one model, one text and one budget.
 
-    method(model, windows, fraction)
+    method(model, windows, fraction, multiple=1)
 
-prunes a dense model in place: `windows` is the calibration text, token ids [count, length], `fraction` the part of the backbone
-to remove. All but those in `NO_MULTIPLE` have a `multiple`, of which the channels that stay are a whole number.
-What a method has to find out first, it finds out within the call. What of that is the same for every fraction is in
-`PREPARATIONS`: `frontier` does it once and counts it in every row, so that seconds are always those of one call alone.
-
-Where a peer has a second way that may do better, both are here: FLAP standardises columns, as its code does, or heads; LLM-Pruner
-protects the ends of the model, as published, or does not. OSSCAR swaps units as published, which mostly helps and costs little.
+is as in `peers`; those in `NO_MULTIPLE` have no `multiple`. What a method has to find out first, it finds out within the call. What of
+that is the same for every fraction is in `PREPARATIONS`: `frontier` does it once and counts it in every row, so that seconds are always
+those of one call alone. Where a peer has a second way that may do better (FLAP by head, LLM-Pruner without protection), both are here.
 """
 
 import copy
@@ -26,27 +22,13 @@ from gqalib.measure.cost import Used
 from gqalib.measure.memory import measured_on
 from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, size_of
-from gqalib.peers.peers import (
-    flap,
-    layer_removal,
-    llm_pruner,
-    magnitude,
-    osscar,
-    random,
-    shortgpt,
-    torch_pruning_gqa,
-    wanda_sp,
-)
+from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, wanda_sp
 from gqalib.prune import allocate, founding, refit, scores
 from gqalib.run.presets import Pruning
 from gqalib.run.resume import NOT_KEPT, Progress
 
-Method = Callable[[nn.Module, torch.Tensor, float], object]
 
-SEED_RATES = Pruning(mean_rate=0.25, strategy="inverse", alpha=1.0, min_rate=0.15, max_rate=0.5, channel_multiple=1)
-
-
-def seed_taylor(
+def founding_taylor(
     model: nn.Module,
     windows: torch.Tensor,
     fraction: float,
@@ -56,7 +38,8 @@ def seed_taylor(
 ) -> None:
     """The founding document's recipe: Σ |W ⊙ G|, on the model pruned so far or all at once; rates inverse to `removal_importance`."""
     removal = scores.removal_importance(model, windows) if removal is None else removal
-    plan = founding.make_plan(model, removal, SEED_RATES, mean_rate=fraction, channel_multiple=multiple)
+    settings = Pruning(0.25, "inverse", alpha=1.0, min_rate=0.15, max_rate=0.5, channel_multiple=multiple)
+    plan = founding.make_plan(model, removal, settings, mean_rate=fraction)
     founding.prune(model, plan, windows, sequential=sequential)
 
 
@@ -89,32 +72,32 @@ def covariances_and_table(
 
 
 OWN = "refit, allocated"
-METHODS: dict[str, Method] = {
-    "random": random,
-    "magnitude": magnitude,
-    "Wanda-sp": wanda_sp,
-    "torch-pruning, GQA": torch_pruning_gqa,
-    "LLM-Pruner": partial(llm_pruner, protect=True),
-    "LLM-Pruner, all layers": partial(llm_pruner, protect=False),
-    "FLAP": partial(flap, by_column=True),
-    "FLAP, by head": partial(flap, by_column=False),
-    "ShortGPT": shortgpt,
-    "layer removal": layer_removal,
-    "OSSCAR": osscar,
-    "seed Taylor": seed_taylor,
-    "seed Taylor, one shot": partial(seed_taylor, sequential=False),
+METHODS: dict[str, Callable[..., object]] = {
+    "random": controls.random,
+    "magnitude": controls.magnitude,
+    "Wanda-sp": wanda_sp.wanda_sp,
+    "torch-pruning, GQA": torch_pruning.torch_pruning_gqa,
+    "LLM-Pruner": partial(llm_pruner.llm_pruner, protect=True),
+    "LLM-Pruner, all layers": partial(llm_pruner.llm_pruner, protect=False),
+    "FLAP": partial(flap.flap, by_column=True),
+    "FLAP, by head": partial(flap.flap, by_column=False),
+    "ShortGPT": depth.shortgpt,
+    "layer removal": depth.layer_removal,
+    "OSSCAR": osscar.osscar,
+    "founding Taylor": founding_taylor,
+    "founding Taylor, one shot": partial(founding_taylor, sequential=False),
     "refit, uniform": refit_uniform,
     OWN: refit_allocated,
 }
 PREPARATIONS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {  # the fourth argument
     "layer removal": scores.removal_importance,
-    "seed Taylor": scores.removal_importance,
-    "seed Taylor, one shot": scores.removal_importance,
+    "founding Taylor": scores.removal_importance,
+    "founding Taylor, one shot": scores.removal_importance,
     "refit, uniform": scores.gradient_covariances,
     OWN: covariances_and_table,
 }
 STAGES = "all gradients", "gradient covariances", "sweep"  # of `memory`: what the methods need most for
-PEERS = [name for name in METHODS if not name.startswith(("seed Taylor", "refit"))]
+PEERS = [name for name in METHODS if not name.startswith(("founding Taylor", "refit"))]
 DEPTH = ["ShortGPT", "layer removal"]  # they remove whole layers, so they meet a fraction as closely as layers allow
 NO_MULTIPLE = [*DEPTH, "FLAP", "FLAP, by head"]  # one ranking of all units, so widths come as they do
 MEASURED = [
@@ -243,12 +226,9 @@ def as_table(rows: pd.DataFrame) -> pd.DataFrame:
         rows: of `frontier`, or of a record's table.
     """
     cells = {key: _cell(group) for key, group in rows.groupby(["method", "fraction"])}
-    columns = {f"{100 * fraction:g} %": fraction for fraction in sorted(rows["fraction"].unique())}
-    table = {
-        title: [cells.get((name, fraction), "–") for name in rows["method"].unique()]
-        for title, fraction in columns.items()
-    }
-    return pd.DataFrame(table, index=pd.Index(rows["method"].unique(), name="method"))
+    names, fractions = rows["method"].unique(), sorted(rows["fraction"].unique())
+    table = {f"{100 * fraction:g} %": [cells.get((name, fraction), "–") for name in names] for fraction in fractions}
+    return pd.DataFrame(table, index=pd.Index(names, name="method"))
 
 
 def _cell(rows: pd.DataFrame) -> str:
@@ -275,21 +255,17 @@ def against_peers(rows: pd.DataFrame, own: str = OWN, peers: Sequence[str] = tup
     """
     enough = rows["backbone_removed_percent"] > 100 * rows["fraction"] - CLOSE
     done = rows[(rows["note"] == "") & rows["ratio"].notna() & enough]
-    return pd.DataFrame(
-        [_against(done[done["fraction"] == f], own, peers) | {"fraction": f} for f in sorted(rows["fraction"].unique())]
-    )
+    fractions = sorted(rows["fraction"].unique())
+    return pd.DataFrame([_against(done[done["fraction"] == f], own, peers) | {"fraction": f} for f in fractions])
 
 
 def _against(done: pd.DataFrame, own: str, peers: Sequence[str]) -> dict[str, object]:
-    losses = {
-        name: torch.tensor(group["losses"].tolist(), dtype=torch.float64).mean(0)  # over the samples
-        for name, group in done.groupby("method")
-    }
     ratios = {name: math.exp(group["ratio"].map(math.log).mean()) for name, group in done.groupby("method")}
-    best = min((name for name in peers if name in losses), key=ratios.get, default=None)
+    best = min((name for name in peers if name in ratios), key=ratios.get, default=None)
     row = {"own": ratios.get(own, math.nan), "peer": best, "best": ratios.get(best, math.nan)}
-    if own not in losses or best is None:
+    if own not in ratios or best is None:
         return row | {"times": math.nan, "error": math.nan, "verdict": "no comparison"}
-    times, error = ratio_with_error(losses[own], losses[best])
+    losses = [done.loc[done["method"] == name, "losses"].tolist() for name in (own, best)]
+    times, error = ratio_with_error(*(torch.tensor(x, dtype=torch.float64).mean(0) for x in losses))  # of the samples
     verdict = "ahead" if times + 2 * error < 1 else "behind" if times - 2 * error > 1 else "not told apart"
     return row | {"times": times, "error": error, "verdict": verdict}

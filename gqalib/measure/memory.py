@@ -345,22 +345,6 @@ STAGES: dict[str, Callable[[_Case], Terms]] = {
 }
 
 
-def sweep_flops(model: nn.Module, num_tokens: int, newton_rounds: int = 1, newton_steps: int = 3) -> dict[str, float]:
-    """FLOPs of `refit.sweep` over all layers, by precision, n = num_tokens.
-
-    float64, per layer: moments 2n(q² + f² + d² + dq + df) for the output projections and 2n·2d² for the inputs, again after each round;
-    choice and solves 5(q³ + f³) at most. Others, per layer with P parameters: three forward passes of 2nP, and per round 5 + 4·steps passes.
-    """
-    m = Shape.of(model)
-    moments = (
-        2
-        * num_tokens
-        * ((1 + newton_rounds) * (m.q**2 + m.f**2 + m.d * (m.q + m.f)) + (2 + newton_rounds) * 2 * m.d**2)
-    )
-    passes = 3 + newton_rounds * (5 + 4 * newton_steps)
-    return {"float64": m.L * (moments + 5.0 * (m.q**3 + m.f**3)), "others": m.L * passes * 2.0 * num_tokens * m.layer}
-
-
 # ---------------------------------------------------------------- before and after
 
 

@@ -1,6 +1,6 @@
-"""What others do, as faithfully as it can be run: v2, the pipeline whose failure this workbook starts from.
+"""v2, the pipeline whose failure this workbook starts from, as faithfully as it can be run.
 
-v2 is torch-pruning's dependency graph rooted at each layer's `k_proj`, as LLM-Pruner calls it, followed by a truncation:
+It is torch-pruning's dependency graph rooted at each layer's `k_proj`, as LLM-Pruner calls it, followed by a truncation:
 
     32 query / 8 KV heads  --graph-->  30 / 6  --first 24 query heads-->  24 / 6
 
@@ -21,9 +21,9 @@ from gqalib.model.surgery import keep_channels, record_shapes, rows_of_heads
 from gqalib.prune.scores import channel_scores, largest, misaligned_group_scores
 
 
-def kv_heads_to_remove(layer: nn.Module, count: int, statistic: str = "taylor") -> list[int]:
-    """The KV heads that LLM-Pruner's score, with its misaligned fold, ranks lowest."""
-    return largest(-misaligned_group_scores(layer, statistic), count)
+def kv_heads_to_remove(layer: nn.Module, count: int) -> list[int]:
+    """The KV heads that LLM-Pruner's Taylor score, with its misaligned fold, ranks lowest."""
+    return largest(-misaligned_group_scores(layer), count)
 
 
 def prune_with_dependency_graph(model: nn.Module, kv_heads: dict[int, Sequence[int]], example: torch.Tensor) -> None:
@@ -72,7 +72,7 @@ def truncate_query_heads(model: nn.Module, group_size: int | Sequence[int]) -> N
     record_shapes(model)
 
 
-def prune_mlp(model: nn.Module, channels: Sequence[int], statistic: str = "magnitude") -> None:
+def prune_mlp(model: nn.Module, channels: Sequence[int], statistic: str) -> None:
     """Remove the lowest-scoring MLP channels, so many per layer, in place."""
     for index, layer in enumerate(decoder_layers(model)):
         scores = channel_scores(layer, statistic)

@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gqalib.errors import OutOfReach
 from gqalib.model.shapes import decoder_layers, layer_shapes
@@ -28,7 +28,7 @@ from gqalib.prune.rates import beyond_multiples
 from gqalib.run.resume import NOT_KEPT, Progress
 from gqalib.stream import at_work
 
-Covariances = Sequence[tuple[torch.Tensor, torch.Tensor]]
+Covariances = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,10 @@ class CostTable:
         """Parameters of all layers."""
         return sum(self.sizes)
 
-    def with_layers(self, removal: torch.Tensor, dense: float) -> "CostTable":
-        """The same table with each whole layer as one more level.
+    def with_layers(self, removal: Tensor, dense: float) -> "CostTable":
+        """The same table with each whole layer as one more level; what helps costs nothing.
 
-        Args:
-            removal: from `importance.removal_importance`, [layers], rises of the dense model's perplexity, `dense`, on the same text.
-                What helps costs nothing.
+        `removal`: from `scores.removal_importance`, [layers], rises of the dense model's perplexity, `dense`, on the same text.
         """
         return dataclasses.replace(self, layers=(1 + removal / dense).log().clamp(min=0).numpy())
 
@@ -75,12 +73,12 @@ class CostTable:
         coarsest = max(
             max(group, step * channel) for (group, channel), step in zip(self.prices, self.steps, strict=True)
         )
-        chosen = cheapest([costs for costs, _, _ in options], [sizes for _, sizes, _ in options], target, coarsest)
-        removed = np.array([units[choice] for (_, _, units), choice in zip(options, chosen, strict=True)])
+        costs, sizes, units = zip(*options, strict=True)
+        chosen = cheapest(costs, sizes, target, coarsest)
+        removed = np.array([units[layer][choice] for layer, choice in enumerate(chosen)])
         if (removed == self.widths).all():
             raise OutOfReach(f"no layer would be left without {fraction:.1%} of the backbone: give another fraction")
-        gone = sum(int(sizes[choice]) for (_, sizes, _), choice in zip(options, chosen, strict=True))
-        self._give_back(removed, gone - target)
+        self._give_back(removed, sum(int(sizes[layer][choice]) for layer, choice in enumerate(chosen)) - target)
         rates = (removed * self.prices).sum(1) / (np.array(self.widths) * self.prices).sum(1)
         return Plan(rates.tolist(), removed[:, 0].tolist(), removed[:, 1].tolist())
 
@@ -110,8 +108,7 @@ class CostTable:
         """Levels are coarse: channels that went beyond the target come back, where the last ones cost most."""
         for layer in sorted(range(len(removed)), key=lambda i: self._last_cost(i, *removed[i]), reverse=True):
             whole = tuple(removed[layer]) == self.widths[layer]
-            price = self.multiple * self.prices[layer][1]
-            spare = removed[layer, 1] - self._first[layer]
+            price, spare = self.multiple * self.prices[layer][1], removed[layer, 1] - self._first[layer]
             count = 0 if whole else min(spare // self.multiple, excess // price)
             removed[layer, 1] -= count * self.multiple
             excess -= count * price
@@ -127,7 +124,7 @@ class CostTable:
 @torch.no_grad()
 def cost_table(
     model: nn.Module,
-    windows: torch.Tensor,
+    windows: Tensor,
     covariances: Covariances,
     ingredients: refit.Ingredients = refit.RECIPE,
     *,
@@ -137,7 +134,7 @@ def cost_table(
     """The estimates for a model, which stays as it is.
 
     Args:
-        windows: calibration text, token ids [count, length]. covariances: from `importance.gradient_covariances` on it.
+        windows: calibration text, token ids [count, length]. covariances: from `scores.gradient_covariances` on it.
         multiple: of which the channels that stay in a layer are a whole number.
         progress: keeps each module's row.
 
@@ -146,9 +143,10 @@ def cost_table(
     """
     refit.check_tokens(model, windows)
     beyond_multiples(layer_shapes(model)["intermediate_size"].to_numpy(), multiple)
+    layers = decoder_layers(model)
     progress = progress.of("cost_table", model, windows, covariances, ingredients, multiple)
     stream, rows, steps = refit.embedded(model, windows), [], []
-    for index, layer in enumerate(decoder_layers(model)):
+    for index, layer in enumerate(layers):
         with at_work(layer), refit.in_tf32(True):
             for half, sublayer in enumerate(refit.sublayers(layer)):
                 step = multiple * max(1, round(sublayer.num_units / ingredients.cuts / multiple)) if half else 1
@@ -156,12 +154,10 @@ def cost_table(
                 after = refit.through(stream, sublayer, current)
                 target = torch.sub(after, stream, out=refit.empty_like(stream))
                 what = (sublayer, current, target, covariances[index][half], step, ingredients)
-                rows.append(
-                    np.array(progress.once(f"layer-{index}-{half}", partial(_costs, *what))) / (2 * windows.numel())
-                )
+                costs = progress.once(f"layer-{index}-{half}", partial(_costs, *what))
+                rows.append(np.array(costs) / (2 * windows.numel()))
                 stream = after
         steps.append(step)
-    layers = decoder_layers(model)
     return CostTable(
         rows[::2], rows[1::2], steps, multiple, [unit_costs(layer) for layer in layers],
         [tuple(sublayer.num_units for sublayer in refit.sublayers(layer)) for layer in layers],
@@ -173,13 +169,7 @@ def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: i
     """One option for each item, so that the sizes add up to `target` … `target + slack` and the costs to as little as possible; exact.
 
     Dynamic programme over the sum of sizes, in units of their greatest common divisor: best(s) = the least cost of the items so
-    far whose sizes add up to s.
-
-    Args:
-        costs: for each item, the cost of each of its options, float [options]. sizes: what each option is worth, int [options].
-
-    Raises:
-        OutOfReach: no choice of options comes to the target.
+    far whose sizes add up to s. `costs` and `sizes` have an array [options] for each item. OutOfReach: nothing comes to the target.
     """
     unit = math.gcd(*(int(size) for item in sizes for size in item)) or 1
     best, chosen = np.full((target + slack) // unit + 1, np.inf), []
@@ -206,8 +196,8 @@ def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: i
 def _costs(
     sublayer: refit.Sublayer,
     current: Sequence[refit.Call],
-    target: torch.Tensor,
-    covariance,
+    target: Tensor,
+    covariance: Tensor,
     step: int,
     ingredients: refit.Ingredients,
 ) -> list[float]:

@@ -145,7 +145,7 @@ def prune(
 ) -> pd.DataFrame:
     """Prune a model in place, front to back.
 
-    `sequential`: the gradients of a layer are taken on the model pruned so far, as the seed does; the layers in front of
+    `sequential`: the gradients of a layer are taken on the model pruned so far, as the founding document does; the layers in front of
     it are frozen, and what they give is kept, so a step costs only the layers from there on. Otherwise all scores come
     from the dense model in one pass.
 

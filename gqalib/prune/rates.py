@@ -11,7 +11,7 @@ STRATEGIES = ("inverse", "proportional", "uniform")
 def layer_weights(importance: torch.Tensor, strategy: str = "inverse", alpha: float = 1.0) -> torch.Tensor:
     """What the rates are proportional to, float64 [layers].
 
-    inverse: (importance + ε)^−α, the seed's; proportional: importance^α; uniform: 1. ε is a thousandth of the mean
+    inverse: (importance + ε)^−α, the founding document's; proportional: importance^α; uniform: 1. ε is a thousandth of the mean
     importance. A negative importance (removing the layer helps) counts as zero: the layer is as expendable as one
     that does nothing, and the clip bounds then say how much of it goes.
 

@@ -14,13 +14,8 @@ sublayer also repairs what those in front of it broke. The *input refit* does th
 the pruned stream they are to give what they gave on the dense one. After the cut they are refitted together, by Gauss–Newton,
 for the one thing that counts, the sublayer's output against Y; that and the refit of the output projection take turns.
 
-On paper, one sublayer at a time (f, the width of `down_proj`, decides): beside the weights five residual streams of n tokens, one layer in float32,
-and the larger of three matrices of 8f² bytes and five vectors like gate and up in float64. `memory.expected` has the terms, `memory` the sum for
-Llama-3-8B: 34.9e9 bytes at n = 262,144, and 10.6e9 with `streaming.streamed`, where the streams and all layers but the one at work wait in host
-memory. The normalised streams are made when they are needed. The weights of the layers done wait in host memory as well, so that an error
-leaves the model as it was. FLOPs per layer, by `memory.sweep_flops`: 3.8e14 in float64, 2.3e15 in float32.
-
-The weighted choice needs `importance.gradient_covariances`, a backward pass without weight gradients.
+Memory is for one sublayer at a time; `memory` has the sums. The weights of the layers done wait in host memory, so that an error leaves
+the model as it was. The weighted choice needs `scores.gradient_covariances`, a backward pass without weight gradients.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +25,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
 from gqalib.errors import InputError
@@ -58,9 +53,7 @@ class Ingredients:
     residual_target: bool = True  # towards the dense stream, not the layer's own output
     input_refit: bool = True  # q, k, v, gate, up as well
     weighted: bool = True  # the choice weighs outputs by the gradient's covariance
-    newton_rounds: int = (
-        1  # afterwards: Gauss–Newton for q, k, v or gate, up together, then the output projection again
-    )
+    newton_rounds: int = 1  # afterwards: Gauss–Newton for q, k, v or gate, up together, then the output projection
     newton_steps: int = 3  # of conjugate gradients in each
     newton_share: float = 0.25  # of the calibration batches that the curvature is taken from
     damping: float = 1e-3  # of H, times its mean diagonal
@@ -77,54 +70,43 @@ RECIPE = Ingredients()
 class Moments:
     """Running sums XᵀX [features, features] and YᵀX [out, features]: a batch's in float32, their sum in float64."""
 
-    gram: torch.Tensor | float = 0.0
-    cross: torch.Tensor | float = 0.0
+    gram: Tensor | float = 0.0
+    cross: Tensor | float = 0.0
 
-    def add(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
         inputs = at_least_float32(inputs.flatten(0, -2))
         outputs = outputs.flatten(0, -2).to(inputs)
         self.gram += (inputs.T @ inputs).double()
         self.cross += (outputs.T @ inputs).double()
 
 
-def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+def damped(gram: Tensor, damping: float) -> Tensor:
     """`gram` + damping × its mean diagonal × I."""
-    return _ridged(gram.clone(), _ridge(gram, damping))
+    damped = gram.clone()
+    damped.diagonal().add_(_ridge(gram, damping))
+    return damped
 
 
-def _ridge(gram: torch.Tensor, damping: float) -> torch.Tensor:
+def _ridge(gram: Tensor, damping: float) -> Tensor:
     """Never zero, so that features that are zero on all of the text, as masked heads leave them, can be solved for."""
     return (damping * gram.diagonal().mean()).clamp(min=1e-30)
 
 
-def _ridged(matrix: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
-    matrix.diagonal().add_(ridge)
-    return matrix
-
-
-def solve(
-    weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, damping: float, kept: Sequence[int] | None = None
-) -> torch.Tensor:
+def solve(weight: Tensor, gram: Tensor, cross: Tensor, damping: float, kept: Sequence[int] | None = None) -> Tensor:
     """W'_S = (YᵀX + λW)_S (XᵀX + λI)_SS⁻¹, float64 [out, |S|]: least squares on the kept features, drawn towards `weight`.
 
     Args:
         weight: [out, features]. gram: XᵀX [features, features]. cross: YᵀX [out, features]. kept: S (default: all features).
-
-    Raises:
-        InputError: the Gram matrix is not finite, or singular in spite of the damping.
     """
     columns = torch.arange(len(gram), device=gram.device) if kept is None else torch.as_tensor(kept, device=gram.device)
-    ridge = _ridge(gram, damping)
+    ridge, inner = _ridge(gram, damping), gram[columns][:, columns]
+    inner.diagonal().add_(ridge)
     target = cross[:, columns] + ridge * weight[:, columns].double()
-    return torch.cholesky_solve(target.T, cholesky(_ridged(gram[columns][:, columns], ridge))).T
+    return torch.cholesky_solve(target.T, cholesky(inner)).T
 
 
-def cholesky(matrix: torch.Tensor) -> torch.Tensor:
-    """Lower Cholesky factor(s) of [..., n, n].
-
-    Raises:
-        InputError: the matrix is not finite, or singular to working precision.
-    """
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factor(s) of [..., n, n]. Raises InputError if it is not finite, or singular to working precision."""
     if not torch.isfinite(matrix.sum()):
         raise InputError("a Gram matrix is not finite: use dtype float32 or another calibration text")
     factor, failed = torch.linalg.cholesky_ex(matrix)
@@ -134,29 +116,21 @@ def cholesky(matrix: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def choose(
-    weight: torch.Tensor,
-    gram: torch.Tensor,
-    num_removed: int,
-    unit: int = 1,
-    output: torch.Tensor | None = None,
-    damping: float = 1e-2,
-    per_step: int = 1,
-) -> list[int]:
+def choose(weight: Tensor, gram: Tensor, num_removed: int, unit: int = 1, *more, **options) -> list[int]:
     """The units that stay when `num_removed` go one step after the other, ascending. Arguments as in `removal_order`."""
-    gone = set(removal_order(weight, gram, num_removed, unit, output, damping, per_step)[0])
+    gone = set(removal_order(weight, gram, num_removed, unit, *more, **options)[0])
     return [u for u in range(len(gram) // unit) if u not in gone]
 
 
 def removal_order(
-    weight: torch.Tensor,
-    gram: torch.Tensor,
+    weight: Tensor,
+    gram: Tensor,
     num_removed: int,
     unit: int = 1,
-    output: torch.Tensor | None = None,
+    output: Tensor | None = None,
     damping: float = 1e-2,
     per_step: int = 1,
-) -> tuple[list[int], torch.Tensor]:
+) -> tuple[list[int], Tensor]:
     """The first `num_removed` units to go, in their order, by optimal brain surgery, and what that costs.
 
     Args:
@@ -166,9 +140,6 @@ def removal_order(
 
     Returns:
         The units; and after each step the rise of Σ (output error)ᵀ G (output error) so far, float64 [steps].
-
-    Raises:
-        InputError: a matrix is not finite, or singular in spite of the damping.
     """
     inverse = torch.cholesky_inverse(cholesky(damped(gram, damping)))
     weight = weight.double() * (gram.diagonal() > 0)  # what does nothing costs nothing
@@ -177,15 +148,14 @@ def removal_order(
     while len(order) < num_removed:
         losses = unit_losses(weight, inverse, unit).masked_fill(~alive, torch.inf)
         gone = losses.argsort(stable=True)[: min(per_step, num_removed - len(order))]
-        rises.append(
-            _eliminate(weight, inverse, (gone[:, None] * unit + torch.arange(unit, device=gone.device)).flatten())
-        )
+        columns = (gone[:, None] * unit + torch.arange(unit, device=gone.device)).flatten()
+        rises.append(_eliminate(weight, inverse, columns))
         alive[gone] = False
         order += gone.tolist()
     return order, torch.tensor(rises, dtype=torch.float64).cumsum(0)
 
 
-def unit_losses(weight: torch.Tensor, inverse: torch.Tensor, unit: int = 1) -> torch.Tensor:
+def unit_losses(weight: Tensor, inverse: Tensor, unit: int = 1) -> Tensor:
     """Rise of the squared error when one unit goes and the rest is corrected: tr(W_u (H⁻¹_uu)⁻¹ W_uᵀ), [units]."""
     if unit == 1:
         return weight.square().sum(0) / inverse.diagonal()
@@ -194,11 +164,8 @@ def unit_losses(weight: torch.Tensor, inverse: torch.Tensor, unit: int = 1) -> t
     return (columns * torch.cholesky_solve(columns, cholesky(blocks))).sum((1, 2))
 
 
-def _eliminate(weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> float:
-    """Correct weight and H⁻¹, in place, for the loss of these columns; what they leave is 0 columns and an identity block.
-
-    Returns the rise of the error, tr(W_gone (H⁻¹_gone)⁻¹ W_goneᵀ).
-    """
+def _eliminate(weight: Tensor, inverse: Tensor, gone: Tensor) -> float:
+    """Correct weight and H⁻¹, in place, for the loss of these columns, which become 0 and an identity block; the rise of the error."""
     across, columns = inverse[gone], weight[:, gone]
     factor = cholesky(across[:, gone])
     rise = (columns * torch.cholesky_solve(columns.T, factor).T).sum().item()
@@ -218,13 +185,13 @@ class Call:
     """One batch on its way into a sublayer."""
 
     rows: slice  # of the windows
-    stream: torch.Tensor  # before the sublayer's norm, [windows, length, hidden], wherever it is kept
+    stream: Tensor  # before the sublayer's norm, [windows, length, hidden], wherever it is kept
     norm: nn.Module
     others: dict[str, Any]  # position embeddings, mask, …
 
     @property
     @torch.no_grad()
-    def inputs(self) -> torch.Tensor:
+    def inputs(self) -> Tensor:
         """The normalised stream, where the layer is; made when it is asked for: kept, it would be as long as the text."""
         return self.norm(self.stream.to(self.norm.weight, non_blocking=True))
 
@@ -249,9 +216,13 @@ class Sublayer:
     def inputs(self) -> list[nn.Linear]:
         return [getattr(self.module, name) for name in self.input_names]
 
-    def run(self, call: Call, weights: torch.Tensor | None = None) -> torch.Tensor:
+    def split(self, weights: Tensor) -> tuple[Tensor, ...]:
+        """The weight of each input projection, of a stack of them."""
+        return weights.split([linear.out_features for linear in self.inputs])
+
+    def run(self, call: Call, weights: Tensor | None = None) -> Tensor:
         """What the sublayer, as it is now, adds to the stream; `weights`: of its inputs, stacked, instead of their own."""
-        parts = () if weights is None else weights.split([linear.out_features for linear in self.inputs])
+        parts = () if weights is None else self.split(weights)
         named = {f"{name}.weight": part for name, part in zip(self.input_names, parts, strict=False)}
         outputs = functional_call(self.module, named, (call.inputs,), call.others)
         return outputs[0] if isinstance(outputs, tuple) else outputs
@@ -261,15 +232,14 @@ def sublayers(layer: nn.Module) -> tuple[Sublayer, Sublayer]:
     """Attention and MLP, in the order in which they run."""
     attention, mlp, shape = layer.self_attn, layer.mlp, layer_shape(layer)
     heads, width = shape["num_key_value_heads"], shape["intermediate_size"]
+    before, between = layer.input_layernorm, layer.post_attention_layernorm
     return (
-        Sublayer(
-            attention, layer.input_layernorm, ("q_proj", "k_proj", "v_proj"), attention.o_proj, heads, keep_groups
-        ),
-        Sublayer(mlp, layer.post_attention_layernorm, ("gate_proj", "up_proj"), mlp.down_proj, width, keep_channels),
+        Sublayer(attention, before, ("q_proj", "k_proj", "v_proj"), attention.o_proj, heads, keep_groups),
+        Sublayer(mlp, between, ("gate_proj", "up_proj"), mlp.down_proj, width, keep_channels),
     )
 
 
-def calls(model: nn.Module, index: int, half: int, stream: torch.Tensor, windows: torch.Tensor) -> list[Call]:
+def calls(model: nn.Module, index: int, half: int, stream: Tensor, windows: Tensor) -> list[Call]:
     """The batches of a residual stream that stands before the attention (half 0) or the MLP (half 1) of a layer."""
     norm, noted = sublayers(decoder_layers(model)[index])[half].norm, []
     for rows in batches(windows):
@@ -282,7 +252,7 @@ class _Noted(Exception):
     pass
 
 
-def _attention_arguments(model: nn.Module, index: int, stream: torch.Tensor, windows: torch.Tensor) -> dict[str, Any]:
+def _attention_arguments(model: nn.Module, index: int, stream: Tensor, windows: Tensor) -> dict[str, Any]:
     """What the decoder gives a layer's attention besides the hidden states: its own forward pass, stopped at that call."""
     noted: dict[str, Any] = {}
 
@@ -299,7 +269,7 @@ def _attention_arguments(model: nn.Module, index: int, stream: torch.Tensor, win
         hook.remove()
 
 
-def through(stream: torch.Tensor, sublayer: Sublayer, current: Sequence[Call]) -> torch.Tensor:
+def through(stream: Tensor, sublayer: Sublayer, current: Sequence[Call]) -> Tensor:
     """The residual stream after the sublayer."""
     after = empty_like(stream)
     for call in current:
@@ -307,12 +277,12 @@ def through(stream: torch.Tensor, sublayer: Sublayer, current: Sequence[Call]) -
     return after
 
 
-def empty_like(stream: torch.Tensor) -> torch.Tensor:
+def empty_like(stream: Tensor) -> Tensor:
     """Room for another stream, pinned if this one is: pinned memory is lent again, fresh pages cost more than the copy into them."""
     return torch.empty_like(stream, pin_memory=stream.is_pinned())
 
 
-def _rows(stream: torch.Tensor, call: Call) -> torch.Tensor:
+def _rows(stream: Tensor, call: Call) -> Tensor:
     """The rows of a stream that belong to a batch, where the batch is; the stream itself may wait in host memory."""
     return stream[call.rows].to(call.norm.weight.device, non_blocking=True)
 
@@ -326,7 +296,7 @@ def refit_inputs(sublayer: Sublayer, wanted: Sequence[Call], current: Sequence[C
         replace_weight(linear, solve(linear.weight, moments.gram, linear.weight.double() @ moments.cross, damping))
 
 
-def output_moments(sublayer: Sublayer, current: Sequence[Call], target: torch.Tensor) -> tuple[Moments, float]:
+def output_moments(sublayer: Sublayer, current: Sequence[Call], target: Tensor) -> tuple[Moments, float]:
     """XᵀX and YᵀX at `o_proj` or `down_proj`, Y: the target [count, length, hidden], less the bias if there is one; and Σ‖output − target‖²."""
     moments, error, seen, bias = Moments(), 0.0, [], 0.0 if sublayer.output.bias is None else sublayer.output.bias
     hook = sublayer.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -340,7 +310,7 @@ def output_moments(sublayer: Sublayer, current: Sequence[Call], target: torch.Te
     return moments, float(error)
 
 
-def _squared(difference: torch.Tensor) -> torch.Tensor:
+def _squared(difference: Tensor) -> Tensor:
     return difference.square().sum(dtype=torch.float64)
 
 
@@ -349,75 +319,68 @@ def cut(
     moments: Moments,
     num_removed: int,
     ingredients: Ingredients,
-    scores: torch.Tensor | None = None,
-    covariance: torch.Tensor | None = None,
-) -> tuple[list[int], torch.Tensor]:
+    scores: Tensor | None = None,
+    covariance: Tensor | None = None,
+) -> tuple[list[int], Tensor]:
     """The units to keep, and the weight of the output projection on them, float64; nothing changes yet.
 
     Args:
         scores: of the units, the largest stay (default: OBS). covariance: G, not damped (default: the identity).
     """
-    weight, damping = sublayer.output.weight, ingredients.damping
+    weight, damping, gram, cross = sublayer.output.weight, ingredients.damping, moments.gram, moments.cross
     if scores is not None:
         kept = largest(scores, sublayer.num_units - num_removed)
     else:
-        best = solve(weight, moments.gram, moments.cross, damping)
+        best = solve(weight, gram, cross, damping)
         output = None if covariance is None else damped(covariance.to(weight.device), ingredients.output_damping)
         per_step = max(1, sublayer.num_units // ingredients.cuts)
-        kept = choose(best, moments.gram, num_removed, sublayer.unit, output, damping, per_step)
+        kept = choose(best, gram, num_removed, sublayer.unit, output, damping, per_step)
     columns = rows_of_heads(kept, sublayer.unit).to(weight.device)
-    return kept, solve(weight, moments.gram, moments.cross, damping, columns) if ingredients.refit else weight[
-        :, columns
-    ]
+    return kept, solve(weight, gram, cross, damping, columns) if ingredients.refit else weight[:, columns]
 
 
 def refit_together(
-    sublayer: Sublayer,
-    current: Sequence[Call],
-    target: torch.Tensor,
-    num_steps: int,
-    damping: float,
-    share: float = 1.0,
+    sublayer: Sublayer, current: Sequence[Call], target: Tensor, num_steps: int, damping: float, share: float = 1.0
 ) -> Moments:
     """One Gauss–Newton step for q, k, v (or gate, up) together: Σ‖output − target‖² falls, or nothing changes.
 
     The output is linearised in the stacked weights V [rows, hidden], output ≈ output(V) + J·D, and JᵀJ D = Jᵀ(target − output(V))
-    is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + λI of the normalised stream X: products with J
-    and Jᵀ only, nothing larger than V and a batch. JᵀJ is taken from a `share` of the batches, as in Hessian-free optimisation (Martens
-    2010). A step that does not help is halved, three times at most.
+    is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + λI of the normalised stream X: nothing larger than V and
+    a batch. JᵀJ is taken from a `share` of the batches, as in Hessian-free optimisation (Martens 2010). A step that does not help is
+    halved, three times at most.
 
-    Returns:
-        `output_moments` of what the inputs have become.
+    Returns `output_moments` of what the inputs have become.
     """
     start = torch.cat([linear.weight for linear in sublayer.inputs]).detach()
     some = current[:: max(1, round(1 / share))]
     wanted, before = _pull(sublayer, current, start, lambda call, outputs: _rows(target, call) - outputs)
 
-    def product(direction: torch.Tensor) -> torch.Tensor:
+    def product(direction: Tensor) -> Tensor:
         """JᵀJ·direction; J·direction is a difference quotient: one forward pass, where forward AD takes the time of four."""
         width = (1e-3 * start.norm() / direction.norm()).to(start.dtype)
         moved = start + width * direction.to(start.dtype)
         with in_tf32(False):  # its ten bits are too few for a difference
-            pulled = _pull(sublayer, some, start, lambda call, outputs: (sublayer.run(call, moved) - outputs) / width)[
-                0
-            ]
+            pulled = _pull(sublayer, some, start, lambda call, out: (sublayer.run(call, moved) - out) / width)[0]
         return pulled * (len(current) / len(some))
 
     change = conjugate_gradients(product, wanted, cholesky(damped(_gram(current), damping)), num_steps)
     for scale in (1.0, 0.5, 0.25, 0.125, 0.0):
-        _put(sublayer.inputs, (start + scale * change).to(start.dtype) if scale else start)
+        parts = sublayer.split((start + scale * change).to(start.dtype) if scale else start)
+        for linear, part in zip(sublayer.inputs, parts, strict=True):
+            replace_weight(linear, part)
         moments, error = output_moments(sublayer, current, target)
         if error < before:
             break
     return moments
 
 
+def _gram(current: Sequence[Call]) -> Tensor:
+    return sum((x.T @ x).double() for x in (call.inputs.flatten(0, -2) for call in current))
+
+
 def _pull(
-    sublayer: Sublayer,
-    current: Sequence[Call],
-    weights: torch.Tensor,
-    vector: Callable[[Call, torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, float]:
+    sublayer: Sublayer, current: Sequence[Call], weights: Tensor, vector: Callable[[Call, Tensor], Tensor]
+) -> tuple[Tensor, float]:
     """Jᵀ·vector, summed over the batches in float64, and Σ‖vector‖²; `vector` is given the batch and its output."""
     total, size = torch.zeros_like(weights, dtype=torch.float64), 0.0
     for call in current:
@@ -426,15 +389,6 @@ def _pull(
         size += _squared(pulled)
         total += transpose(pulled)[0]
     return total, float(size)
-
-
-def _put(inputs: Sequence[nn.Linear], weights: torch.Tensor) -> None:
-    for linear, weight in zip(inputs, weights.split([linear.out_features for linear in inputs]), strict=True):
-        replace_weight(linear, weight)
-
-
-def _gram(current: Sequence[Call]) -> torch.Tensor:
-    return sum((x.T @ x).double() for x in (call.inputs.flatten(0, -2) for call in current))
 
 
 @contextmanager
@@ -449,12 +403,10 @@ def in_tf32(allowed: bool) -> Iterator[None]:
 
 
 def conjugate_gradients(
-    product: Callable[[torch.Tensor], torch.Tensor], residual: torch.Tensor, factor: torch.Tensor, num_steps: int
-) -> torch.Tensor:
-    """D after some steps towards product(D) = residual, [rows, features]; preconditioned on the features by LLᵀ, `factor` = L.
-
-    Each of these is like gate and up in float64, 0.94e9 bytes at 8B, so none outlives its use.
-    """
+    product: Callable[[Tensor], Tensor], residual: Tensor, factor: Tensor, num_steps: int
+) -> Tensor:
+    """D after some steps towards product(D) = residual, [rows, features]; preconditioned by LLᵀ, `factor` = L. All are large: none
+    outlives its use."""
     direction = torch.cholesky_solve(residual.T, factor).T
     result, size = torch.zeros_like(residual), (residual * direction).sum()
     for _ in range(num_steps):
@@ -477,13 +429,13 @@ def mend(
     index: int,
     half: int,
     num_removed: int,
-    windows: torch.Tensor,
-    wanted: torch.Tensor,
-    current: torch.Tensor,
+    windows: Tensor,
+    wanted: Tensor,
+    current: Tensor,
     ingredients: Ingredients,
-    scores: torch.Tensor | None = None,
-    covariance: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scores: Tensor | None = None,
+    covariance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Cut one sublayer and refit it; returns the dense and the pruned model's streams after it, given those before it."""
     sublayer = sublayers(decoder_layers(model)[index])[half]
     dense, now = calls(model, index, half, wanted, windows), calls(model, index, half, current, windows)
@@ -502,8 +454,8 @@ def mend(
     replace_weight(sublayer.output, weight)
     for _ in range(ingredients.newton_rounds):
         steps = (ingredients.newton_steps, ingredients.input_damping, ingredients.newton_share)
-        moments = refit_together(sublayer, now, target, *steps)
-        replace_weight(sublayer.output, solve(sublayer.output.weight, moments.gram, moments.cross, ingredients.damping))
+        moments, output = refit_together(sublayer, now, target, *steps), sublayer.output
+        replace_weight(output, solve(output.weight, moments.gram, moments.cross, ingredients.damping))
     return goal, through(current, sublayer, now)
 
 
@@ -511,11 +463,11 @@ def mended(
     model: nn.Module,
     index: int,
     half: int,
-    weights: Mapping[str, torch.Tensor],
-    windows: torch.Tensor,
-    wanted: torch.Tensor,
-    current: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    weights: Mapping[str, Tensor],
+    windows: Tensor,
+    wanted: Tensor,
+    current: Tensor,
+) -> tuple[Tensor, Tensor]:
     """What `mend` did, given the weights that it left: the same streams, bit for bit, by one forward pass each."""
     sublayer = sublayers(decoder_layers(model)[index])[half]
     dense, now = calls(model, index, half, wanted, windows), calls(model, index, half, current, windows)
@@ -531,11 +483,11 @@ def mended(
 def sweep(
     model: nn.Module,
     plan: Plan,
-    windows: torch.Tensor,
+    windows: Tensor,
     ingredients: Ingredients = RECIPE,
     *,
-    scores: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
-    covariances: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    scores: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    covariances: Sequence[tuple[Tensor, Tensor]] | None = None,
     after_layer: Callable[[int], None] | None = None,
     progress: Progress = NOT_KEPT,
 ) -> None:
@@ -543,8 +495,8 @@ def sweep(
 
     Args:
         windows: calibration text, token ids [count, length].
-        scores: from `importance.unit_scores`; the units with the largest stay (default: chosen by OBS).
-        covariances: from `importance.gradient_covariances`, of the model as it is (default: computed here if they are needed).
+        scores: from `scores.unit_scores`; the units with the largest stay (default: chosen by OBS).
+        covariances: from `scores.gradient_covariances`, of the model as it is (default: computed here if they are needed).
         after_layer: called with the index of each layer when it is done, now or by an earlier run.
         progress: keeps the mended weights of each sublayer, in at least float32, as they were at work.
 
@@ -568,16 +520,12 @@ def sweep(
                     wanted = advance(model, wanted, windows, index, index + 1)
                     continue
                 for half, removed in enumerate((plan.groups, plan.channels)):
-                    score, covariance = (
-                        None if table is None else table[index][half] for table in (scores, covariances)
-                    )
-                    weights = progress.load(f"layer-{index}-{half}")
-                    if weights is not None:
-                        wanted, current = mended(model, index, half, weights, windows, wanted, current)
+                    done = progress.load(f"layer-{index}-{half}")
+                    if done is not None:
+                        wanted, current = mended(model, index, half, done, windows, wanted, current)
                         continue
-                    wanted, current = mend(
-                        model, index, half, removed[index], windows, wanted, current, ingredients, score, covariance
-                    )
+                    how = (ingredients, *(table and table[index][half] for table in (scores, covariances)))
+                    wanted, current = mend(model, index, half, removed[index], windows, wanted, current, *how)
                     progress.keep(f"layer-{index}-{half}", sublayers(layer)[half].module.state_dict())
             if after_layer is not None:
                 after_layer(index)
@@ -585,14 +533,13 @@ def sweep(
             drop_layers(model, dropped)
 
 
-def embedded(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """The residual stream before the first layer, in float32: targets are small differences of large numbers. It is carried to a GPU
-    over and over if it waits in host memory, and so is pinned there."""
+def embedded(model: nn.Module, windows: Tensor) -> Tensor:
+    """The residual stream before the first layer, in float32: targets are small differences of large numbers; pinned in host memory."""
     stream = at_least_float32(advance(model, None, windows, 0, 0))
     return stream.pin_memory() if is_streamed(model) and torch.cuda.is_available() else stream
 
 
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -606,10 +553,9 @@ def _layer_at_least_float32(layer: nn.Module) -> Iterator[None]:
         layer.to(dtype)
 
 
-def check_tokens(model: nn.Module, windows: torch.Tensor) -> None:
+def check_tokens(model: nn.Module, windows: Tensor) -> None:
     """Raises InputError if there are fewer calibration tokens than unknowns in a row of the widest projection."""
     widest = max(m.in_features for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear))
     if windows.numel() < widest:
-        raise InputError(
-            f"{windows.numel()} calibration tokens are too few for a least-squares fit: give at least {widest}"
-        )
+        few = f"{windows.numel()} calibration tokens are too few for a least-squares fit"
+        raise InputError(f"{few}: give at least {widest}")

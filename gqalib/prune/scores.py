@@ -410,9 +410,9 @@ def group_scores_by_part(layer: nn.Module, statistic: str = "taylor") -> dict[st
 def group_scores(
     layer: nn.Module, statistic: str = "taylor", include_o_proj: bool = False, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Score of each GQA group of a layer, [num_key_value_heads]: query heads + key head + value head, as the seed sums them.
+    """Score of each GQA group of a layer, [num_key_value_heads]: query heads + key head + value head, as the founding document sums them.
 
-    `include_o_proj` adds the columns of `o_proj` that the group feeds, which the seed leaves out.
+    `include_o_proj` adds the columns of `o_proj` that the group feeds, which the founding document leaves out.
     """
     if statistic == "random":
         return torch.rand(layer_shape(layer)["num_key_value_heads"], generator=generator, dtype=torch.float64)

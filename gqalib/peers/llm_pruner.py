@@ -1,0 +1,41 @@
+"""LLM-Pruner: first-order Taylor scores of all weights, one shot."""
+
+import torch
+from torch import nn
+
+from gqalib.errors import OutOfReach
+from gqalib.model.shapes import decoder_layers
+from gqalib.model.surgery import keep_channels, keep_groups
+from gqalib.peers.common import peer
+from gqalib.prune.founding import Plan, uniform_plan
+from gqalib.prune.scores import backward, channel_scores, largest, misaligned_group_scores
+
+
+@peer
+def llm_pruner(
+    model: nn.Module, windows: torch.Tensor, fraction: float, protect: bool = True, multiple: int = 1
+) -> None:
+    """LLM-Pruner (Ma et al., NeurIPS 2023): first-order element-wise Taylor, Σ |W ⊙ G|, one shot.
+
+    Heads are chosen by its own fold (`view(size, groups).sum(0)`, which credits KV head k with query heads k, k + groups, …),
+    channels by gate, up and down. Its script for Llama-7B prunes layers 4 to 29 of 32: the first eighth and the last
+    sixteenth of the layers stay whole.
+
+    Choices: the chosen KV heads go with the query heads that read them; all of `windows` is used, not ten short samples; a budget
+    that the unprotected layers cannot give is taken from all layers, and so is any without `protect`.
+    """
+    plan = _plan(model, fraction, protect, multiple)
+    backward(model, windows)
+    for index, layer in enumerate(decoder_layers(model)):
+        groups, channels = misaligned_group_scores(layer), channel_scores(layer)
+        keep_groups(model, index, largest(groups, len(groups) - plan.groups[index]))
+        keep_channels(model, index, largest(channels, len(channels) - plan.channels[index]))
+
+
+def _plan(model: nn.Module, fraction: float, protect: bool, multiple: int) -> Plan:
+    count = len(decoder_layers(model))
+    ends = [*range(round(count / 8)), *range(count - round(count / 16), count)] if protect else []
+    try:
+        return uniform_plan(model, fraction, ends, multiple)
+    except OutOfReach:
+        return uniform_plan(model, fraction, multiple=multiple)

@@ -1,0 +1,34 @@
+"""Wanda-sp: weights times activations, layer by layer on the model pruned so far."""
+
+import torch
+from torch import nn
+
+from gqalib.model.shapes import decoder_layers
+from gqalib.peers.common import MeanVariance, feed, peer
+from gqalib.prune.founding import uniform_plan
+from gqalib.prune.refit import sublayers
+from gqalib.prune.scores import largest
+from gqalib.stream import advance
+
+
+@peer
+def wanda_sp(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: int = 1) -> None:
+    """Wanda-sp (An et al., AAAI 2024, from Sun et al., ICLR 2024): |W_ij| · ‖X_j‖ of o_proj and down_proj, summed over a unit.
+
+    The same rate in every layer, front to back: a layer reads what the layers before it, already pruned, give.
+
+    Choices: no calibration text of its own; units are ranked within a layer, as in FLAP's code.
+    """
+    plan, stream = uniform_plan(model, fraction, multiple=multiple), None
+    for index, layer in enumerate(decoder_layers(model)):
+        parts, seen = sublayers(layer), (MeanVariance(), MeanVariance())
+        feed(model, stream, windows, index, {part.output: sums.see for part, sums in zip(parts, seen, strict=True)})
+        for part, sums, removed in zip(parts, seen, (plan.groups[index], plan.channels[index]), strict=True):
+            scores = wanda_scores(part.output.weight, sums.squares).view(part.num_units, -1).sum(1)
+            part.keep(model, index, largest(scores, part.num_units - removed))
+        stream = advance(model, stream, windows, index, index + 1)
+
+
+def wanda_scores(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Σ_i |W_ij| · ‖X_j‖ of each column j, float64; `squares`: Σ X_j² over the tokens."""
+    return weight.detach().double().abs().sum(0) * squares.sqrt()
