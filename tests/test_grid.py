@@ -302,6 +302,22 @@ def test_names_that_two_notebooks_use():
     assert _metrics(records) == {"same": 1, "differs": 1, "02.differs": 2}
 
 
+def test_a_start_that_takes_too_long_is_tried_again():
+    class Ray:
+        def __init__(self, fails):
+            self.starts, self.fails, self.shutdown = 0, fails, lambda: None
+
+        def init(self, *_, **__):
+            self.starts += 1
+            if self.starts <= self.fails:
+                raise RuntimeError("The current node timed out during startup.")
+
+    run_grid.start_ray(twice := Ray(2), None, "")
+    assert twice.starts == 3
+    with pytest.raises(RuntimeError, match="timed out"):
+        run_grid.start_ray(Ray(3), None, "")
+
+
 def test_no_cluster_at_the_address(jobs):
     with pytest.raises(InputError, match="no Ray cluster answers at nowhere"):
         run_grid.tune_all(jobs, Grid(), address="nowhere")
@@ -355,8 +371,13 @@ def test_more_than_any_machine_has():
 
 
 @pytest.fixture
-def ray(monkeypatch):
-    """Started once for all that a test runs: it takes longer than they do."""
+def ray(tmp_path, monkeypatch):
+    """Started once for all that a test runs: it takes longer than they do.
+
+    Most of it, in each of its processes, is a grammar that jsonschema compiles if it is there, and that nothing here needs.
+    """
+    (tmp_path / "rfc3987_syntax.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with run_grid._ray(None) as started:
         monkeypatch.setattr(run_grid, "_ray", lambda address: contextlib.nullcontext(started))
         yield
@@ -392,6 +413,12 @@ def is_running(pid):
         return False
 
 
+def here(jobs, grid, address):
+    """What workers do, without them."""
+    for job in jobs:
+        run_grid.trainable(jobs, grid)({"run": job.run_dir.name})
+
+
 def test_six_runs_with_a_worker_killed(jobs, grid, command, stand_in, tmp_path, ray, monkeypatch, capsys):
     """The worker of one is killed, one fails by itself, one's process is killed every time; a second start does what is left."""
     grid("max_retries: 1" + GRID)
@@ -417,6 +444,7 @@ def test_six_runs_with_a_worker_killed(jobs, grid, command, stand_in, tmp_path, 
     assert environment["nice"] == os.nice(0)
 
     stand_in()
+    monkeypatch.setattr(run_grid, "tune_all", here)
     assert main(command) == 0
     table, out = pd.read_csv(tmp_path / "grid" / "grid.csv"), capsys.readouterr().out
     assert "6 runs, 4 finished before" in out and "6 of 6 runs complete" in out

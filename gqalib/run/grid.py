@@ -8,6 +8,7 @@ RAY_process_group_cleanup_enabled=1, and a cluster that asks for a token is reac
 import contextlib
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -61,9 +62,6 @@ class Grid:
     num_cpus: int = 1  # of one run: cores reserved, and torch's threads
     num_gpus: float = 0  # of one run; below 1 several share a card, with 0 the cards are hidden
     max_retries: int = 2  # of a run whose process or worker was killed
-
-
-# ---------------------------------------------------------------- the grid's file
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -176,9 +174,6 @@ def _check_notebooks(grid: Grid, notebooks: Path) -> None:
                 raise InputError(f'notebook {path.stem} reads {name}: add "{name[:2]}" to the notebooks of the grid')
 
 
-# ---------------------------------------------------------------- the runs
-
-
 def run(
     path: Path, folder: Path | None = None, force: bool = False, address: str | None = None, notebooks: Path = NOTEBOOKS
 ) -> int:
@@ -217,42 +212,34 @@ def tune_all(jobs: list[Series], grid: Grid, address: str | None = None) -> None
     Raises:
         InputError: no cluster answers at the address, or no machine has as many cores or cards as one run is to have.
     """
-    with (
-        _ray(address) as (tune, nodes),
-        tempfile.TemporaryDirectory(prefix=".tune-", dir=jobs[0].run_dir.parent) as storage,
-    ):
+    folder, by_name, count, out = (
+        jobs[0].run_dir.parent,
+        {job.run_dir.name: job for job in jobs},
+        itertools.count(1),
+        sys.stdout,
+    )
+    with _ray(address) as (tune, nodes), tempfile.TemporaryDirectory(prefix=".tune-", dir=folder) as storage:
         check_resources(nodes, grid)
-        by_name, ended, out = {job.run_dir.name: job for job in jobs}, itertools.count(1), sys.stdout
-
-        def tell(name: str) -> None:
-            error = what_failed(by_name[name])
-            said = f"failed: {error}" if error else "finished"
-            print(f"[{next(ended)}/{len(jobs)}] {name:40s} {said}", file=out, flush=True)
 
         class Lines(tune.Callback):
-            def __getstate__(self) -> dict:  # Tune writes its callbacks down, for a restoration that nobody asks for
-                return {}
-
             def on_trial_complete(self, trial, **_) -> None:
-                self.tell(trial.config["run"])
+                error = what_failed(by_name[name := trial.config["run"]])
+                said = f"failed: {error}" if error else "finished"
+                print(f"[{next(count)}/{len(jobs)}] {name:40s} {said}", file=out, flush=True)
 
             on_trial_error = on_trial_complete
 
-        lines = Lines()
-        lines.tell = tell
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-        ):  # Ray says in paragraphs what we say in lines
+            def __reduce__(self):  # Tune writes its callbacks down, for a restoration that nobody asks for
+                return object, ()
+
+        retries = tune.FailureConfig(max_failures=grid.max_retries)
+        with contextlib.redirect_stdout(io.StringIO()):  # Ray says in paragraphs what we say in lines
             tune.Tuner(
                 tune.with_resources(trainable(jobs, grid), {"cpu": grid.num_cpus, "gpu": grid.num_gpus}),
                 param_space={"run": tune.grid_search(list(by_name))},
                 tune_config=tune.TuneConfig(reuse_actors=True),
-                run_config=tune.RunConfig(
-                    storage_path=storage, verbose=0, callbacks=[lines],
-                    failure_config=tune.FailureConfig(max_failures=grid.max_retries),
-                ),
-            ).fit()  # fmt: skip
+                run_config=tune.RunConfig(storage_path=storage, verbose=0, failure_config=retries, callbacks=[Lines()]),
+            ).fit()
 
 
 @contextlib.contextmanager
@@ -363,9 +350,6 @@ def what_failed(job: Series) -> str | None:
     return f"{end} at attempt {len(tries)}: see {job.run_dir / 'log.txt'}" if again else end
 
 
-# ---------------------------------------------------------------- table and figure
-
-
 def gather(jobs: list[Series]) -> pd.DataFrame:
     """One row per run: what it is, seconds, attempts, error, and every metric of its finished notebooks."""
     rows = []
@@ -440,7 +424,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     table = table.assign(x=table[x] if x else labels, line=labels if x else "")
     fig = Figure(figsize=(3.6 * len(metrics) + 0.8, 3.6), layout="constrained")
     for ax, metric in zip(fig.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
-        _panel(ax, table, metric, numeric=x is not None)
+        _panel(ax, table, metric)
         ax.set(xlabel=x or "", ylabel=f"{metric.replace('_', ' ')}, mean ± std over seeds")
     if table["line"].nunique() > 1:
         fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -448,18 +432,17 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         fig.savefig(temporary, format="png", dpi=150)
 
 
-def _panel(ax: plt.Axes, table: pd.DataFrame, metric: str, numeric: bool) -> None:
+def _panel(ax: plt.Axes, table: pd.DataFrame, metric: str) -> None:
     """Means over `x`, one line for each `line`; logarithmic where they are more than twenty times apart."""
-    for i, (line, rows) in enumerate(table.groupby("line", sort=False)):
-        means, colour = (
-            rows.groupby("x", sort=numeric)[metric].agg(["mean", "std"]),
-            plt.cm.viridis(i / 1.2 / table["line"].nunique()),
-        )
-        style = {"color": colour, "marker": "os^DvXP*"[i % 8], "linestyle": "-" if numeric else "", "capsize": 3}
+    numeric, lines = pd.api.types.is_numeric_dtype(table["x"]), table.groupby("line", sort=False)
+    for i, (line, rows) in enumerate(lines):
+        means = rows.groupby("x", sort=numeric)[metric].agg(["mean", "std"])
+        style = {"color": plt.cm.viridis(i / 1.2 / len(lines)), "marker": "os^DvXP*"[i % 8], "capsize": 3}
+        style["linestyle"] = "-" if numeric else ""
         ax.errorbar(means.index, means["mean"], means["std"].fillna(0), label=line, **style)
-    ax.tick_params(axis="x", rotation=0 if numeric else 20)
-    for axis, values in [("y", table[metric]), *([("x", table["x"])] if numeric else [])]:
+    for name, values in {"y": table[metric], **({"x": table["x"]} if numeric else {})}.items():
         if values.min() > 0 and values.max() > 20 * values.min():
-            ax.set(**{f"{axis}scale": "log"})
-            readable_log_axis(getattr(ax, f"{axis}axis"))
+            ax.set(**{f"{name}scale": "log"})
+            readable_log_axis(getattr(ax, f"{name}axis"))
+    ax.tick_params(axis="x", rotation=0 if numeric else 20)
     ax.grid(alpha=0.25)
