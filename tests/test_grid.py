@@ -263,6 +263,7 @@ def test_figure_of_any_grid(tmp_path):
             for m in (0.4, 0.5)
         ],
         [{"preset": "tiny", "recovery.num_examples": n, "x": float(n or 9)} for n in (10, None, 1000)],
+        [{"preset": p, "x": 1.0, "across": 2.0, "lines": 3.0} for p in ("tiny", "full")],
         [{"preset": "tiny", "perplexity_v3": None}],
     ]
     for rows in grids:

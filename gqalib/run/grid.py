@@ -421,26 +421,34 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     x = max(numeric, key=lambda name: table[name].nunique(), default=None)
     others = [name for name in _settings(table) if name != x]
     labels = [", ".join(f"{n.split('.')[-1]} {v}" for n, v in zip(others, row)) for row in table[others].to_numpy()]
-    table = table.assign(x=table[x] if x else labels, line=labels if x else "")
-    fig = Figure(figsize=(3.6 * len(metrics) + 0.8, 3.6), layout="constrained")
-    for ax, metric in zip(fig.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
-        _panel(ax, table, metric)
+    across, lines = (
+        (table[x], pd.Series(labels, table.index))
+        if x
+        else (pd.Series(labels, table.index), pd.Series("", table.index))
+    )
+    rows, columns = math.ceil(len(metrics) / 3), min(3, len(metrics))
+    fig = Figure(figsize=(3.6 * columns + 0.8, 3.0 * rows + 0.6), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False).ravel()
+    for ax, metric in zip(axes, metrics):
+        _panel(ax, table[metric], across, lines)
         ax.set(xlabel=x or "", ylabel=f"{metric.replace('_', ' ')}, mean ± std over seeds")
-    if table["line"].nunique() > 1:
+    for unused in axes[len(metrics) :]:
+        unused.remove()
+    if lines.nunique() > 1:
         fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     with replacing(path) as temporary:
         fig.savefig(temporary, format="png", dpi=150)
 
 
-def _panel(ax: plt.Axes, table: pd.DataFrame, metric: str) -> None:
-    """Means over `x`, one line for each `line`; logarithmic where they are more than twenty times apart."""
-    numeric, lines = pd.api.types.is_numeric_dtype(table["x"]), table.groupby("line", sort=False)
-    for i, (line, rows) in enumerate(lines):
-        means = rows.groupby("x", sort=numeric)[metric].agg(["mean", "std"])
-        style = {"color": plt.cm.viridis(i / 1.2 / len(lines)), "marker": "os^DvXP*"[i % 8], "capsize": 3}
+def _panel(ax: plt.Axes, metric: pd.Series, across: pd.Series, lines: pd.Series) -> None:
+    """Means over `across`, one line for each value of `lines`; logarithmic where they are more than twenty times apart."""
+    numeric, groups = pd.api.types.is_numeric_dtype(across), metric.groupby(lines, sort=False)
+    for i, (line, values) in enumerate(groups):
+        means = values.groupby(across, sort=numeric).agg(["mean", "std"])
+        style = {"color": plt.cm.viridis(i / 1.2 / len(groups)), "marker": "os^DvXP*"[i % 8], "capsize": 3}
         style["linestyle"] = "-" if numeric else ""
         ax.errorbar(means.index, means["mean"], means["std"].fillna(0), label=line, **style)
-    for name, values in {"y": table[metric], **({"x": table["x"]} if numeric else {})}.items():
+    for name, values in {"y": metric, **({"x": across} if numeric else {})}.items():
         if values.min() > 0 and values.max() > 20 * values.min():
             ax.set(**{f"{name}scale": "log"})
             readable_log_axis(getattr(ax, f"{name}axis"))
