@@ -1,4 +1,4 @@
-"""`python -m gqalib`: run the series, sweep a grid of runs, score, recover or distill a model on several devices, publish a run, report it."""
+"""`python -m gqalib`: run the series or a grid of runs, score, recover or distill a model on several devices, publish a run, report it."""
 
 import argparse
 import sys
@@ -45,11 +45,13 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="first", metavar="NN", help="start with this notebook")
     run.add_argument("--only", metavar="NN", help="run this notebook alone, or several: 01,05")
     sweep = commands.add_parser(
-        "sweep", help="run a grid of presets × overrides × seeds as Ray tasks; finished runs are kept"
+        "grid",
+        aliases=["sweep"],
+        help="run a grid of presets × overrides × seeds with Ray Tune; finished runs are kept",
     )
     sweep.add_argument("grid", type=Path, help="a YAML file: preset, notebooks, seeds, overrides, num_cpus, num_gpus")
     sweep.add_argument(
-        "--run-dir", type=Path, help="where the runs and their table go (default: runs/sweep-<name of the grid>)"
+        "--run-dir", type=Path, help="where the runs and their table go (default: runs/grid-<name of the grid>)"
     )
     sweep.add_argument(
         "--address", help="a Ray cluster that shares this folder, host:port (default: this machine alone)"
@@ -98,7 +100,7 @@ def overrides(pairs: list[str]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 a notebook or a run of a sweep failed, 2 bad input, 3 a notebook's process was killed, 130 interrupted."""
+    """Returns the exit status: 0 done, 1 a notebook or a run of a grid failed, 2 bad input, 3 a notebook's process was killed, 130 interrupted."""
     options = parser().parse_args(arguments)
     try:
         if options.command == "run":
@@ -108,10 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
             )  # fmt: skip
             job.run(options.force)
             print(job.summary())
-        elif options.command == "sweep":
+        elif options.command in ("grid", "sweep"):
             return (
                 1
-                if grid.sweep(options.grid, options.run_dir, options.force, options.address, options.notebooks_dir)
+                if grid.run(options.grid, options.run_dir, options.force, options.address, options.notebooks_dir)
                 else 0
             )
         elif options.command in ("recover", "distill"):

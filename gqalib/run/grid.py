@@ -1,40 +1,54 @@
-"""Sweeps: a grid of presets × overrides × seeds, checked before anything starts, and what came of it in one table and one figure.
+"""A grid of presets × overrides × seeds, checked before anything starts; Ray Tune runs it, and one table and one figure say what came of it.
 
-Every run has a folder of its own under the sweep's, as `python -m gqalib run` would have written it, so that a sweep that is started
-again keeps what is finished. `tasks` runs them.
+Every run is `python -m gqalib run` in a process and a folder of its own, so that a grid that is started again keeps what is finished.
+On a cluster the project, its environment and the grid's folder must lie at the same place on every machine; `ray start` wants
+RAY_process_group_cleanup_enabled=1, and a cluster that asks for a token is reached with RAY_AUTH_MODE=token.
 """
 
+import contextlib
+import fcntl
 import hashlib
+import io
 import itertools
 import json
 import math
+import os
 import re
+import secrets
 import shutil
-from collections.abc import Hashable
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 
-from gqalib.errors import InputError, read_text
+from gqalib.errors import InputError, one_sentence, read_text
 from gqalib.figures import readable_log_axis
-from gqalib.run import tasks
 from gqalib.run.notebook import NOTEBOOKS, default_run_dir, numbered_notebooks, read_record, write_atomically
 from gqalib.run.presets import check_name, dotted_names, number_or_text
 from gqalib.run.resume import replacing
-from gqalib.run.series import Series, locked, reads
+from gqalib.run.series import KERNEL_DIED, Series, locked, reads
 
 KEYS = ["preset", "presets", "notebooks", "seeds", "overrides", "num_cpus", "num_gpus", "max_retries"]
 OF_THE_RUN = ["run", "preset", "seed", "seconds", "attempts", "error"]  # columns beside overrides and metrics
-SHOWN = re.compile(
-    r"perplexity_|ratio_|.*kept_percent$"
-)  # metrics of the printed table where there are such; the file has all
+SHOWN = re.compile(r"perplexity_|ratio_|.*kept_percent$")  # metrics of the printed table; the file has all
 DRAWN = re.compile(r"perplexity_|ratio_")
+PROGRAM = ("-m", "gqalib")
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # what a run measures must not wait for others
+    "RAY_process_group_cleanup_enabled": "1",  # what a dead worker had started must not run on beside the next attempt
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs have their own records
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the grid, as it ends a run
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Grid:
     overrides: dict[str, list[Any]] = field(default_factory=dict)  # dotted name → the values to try
     num_cpus: int = 1  # of one run: cores reserved, and torch's threads
     num_gpus: float = 0  # of one run; below 1 several share a card, with 0 the cards are hidden
-    max_retries: int = 2  # of a run whose worker died
+    max_retries: int = 2  # of a run whose process or worker was killed
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -76,36 +90,29 @@ def read_grid(path: Path) -> Grid:
         data["presets"] = [data.pop("preset")]
     overrides = data.get("overrides", {})
     if not isinstance(overrides, dict):
-        raise InputError(
-            f"overrides = {overrides!r} are no names with values: write for example pruning.mean_rate: [0.2, 0.3] under it"
-        )
-    for name in overrides:
+        fix = "write for example pruning.mean_rate: [0.2, 0.3] under it"
+        raise InputError(f"overrides = {overrides!r} are no names with values: {fix}")
+    for name, values in overrides.items():
         check_name(name, dotted_names())
-    data["overrides"] = {
-        name: _values(name, [number_or_text(value) for value in _values(name, values)])
-        for name, values in overrides.items()
-    }
+        overrides[name] = _values(name, [number_or_text(value) for value in _values(name, values)])
     for key in data.keys() & {"presets", "notebooks", "seeds"}:
         data[key] = _values(key, data[key])
     if "notebooks" in data:  # YAML reads 01 as 1
-        data["notebooks"] = _values(
-            "notebooks", [f"{n:02d}" if type(n) is int else str(n)[:2] for n in data["notebooks"]]
-        )
+        numbers = [f"{n:02d}" if type(n) is int else str(n)[:2] for n in data["notebooks"]]
+        data["notebooks"] = _values("notebooks", numbers)
     grid = Grid(**data)
     _check_numbers(grid)
     return grid
 
 
 def _read(path: Path) -> dict[str, Any]:
-    text = read_text(path, "grid")
     try:
-        data = yaml.load(text, _UniqueKeys)
+        data = yaml.load(read_text(path, "grid"), _UniqueKeys)
     except yaml.YAMLError as error:
         raise InputError(f"grid {path} is no YAML: {' '.join(str(error).split())}") from error
-    if not data:
-        raise InputError(f"grid {path} is empty: write for example seeds: [0, 1]")
-    if not isinstance(data, dict):
-        raise InputError(f"grid {path} has no keys: write for example seeds: [0, 1]")
+    if not data or not isinstance(data, dict):
+        lacks = "has no keys" if data else "is empty"
+        raise InputError(f"grid {path} {lacks}: write for example seeds: [0, 1]")
     return data
 
 
@@ -121,18 +128,14 @@ def _values(name: str, values: Any) -> list[Any]:
 
 
 def _check_numbers(grid: Grid) -> None:
-    whole = {"num_cpus": 1, "max_retries": 0}
-    numbers = [(name, getattr(grid, name), least) for name, least in whole.items()] + [
-        ("seeds", seed, 0) for seed in grid.seeds
-    ]
-    for name, value, least in numbers:
+    numbers = [("num_cpus", grid.num_cpus, 1), ("max_retries", grid.max_retries, 0)]
+    for name, value, least in [*numbers, *(("seeds", seed, 0) for seed in grid.seeds)]:
         if type(value) is not int or not least <= value < 2**32:
             raise InputError(f"{name} = {value!r} cannot be: give a whole number from {least}")
     gpus = grid.num_gpus
     if type(gpus) not in (int, float) or not 0 <= gpus < math.inf or (gpus > 1 and gpus != int(gpus)):
-        raise InputError(
-            f"num_gpus = {gpus!r} cannot be: give 0, a part of a card such as 0.5, or a whole number of cards"
-        )
+        fix = "give 0, a part of a card such as 0.5, or a whole number of cards"
+        raise InputError(f"num_gpus = {gpus!r} cannot be: {fix}")
 
 
 def expand(grid: Grid, folder: Path, notebooks: Path = NOTEBOOKS) -> list[Series]:
@@ -155,9 +158,9 @@ def run_name(preset: str, overrides: dict[str, Any], seed: int) -> str:
     """A folder's name that says what the run is; what a folder cannot be called is shortened, with a hash of it."""
     name = ",".join([preset, *(f"{key}={value}" for key, value in overrides.items()), f"seed={seed}"])
     plain = re.sub(r"[^\w.,=+-]", "_", name)
-    return (
-        name if plain == name and len(name) <= 120 else f"{plain[:100]},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    )
+    if plain == name and len(name) <= 120:
+        return name
+    return f"{plain[:100]},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _check_notebooks(grid: Grid, notebooks: Path) -> None:
@@ -171,30 +174,31 @@ def _check_notebooks(grid: Grid, notebooks: Path) -> None:
                 raise InputError(f'notebook {path.stem} reads {name}: add "{name[:2]}" to the notebooks of the grid')
 
 
-def sweep(
+def run(
     path: Path, folder: Path | None = None, force: bool = False, address: str | None = None, notebooks: Path = NOTEBOOKS
 ) -> int:
-    """Run what of a grid is not finished, a line each; then write `sweep.csv` and `sweep.png` and print the means over seeds.
+    """Run what of a grid is not finished, a line each; then write `grid.csv` and `grid.png` and print the means over seeds.
 
     Returns the number of runs that failed.
 
     Raises:
-        InputError: the grid or something that it names cannot be, or another sweep is working in the folder.
+        InputError: the grid or something that it names cannot be, or another grid is running in the folder.
     """
     grid = read_grid(path)
-    folder = Path(folder).absolute() if folder else default_run_dir(f"sweep-{Path(path).stem}")
+    folder = Path(folder).absolute() if folder else default_run_dir(f"grid-{Path(path).stem}")
     jobs = expand(grid, folder, notebooks)
     with locked(folder):
         for job in jobs if force else ():
             shutil.rmtree(job.run_dir, ignore_errors=True)
         left = [job for job in jobs if not is_complete(job)]
         print(f"{len(jobs)} runs, {len(jobs) - len(left)} finished before", flush=True)
-        errors = _run(left, grid, address)
-        table = gather(jobs, errors)
-        write_atomically(folder / "sweep.csv", table.to_csv(index=False))
-        draw(table, folder / "sweep.png")
-        print(report(table, jobs, folder))
-    return len(errors)
+        if left:
+            tune_all(left, grid, address)
+        table = gather(jobs)
+        write_atomically(folder / "grid.csv", table.to_csv(index=False))
+        draw(table, folder / "grid.png")
+        print(summary(table, jobs, folder))
+    return int(table["error"].count())
 
 
 def is_complete(job: Series) -> bool:
@@ -202,30 +206,159 @@ def is_complete(job: Series) -> bool:
     return all(job.is_finished(path) for path in job.paths)
 
 
-def _run(jobs: list[Series], grid: Grid, address: str | None) -> dict[Path, str]:
-    """Returns what went wrong, by run folder."""
-    errors = {}
-    ended = tasks.run_all(jobs, grid.num_cpus, grid.num_gpus, grid.max_retries, address) if jobs else ()
-    for i, (job, error) in enumerate(ended, 1):
-        if not error and not is_complete(job):
-            error = "model, corpus or code changed while it ran: start the sweep again"
-        if error:
-            errors[job.run_dir] = error
-        print(f"[{i}/{len(jobs)}] {job.run_dir.name:40s} {'failed: ' + error if error else 'finished'}", flush=True)
-    return errors
+def tune_all(jobs: list[Series], grid: Grid, address: str | None = None) -> None:
+    """Each job is a trial, as many at a time as there are cores and cards for; a line is printed as each ends.
+
+    Raises:
+        InputError: no cluster answers at the address, or no machine has as many cores or cards as one run is to have.
+    """
+    folder, by_name, count, out = (
+        jobs[0].run_dir.parent,
+        {job.run_dir.name: job for job in jobs},
+        itertools.count(1),
+        sys.stdout,
+    )
+    with _ray(address) as (tune, nodes), tempfile.TemporaryDirectory(prefix=".tune-", dir=folder) as storage:
+        check_resources(nodes, grid)
+
+        class Lines(tune.Callback):
+            def on_trial_complete(self, trial, **_) -> None:
+                error = what_failed(by_name[name := trial.config["run"]])
+                said = f"failed: {error}" if error else "finished"
+                print(f"[{next(count)}/{len(jobs)}] {name:40s} {said}", file=out, flush=True)
+
+            on_trial_error = on_trial_complete
+
+            def __reduce__(self):  # Tune writes its callbacks down, for a restoration that nobody asks for
+                return object, ()
+
+        retries = tune.FailureConfig(max_failures=grid.max_retries)
+        with contextlib.redirect_stdout(io.StringIO()):  # Ray says in paragraphs what we say in lines
+            tune.Tuner(
+                tune.with_resources(trainable(jobs, grid), {"cpu": grid.num_cpus, "gpu": grid.num_gpus}),
+                param_space={"run": tune.grid_search(list(by_name))},
+                tune_config=tune.TuneConfig(reuse_actors=True),
+                run_config=tune.RunConfig(storage_path=storage, verbose=0, failure_config=retries, callbacks=[Lines()]),
+            ).fit()
 
 
-def gather(jobs: list[Series], errors: dict[Path, str] | None = None) -> pd.DataFrame:
+@contextlib.contextmanager
+def _ray(address: str | None) -> Iterator[Any]:
+    """Ray on this machine, in a folder that goes with it, or on a running cluster; yields Tune, and the machines there are."""
+    os.environ.update(ENVIRONMENT)
+    if not address:  # a password for this grid alone; Ray would leave one in the home folder
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+    from ray import tune
+
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        try:
+            start_ray(ray, address, folder)
+            yield tune, ray.nodes()
+        finally:
+            ray.shutdown()
+
+
+def start_ray(ray: Any, address: str | None, folder: str) -> None:
+    """Three times if need be: on a busy machine Ray is not up within the half minute that it gives itself."""
+    quiet = {"logging_level": "CRITICAL", "log_to_driver": False}
+    if address:
+        hint = "give the host:port that `ray start --head` printed, and set RAY_AUTH_MODE=token if it asks for one"
+        with one_sentence(f"no Ray cluster answers at {address}", hint):
+            return ray.init(address, **quiet)
+    for left in (2, 1, 0):
+        try:
+            return ray.init("local", include_dashboard=False, object_store_memory=80 * 2**20, _temp_dir=folder, **quiet)
+        except Exception:  # Ray raises no narrower one
+            ray.shutdown()
+            if not left:
+                raise
+
+
+def check_resources(nodes: list[dict[str, Any]], grid: Grid) -> None:
+    """Tune would wait for ever for what is not there."""
+    machines = [(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in nodes if node["Alive"]]
+    if not any(cpus >= grid.num_cpus and gpus >= grid.num_gpus for cpus, gpus in machines):
+        there = "; ".join(f"{cpus:g} and {gpus:g}" for cpus, gpus in machines)
+        wanted = f"num_cpus = {grid.num_cpus} and num_gpus = {grid.num_gpus:g} for a run (there are {there})"
+        raise InputError(f"no machine has {wanted}: lower them in the grid")
+
+
+def trainable(jobs: list[Series], grid: Grid) -> Callable[[dict[str, str]], dict[str, int]]:
+    """One attempt at a run, in a worker. It goes there by value and needs the standard library alone: no worker loads torch to wait."""
+    folder, cwd = jobs[0].run_dir.parent, os.getcwd()
+    asked = {job.run_dir.name: arguments(job) for job in jobs}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(grid.num_cpus))
+    changed = threads | ({} if grid.num_gpus else {"CUDA_VISIBLE_DEVICES": ""})
+
+    def attempt(config: dict[str, str]) -> dict[str, int]:
+        place, command = folder / config["run"], [sys.executable, *PROGRAM, *asked[config["run"]]]
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / ".lock").open("a") as lock:  # what a dead worker left may take a moment to go, or run to its end
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with (place / "log.txt").open("a", encoding="utf-8") as log:
+            print(f"\nattempt on {socket.gethostname()}, pid {os.getpid()}: {' '.join(command)}", file=log, flush=True)
+            status = subprocess.run(command, cwd=cwd, env=os.environ | changed, stdout=log, stderr=log).returncode
+            print(f"\nexit status {status}", file=log)
+        if status < 0 or status == KERNEL_DIED:
+            raise ChildProcessError("its process was killed")  # Tune tries again
+        return {"status": status}
+
+    return attempt
+
+
+def arguments(job: Series) -> list[str]:
+    """What `python -m gqalib` is asked for; values go as JSON, which YAML reads."""
+    numbers = ",".join(path.name[:2] for path in job.paths)
+    pairs = [part for name, value in job.overrides.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+    where = ["--run-dir", str(job.run_dir), "--notebooks-dir", str(Path(job.notebooks).absolute())]
+    return ["run", "--preset", job.preset, "--seed", str(job.seed), "--only", numbers, *where, *pairs]
+
+
+def attempts(job: Series) -> list[tuple[str, str]]:
+    """Host of each attempt at a run, oldest first, and how it ended; from `log.txt`, where all starts of the grid are."""
+    log = job.run_dir / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    parts = re.split(r"^attempt on (\S+), pid \d+: .*\n", text, flags=re.MULTILINE)
+    return list(zip(parts[1::2], map(_end, parts[2::2]), strict=True))
+
+
+def _end(said: str) -> str:
+    """Of a run that failed by itself the sentence after `error:` or `failed:`; of a traceback the last line."""
+    *lines, last = [line.strip() for line in said.splitlines() if line.strip()] or [""]
+    if not (status := re.fullmatch(r"exit status (-?\d+)", last)):
+        return "its worker died"
+    if (number := int(status[1])) == 0:
+        return "finished"
+    if number < 0 or number == KERNEL_DIED:
+        return "its process was killed"
+    for start, line in enumerate(lines):
+        if told := re.match("(error|failed): (.*)", line):
+            return ": ".join([told[2], *lines[start + 1 : start + 2]])
+    return lines[-1] if lines else "it said nothing"
+
+
+def what_failed(job: Series) -> str | None:
+    """Why a run that was tried is not complete."""
+    if is_complete(job):
+        return None
+    tries = attempts(job)
+    end = tries[-1][1] if tries else "no worker began it"
+    if end == "finished":
+        return "model, corpus or code changed while it ran: start the grid again"
+    again = end in ("its process was killed", "its worker died")
+    return f"{end} at attempt {len(tries)}: see {job.run_dir / 'log.txt'}" if again else end
+
+
+def gather(jobs: list[Series]) -> pd.DataFrame:
     """One row per run: what it is, seconds, attempts, error, and every metric of its finished notebooks."""
     rows = []
     for job in jobs:
         records = [read_record(job.run_dir / f"{path.stem}.json") for path in job.paths if job.is_finished(path)]
-        values = {
-            name: json.dumps(value) if isinstance(value, list) else value for name, value in job.overrides.items()
-        }
-        seconds, attempts = sum(record["seconds"] for record in records), len(tasks.read_attempts(job.run_dir))
-        of_the_run = [job.run_dir.name, job.preset, job.seed, seconds, attempts, (errors or {}).get(job.run_dir)]
-        rows.append(dict(zip(OF_THE_RUN, of_the_run, strict=True)) | values | _metrics(records))
+        seconds = sum(record["seconds"] for record in records)
+        of_the_run = [job.run_dir.name, job.preset, job.seed, seconds, len(attempts(job)), what_failed(job)]
+        settings = {k: json.dumps(value) if isinstance(value, list) else value for k, value in job.overrides.items()}
+        rows.append(dict(zip(OF_THE_RUN, of_the_run, strict=True)) | settings | _metrics(records))
     return pd.DataFrame(rows)
 
 
@@ -256,31 +389,18 @@ def _pick(table: pd.DataFrame, pattern: re.Pattern) -> list[str]:
     return [name for name in metrics if pattern.match(name)] or metrics
 
 
-def report(table: pd.DataFrame, jobs: list[Series], folder: Path) -> str:
+def summary(table: pd.DataFrame, jobs: list[Series], folder: Path) -> str:
     """Means over seeds, which runs were retried and why, which failed, and where everything lies."""
     means = over_seeds(table, [*_pick(table, SHOWN), "seconds"])
-    shown = pd.DataFrame(
-        {name: [_plus_minus(*row) for row in means[name].to_numpy()] for name in means.columns.unique(0)}, means.index
-    )
-    lines = ["", shown.to_string(sparsify=False, line_width=140), ""]
+    cells = {name: [_plus_minus(*row) for row in means[name].to_numpy()] for name in means.columns.unique(0)}
+    lines = ["", pd.DataFrame(cells, means.index).to_string(sparsify=False, line_width=140), ""]
     for job in jobs:
-        attempts = tasks.read_attempts(job.run_dir)
-        if len(attempts) > 1:
-            why = ", ".join(
-                f"attempt {i} on {a['host']}: {a['ended'] or tasks.WORKER_DIED}" for i, a in enumerate(attempts[:-1], 1)
-            )
-            lines.append(f"retried   {job.run_dir.name} ({why})")
+        why = ", ".join(f"attempt {i} on {host}: {end}" for i, (host, end) in enumerate(attempts(job)[:-1], 1))
+        lines += [f"retried   {job.run_dir.name} ({why})"] if why else []
     failed = table[table["error"].notna()]
     lines += [f"failed    {name}: {error}" for name, error in zip(failed["run"], failed["error"], strict=True)]
-    complete = f"{len(table) - len(failed)} of {len(table)} runs complete"
-    return "\n".join(
-        [
-            *lines,
-            f"runs      {folder} ({complete})",
-            f"table     {folder / 'sweep.csv'}",
-            f"figure    {folder / 'sweep.png'}",
-        ]
-    )
+    lines += [f"runs      {folder} ({len(table) - len(failed)} of {len(table)} runs complete)"]
+    return "\n".join([*lines, f"table     {folder / 'grid.csv'}", f"figure    {folder / 'grid.png'}"])
 
 
 def _plus_minus(mean: float, std: float, count: float) -> str:
@@ -297,56 +417,40 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     metrics = [name for name in metrics if table[name].nunique() > 1] or metrics  # what nothing moves says nothing
     if not metrics:
         return path.unlink(missing_ok=True)
-    means = over_seeds(table, metrics)
-    columns = min(3, len(metrics))
-    rows = math.ceil(len(metrics) / columns)
+    numeric = [name for name in _settings(table) if pd.api.types.is_numeric_dtype(table[name])]
+    x = max(numeric, key=lambda name: table[name].nunique(), default=None)
+    others = [name for name in _settings(table) if name != x]
+    labels = [", ".join(f"{n.split('.')[-1]} {v}" for n, v in zip(others, row)) for row in table[others].to_numpy()]
+    across, lines = (
+        (table[x], pd.Series(labels, table.index))
+        if x
+        else (pd.Series(labels, table.index), pd.Series("", table.index))
+    )
+    rows, columns = math.ceil(len(metrics) / 3), min(3, len(metrics))
     fig = Figure(figsize=(3.6 * columns + 0.8, 3.0 * rows + 0.6), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
-    for ax, metric in itertools.zip_longest(axes, metrics):
-        _panel(ax, means[metric].reset_index(), _settings(table), metric) if metric else ax.remove()
-    handles, labels = axes[0].get_legend_handles_labels()
-    if len(labels) > 1:
-        fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), fontsize=9, frameon=False)
-    if table["seed"].nunique() > 1:
-        fig.suptitle(f"mean and standard deviation over {table['seed'].nunique()} seeds", fontsize=9)
+    for ax, metric in zip(axes, metrics):
+        _panel(ax, table[metric], across, lines)
+        ax.set(xlabel=x or "", ylabel=f"{metric.replace('_', ' ')}, mean ± std over seeds")
+    for unused in axes[len(metrics) :]:
+        unused.remove()
+    if lines.nunique() > 1:
+        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     with replacing(path) as temporary:
         fig.savefig(temporary, format="png", dpi=150)
 
 
-def _panel(ax: plt.Axes, means: pd.DataFrame, settings: list[str], metric: str) -> None:
-    """One metric: `means` has a column for each setting, and mean and std."""
-    numeric = [name for name in settings if pd.api.types.is_numeric_dtype(means[name]) and means[name].nunique() > 1]
-    x = max(numeric, key=lambda name: means[name].nunique(), default=None)
-    others = [name for name in settings if name != x]
-    if x is None:
-        means = means.assign(**{"": range(len(means))})
-        ax.set_xticks(means[""], [_label(row, others) for _, row in means.iterrows()], rotation=20, ha="right")
-    groups = list(means.groupby(others, sort=False, dropna=False)) if others and x else [("", means)]
-    for i, (_, group) in enumerate(groups):
-        colour = plt.cm.viridis(0.85 * i / max(1, len(groups) - 1))
-        ax.errorbar(
-            group[x or ""], group["mean"], group["std"].fillna(0), label=_label(group.iloc[0], others), color=colour,
-            marker="os^DvXP*"[i % 8], linestyle="-" if x else "", capsize=3,
-        )  # fmt: skip
-    _scales(ax, means, x)
-    ax.set(xlabel=x or "", ylabel=metric.replace("_", " "))
-
-
-def _label(row: pd.Series, names: list[str]) -> str:
-    return ", ".join(str(row[name]) if name == "preset" else f"{name.split('.')[-1]} {row[name]}" for name in names)
-
-
-def _scales(ax: plt.Axes, means: pd.DataFrame, x: str | None) -> None:
-    """Logarithmic where values are more than twenty times apart; ticks at the values that were run."""
+def _panel(ax: plt.Axes, metric: pd.Series, across: pd.Series, lines: pd.Series) -> None:
+    """Means over `across`, one line for each value of `lines`; logarithmic where they are more than twenty times apart."""
+    numeric, groups = pd.api.types.is_numeric_dtype(across), metric.groupby(lines, sort=False)
+    for i, (line, values) in enumerate(groups):
+        means = values.groupby(across, sort=numeric).agg(["mean", "std"])
+        style = {"color": plt.cm.viridis(i / 1.2 / len(groups)), "marker": "os^DvXP*"[i % 8], "capsize": 3}
+        style["linestyle"] = "-" if numeric else ""
+        ax.errorbar(means.index, means["mean"], means["std"].fillna(0), label=line, **style)
+    for name, values in {"y": metric, **({"x": across} if numeric else {})}.items():
+        if values.min() > 0 and values.max() > 20 * values.min():
+            ax.set(**{f"{name}scale": "log"})
+            readable_log_axis(getattr(ax, f"{name}axis"))
+    ax.tick_params(axis="x", rotation=0 if numeric else 20)
     ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.ticklabel_format(axis="y", useOffset=False)
-    if means["mean"].min() > 0 and means["mean"].max() > 20 * means["mean"].min():
-        ax.set_yscale("log")
-        readable_log_axis(ax.yaxis)
-    if x:
-        if means[x].min() > 0 and means[x].max() > 20 * means[x].min():
-            ax.set_xscale("log")
-        values = np.unique(means[x])
-        ax.set_xticks(values, [f"{value:,.10g}" for value in values], minor=False)
-        ax.minorticks_off()

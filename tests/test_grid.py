@@ -1,4 +1,4 @@
-"""Sweeps: a grid is checked before anything starts; six runs survive a killed worker; one that fails does not stop the others."""
+"""A grid is checked before anything starts; its runs survive a killed worker; one that fails does not stop the others."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,6 @@ import shutil
 import signal
 import threading
 import time
-import types
 
 import pandas as pd
 import psutil
@@ -19,7 +18,6 @@ from test_series import write_notebook, write_series
 
 from gqalib import InputError
 from gqalib.run import grid as run_grid
-from gqalib.run import tasks
 from gqalib.run.cli import main, overrides, parser
 from gqalib.run.grid import (
     NOTEBOOKS,
@@ -84,7 +82,12 @@ def grid(tmp_path, model_folder):
 
 @pytest.fixture
 def jobs(grid, tmp_path, notebooks):
-    return expand(read_grid(grid()), tmp_path / "sweep", notebooks)
+    return expand(read_grid(grid()), tmp_path / "grid", notebooks)
+
+
+@pytest.fixture
+def command(grid, tmp_path, notebooks):
+    return ["grid", str(grid()), "--run-dir", str(tmp_path / "grid"), "--notebooks-dir", str(notebooks)]
 
 
 def finish(job, folder, **metrics):
@@ -141,13 +144,12 @@ def perplexity(job):
         ("seeds: [0", "is no YAML"),
     ],
 )
-def test_bad_grid_is_one_sentence_status_2_and_nothing_written(tmp_path, grid, notebooks, capsys, text, says):
-    assert (
-        main(["sweep", str(grid(text)), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]) == 2
-    )
+def test_bad_grid_is_one_sentence_status_2_and_nothing_written(tmp_path, grid, command, capsys, text, says):
+    grid(text)
+    assert main(command) == 2
     error = capsys.readouterr().err
     assert re.search(says, error) and error.count("\n") == 1
-    assert not (tmp_path / "sweep").exists()
+    assert not (tmp_path / "grid").exists()
 
 
 def test_the_grid_knows_what_the_workbooks_notebooks_read():
@@ -165,11 +167,11 @@ def test_computed_names_are_refused(name, tmp_path):
 
 
 def test_missing_grid(tmp_path, capsys):
-    assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
+    assert main(["grid", str(tmp_path / "none.yaml")]) == 2
     says = r"error: grid .*none.yaml cannot be read \(No such file or directory\): give a text file in UTF-8\n"
     assert re.fullmatch(says, capsys.readouterr().err)
     (tmp_path / "latin.yaml").write_bytes(b"# caf\xe9")
-    assert main(["sweep", str(tmp_path / "latin.yaml")]) == 2
+    assert main(["grid", str(tmp_path / "latin.yaml")]) == 2
     assert re.fullmatch(r"error: grid .*latin.yaml cannot be read \(.*\): give a text .*\n", capsys.readouterr().err)
 
 
@@ -205,7 +207,7 @@ def test_the_command_line_understands_what_a_task_asks_for(jobs, notebooks):
             "cost.batch_sizes": [1],
         },
     )
-    options = parser().parse_args(tasks._arguments(job))
+    options = parser().parse_args(run_grid.arguments(job))
     asked = (
         options.command,
         options.preset,
@@ -221,8 +223,12 @@ def test_the_command_line_understands_what_a_task_asks_for(jobs, notebooks):
 def test_gather_means_and_figure(jobs, tmp_path):
     for job in jobs[:5]:
         finish(job, job.run_dir, perplexity_v3=perplexity(job), perplexity_dense=7.0, other=1.0)
-    table = gather(jobs, {jobs[5].run_dir: "no luck"})
-    assert len(table) == 6 and table["error"].dropna().to_dict() == {5: "no luck"}
+    jobs[5].run_dir.mkdir()
+    (jobs[5].run_dir / "log.txt").write_text(
+        "\nattempt on a, pid 1: python\n\nattempt on b, pid 2: python\nerror: no luck\n\nexit status 2\n"
+    )
+    table = gather(jobs)
+    assert len(table) == 6 and table["error"].dropna().to_dict() == {5: "no luck"} and table["attempts"][5] == 2
     assert (
         table["perplexity_v3"].tolist()[:5] == [perplexity(job) for job in jobs[:5]]
         and table["perplexity_v3"].isna()[5]
@@ -234,11 +240,12 @@ def test_gather_means_and_figure(jobs, tmp_path):
         and means["std"].iloc[0] == pytest.approx(0.5**0.5)
         and means["count"].tolist() == [2, 2, 1]
     )
-    report = run_grid.report(table, jobs, tmp_path)
+    report = run_grid.summary(table, jobs, tmp_path)
     assert "30.50 ± 0.71" in report and "perplexity_dense" in report and "other" not in report
+    assert f"retried   {jobs[5].run_dir.name} (attempt 1 on a: its worker died)" in report
     assert f"failed    {jobs[5].run_dir.name}: no luck" in report and "5 of 6 runs complete" in report
-    draw(table, tmp_path / "sweep.png")
-    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG" and not (tmp_path / ".sweep.png").exists()
+    draw(table, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG" and not (tmp_path / ".grid.png").exists()
 
 
 def test_figure_of_any_grid(tmp_path):
@@ -256,35 +263,39 @@ def test_figure_of_any_grid(tmp_path):
             for m in (0.4, 0.5)
         ],
         [{"preset": "tiny", "recovery.num_examples": n, "x": float(n or 9)} for n in (10, None, 1000)],
+        [{"preset": p, "x": 1.0, "across": 2.0, "lines": 3.0} for p in ("tiny", "full")],
         [{"preset": "tiny", "perplexity_v3": None}],
     ]
     for rows in grids:
-        draw(pd.DataFrame([base | row for row in rows]), tmp_path / "sweep.png")
-        assert (tmp_path / "sweep.png").exists() == (rows is not grids[-1])
+        draw(pd.DataFrame([base | row for row in rows]), tmp_path / "grid.png")
+        assert (tmp_path / "grid.png").exists() == (rows is not grids[-1])
 
 
-def test_force_starts_from_nothing(jobs, grid, notebooks, tmp_path, monkeypatch, capsys):
+def test_force_starts_from_nothing(jobs, command, monkeypatch):
     started = []
 
-    def run_all(jobs, *_):
+    def tune_all(jobs, *_):
         for job in jobs:
             started.append((job.run_dir.name, job.run_dir.exists()))
             finish(job, job.run_dir, perplexity_v3=perplexity(job))
-            yield job, None
 
-    monkeypatch.setattr(tasks, "run_all", run_all)
-    command = ["sweep", str(grid()), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]
+    monkeypatch.setattr(run_grid, "tune_all", tune_all)
     for arguments, count in (([], 6), ([], 6), (["--force"], 12)):
         assert main([*command, *arguments]) == 0 and len(started) == count
     assert started == [(job.run_dir.name, False) for job in jobs] * 2
+    assert main(["sweep", *command[1:]]) == 0  # the command's earlier name
 
 
-def test_what_changed_while_it_ran_does_not_count(jobs, grid, notebooks, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        tasks, "run_all", lambda jobs, *_: ((job, None) for job in jobs)
-    )  # all end well, and leave nothing
-    assert main(["sweep", str(grid()), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]) == 1
-    assert "0 of 6 runs complete" in capsys.readouterr().out
+def test_what_changed_while_it_ran_does_not_count(jobs, command, monkeypatch, capsys):
+    def tune_all(jobs, *_):  # all end well, and leave nothing
+        for job in jobs:
+            job.run_dir.mkdir()
+            (job.run_dir / "log.txt").write_text("attempt on a, pid 1: python\n\nexit status 0\n")
+
+    monkeypatch.setattr(run_grid, "tune_all", tune_all)
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert "0 of 6 runs complete" in out and out.count("changed while it ran: start the grid again") == 6
 
 
 def test_names_that_two_notebooks_use():
@@ -294,48 +305,95 @@ def test_names_that_two_notebooks_use():
 
 def test_a_start_that_takes_too_long_is_tried_again():
     class Ray:
-        starts, fails, shutdown = 0, 2, staticmethod(lambda: None)
+        def __init__(self, fails):
+            self.starts, self.fails, self.shutdown = 0, fails, lambda: None
 
         def init(self, *_, **__):
             self.starts += 1
             if self.starts <= self.fails:
                 raise RuntimeError("The current node timed out during startup.")
 
-    ray = Ray()
-    tasks._start(ray, None, "")
-    assert ray.starts == 3
-    ray.starts, ray.fails = 0, 3
+    run_grid.start_ray(twice := Ray(2), None, "")
+    assert twice.starts == 3
     with pytest.raises(RuntimeError, match="timed out"):
-        tasks._start(ray, None, "")
-    assert ray.starts == 3
+        run_grid.start_ray(Ray(3), None, "")
 
 
 def test_no_cluster_at_the_address(jobs):
     with pytest.raises(InputError, match="no Ray cluster answers at nowhere"):
-        list(tasks.run_all(jobs, address="nowhere"))
+        run_grid.tune_all(jobs, Grid(), address="nowhere")
 
 
-@pytest.fixture(scope="module")
-def ray():
-    """Started once for all tests: it takes longer than they do."""
-    with tasks._ray(None) as started:
-        yield started
+@pytest.mark.parametrize(
+    ("log", "end"),
+    [
+        ("a warning\nerror: no such thing: give another\n\nexit status 2", "no such thing: give another"),
+        ("failed: 01_x, cell 3: y\nKeyError: 'y'\nup to there: z\nexit status 1", "01_x, cell 3: y: KeyError: 'y'"),
+        ("Traceback (most recent call last):\n  File\nOSError: disk full\nexit status 1", "OSError: disk full"),
+        ("exit status 1", "it said nothing"),
+        ("failed: its process was killed\nexit status 3", "its process was killed"),
+        ("half a line\nexit status -9", "its process was killed"),
+        ("[1/1] 01_first", "its worker died"),
+        ("", "its worker died"),
+        ("[1/1] 01_first 3 s\n\nexit status 0", "finished"),
+    ],
+)
+def test_how_an_attempt_ended(jobs, log, end):
+    jobs[0].run_dir.mkdir(parents=True)
+    earlier = "attempt on a, pid 1: python -m gqalib run\n\nexit status -9\n\n"
+    (jobs[0].run_dir / "log.txt").write_text(f"{earlier}attempt on b, pid 2: python -m gqalib run\n{log}\n")
+    assert run_grid.attempts(jobs[0]) == [("a", "its process was killed"), ("b", end)]
+
+
+def test_an_attempt_waits_for_what_the_last_one_left(jobs, monkeypatch):
+    monkeypatch.setattr(run_grid, "PROGRAM", ("-c", ""))
+    attempt = run_grid.trainable(jobs, Grid())
+    with locked(jobs[0].run_dir):
+        thread = threading.Thread(target=attempt, args=({"run": jobs[0].run_dir.name},))
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive() and not run_grid.attempts(jobs[0])
+        (jobs[0].run_dir / "result").touch()
+    thread.join(30)
+    assert [end for _, end in run_grid.attempts(jobs[0])] == ["finished"]
+
+
+def test_more_than_any_machine_has():
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0}},
+        {"Alive": True, "Resources": {"CPU": 1.0, "GPU": 2.0}},
+        {"Alive": False, "Resources": {"CPU": 99.0}},
+    ]
+    for cpus, gpus in ((4, 0), (1, 2), (1, 0.5)):
+        run_grid.check_resources(nodes, Grid(num_cpus=cpus, num_gpus=gpus))
+    says = r"no machine has num_cpus = 4 and num_gpus = 1 for a run \(there are 4 and 0; 1 and 2\): lower them"
+    with pytest.raises(InputError, match=says):
+        run_grid.check_resources(nodes, Grid(num_cpus=4, num_gpus=1))
 
 
 @pytest.fixture
-def stand_in(jobs, tmp_path, monkeypatch, ray):
+def ray(tmp_path, monkeypatch):
+    """Started once for all that a test runs: it takes longer than they do.
+
+    Most of it, in each of its processes, is a grammar that jsonschema compiles if it is there, and that nothing here needs.
+    """
+    (tmp_path / "rfc3987_syntax.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with run_grid._ray(None) as started:
+        monkeypatch.setattr(run_grid, "_ray", lambda address: contextlib.nullcontext(started))
+        yield
+
+
+@pytest.fixture
+def stand_in(jobs, tmp_path, monkeypatch):
     """Makes runs light: `finish` has prepared what each leaves behind; the named ones hang at first, fail, or are killed each time."""
-    monkeypatch.setattr(tasks, "_ray", lambda address: contextlib.nullcontext(ray))
     for job in jobs:
         finish(job, tmp_path / "ready" / job.run_dir.name, perplexity_v3=perplexity(job))
 
-    def make(slow=None, failing=None, dying=None):
-        names = "".join(
-            f"{name} = {job and job.run_dir.name!r}\n"
-            for name, job in {"slow": slow, "failing": failing, "dying": dying}.items()
-        )
+    def make(**special):
+        names = "".join(f"{name} = {special.get(name)!r}\n" for name in ("slow", "failing", "dying"))
         (tmp_path / "stand_in.py").write_text(names + STAND_IN)
-        monkeypatch.setattr(tasks, "PROGRAM", (str(tmp_path / "stand_in.py"),))
+        monkeypatch.setattr(run_grid, "PROGRAM", (str(tmp_path / "stand_in.py"),))
 
     return make
 
@@ -345,7 +403,7 @@ def kill_worker(run_dir, killed):
     begun = run_dir / "begun"
     while not (begun.exists() and begun.read_text()):
         time.sleep(0.05)
-    killed += [tasks.read_attempts(run_dir)[0]["pid"], int(begun.read_text())]
+    killed += [int(re.search(r"pid (\d+)", (run_dir / "log.txt").read_text())[1]), int(begun.read_text())]
     os.kill(killed[0], signal.SIGKILL)
 
 
@@ -356,92 +414,43 @@ def is_running(pid):
         return False
 
 
-def test_an_attempt_waits_for_what_the_last_one_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "PROGRAM", ("-c", ""))
-    with locked(tmp_path / "run"):
-        attempt = threading.Thread(target=tasks._attempt, args=([], str(tmp_path / "run"), str(tmp_path), 1, 0))
-        attempt.start()
-        attempt.join(0.5)
-        assert attempt.is_alive() and not tasks.read_attempts(tmp_path / "run")
-        (tmp_path / "run" / "result").touch()
-    attempt.join(30)
-    assert [a["ended"] for a in tasks.read_attempts(tmp_path / "run")] == ["finished"]
+def here(jobs, grid, address):
+    """What workers do, without them."""
+    for job in jobs:
+        run_grid.trainable(jobs, grid)({"run": job.run_dir.name})
 
 
-def test_six_runs_with_a_worker_killed(jobs, grid, notebooks, tmp_path, stand_in, monkeypatch, capsys):
-    """The issue's check: six complete results, and which was retried is said; finished ones are kept when the sweep is started again."""
-    stand_in(slow=jobs[2])
+def test_six_runs_with_a_worker_killed(jobs, grid, command, stand_in, tmp_path, ray, monkeypatch, capsys):
+    """The worker of one is killed, one fails by itself, one's process is killed every time; a second start does what is left."""
+    grid("max_retries: 1" + GRID)
+    failing, dying, slow = (job.run_dir.name for job in jobs[:3])
+    stand_in(failing=failing, dying=dying, slow=slow)
     killed = []
     threading.Thread(target=kill_worker, args=(jobs[2].run_dir, killed), daemon=True).start()
-    command = ["sweep", str(grid()), "--run-dir", str(tmp_path / "sweep"), "--notebooks-dir", str(notebooks)]
-    assert main(command) == 0
-    assert len(killed) == 2 and not any(is_running(pid) for pid in killed)
-    table, out = pd.read_csv(tmp_path / "sweep" / "sweep.csv"), capsys.readouterr().out
-    assert table["perplexity_v3"].tolist() == [perplexity(job) for job in jobs] and table["error"].isna().all()
-    assert table["attempts"].tolist() == [1, 1, 2, 1, 1, 1]
-    assert re.findall(r"retried   (\S+) \(attempt 1 on \S+: its worker died\)", out) == [jobs[2].run_dir.name]
-    assert "6 of 6 runs complete" in out and "raylet" not in out
-    environment = json.loads((jobs[0].run_dir / "environment.json").read_text())
-    assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"], environment["nice"]) == (
-        "1",
-        "",
-        os.nice(0),
-    )
-    monkeypatch.setattr(tasks, "PROGRAM", ("/never",))
-    assert main(command) == 0 and "6 runs, 6 finished before" in capsys.readouterr().out
-
-
-def test_what_fails_does_not_stop_the_others(jobs, grid, notebooks, tmp_path, stand_in, capsys):
-    """One run fails by itself and is not tried again; the process of one is killed every time; the others end well."""
-    stand_in(failing=jobs[0], dying=jobs[1])
-    command = [
-        "sweep",
-        str(grid("max_retries: 1" + GRID)),
-        "--run-dir",
-        str(tmp_path / "sweep"),
-        "--notebooks-dir",
-        str(notebooks),
-    ]
     assert main(command) == 1
-    out, table = capsys.readouterr().out, pd.read_csv(tmp_path / "sweep" / "sweep.csv")
-    failing, dying = (re.escape(job.run_dir.name) for job in jobs[:2])
-    assert re.search(rf"failed    {failing}: 01_first, cell 2: 1 / 0: ZeroDivisionError: division by zero\n", out)
-    assert re.search(rf"failed    {dying}: its process was killed at attempt 2: see \S+log.txt\n", out)
-    assert "4 of 6 runs complete" in out and table["perplexity_v3"].notna().tolist() == [
-        False,
-        False,
-        True,
-        True,
-        True,
-        True,
+    assert len(killed) == 2 and not any(is_running(pid) for pid in killed)
+    table, out = pd.read_csv(tmp_path / "grid" / "grid.csv"), capsys.readouterr().out
+    assert f"failed    {failing}: 01_first, cell 2: 1 / 0: ZeroDivisionError: division by zero\n" in out
+    assert re.search(rf"failed    {re.escape(dying)}: its process was killed at attempt 2: see \S+log.txt\n", out)
+    assert re.findall(r"retried   (\S+) \(attempt 1 on \S+: (.*)\)", out) == [
+        (dying, "its process was killed"),
+        (slow, "its worker died"),
     ]
-    assert table["attempts"].tolist() == [1, 2, 1, 1, 1, 1]
+    assert (
+        table["attempts"].tolist() == [1, 2, 2, 1, 1, 1] and table["error"].isna().tolist() == [False] * 2 + [True] * 4
+    )
+    assert "[6/6]" in out and "4 of 6 runs complete" in out and "raylet" not in out and "Trial" not in out
+    environment = json.loads((jobs[3].run_dir / "environment.json").read_text())
+    assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"]) == ("1", "")
+    assert environment["nice"] == os.nice(0)
 
-
-@pytest.mark.parametrize(
-    ("said", "sentence"),
-    [
-        ("a warning\nerror: no such thing: give another\n", "no such thing: give another"),
-        ("failed: 01_x, cell 3: y\nKeyError: 'y'\nthe notebook up to there: z", "01_x, cell 3: y: KeyError: 'y'"),
-        ("Traceback (most recent call last):\n  File\nOSError: disk full\n", "OSError: disk full"),
-        ("", "it said nothing"),
-    ],
-)
-def test_last_words(said, sentence):
-    assert tasks._last_words(said) == sentence
-
-
-def test_more_than_any_machine_has():
-    nodes = [
-        {"Alive": True, "Resources": {"CPU": 4.0}},
-        {"Alive": True, "Resources": {"CPU": 1.0, "GPU": 2.0}},
-        {"Alive": False, "Resources": {"CPU": 99.0}},
-    ]
-    ray = types.SimpleNamespace(nodes=lambda: nodes)
-    for fits in ((4, 0), (1, 2), (1, 0.5)):
-        tasks._check_resources(ray, *fits)
-    with pytest.raises(
-        InputError,
-        match=r"no machine has num_cpus = 4 and num_gpus = 1 for a run \(there are 4 and 0; 1 and 2\): lower them",
-    ):
-        tasks._check_resources(ray, 4, 1)
+    stand_in()
+    monkeypatch.setattr(run_grid, "tune_all", here)
+    assert main(command) == 0
+    table, out = pd.read_csv(tmp_path / "grid" / "grid.csv"), capsys.readouterr().out
+    assert "6 runs, 4 finished before" in out and "6 of 6 runs complete" in out
+    assert table["perplexity_v3"].tolist() == [perplexity(job) for job in jobs] and table["error"].isna().all()
+    assert table["attempts"].tolist() == [2, 3, 2, 1, 1, 1]
+    monkeypatch.setattr(run_grid, "PROGRAM", ("/never",))
+    assert main(command) == 0 and "6 runs, 6 finished before" in capsys.readouterr().out
+    assert not list((tmp_path / "grid").glob(".tune*"))
