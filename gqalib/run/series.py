@@ -16,7 +16,8 @@ from typing import Any
 import nbformat
 
 from gqalib.errors import InputError
-from gqalib.model.load import REPOSITORY, check_model, load_tokenizer
+from gqalib.model.load import load_tokenizer
+from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run.corpora import check_corpus, evaluation_windows
 from gqalib.run.notebook import (
     NOTEBOOKS,
