@@ -1,4 +1,4 @@
-"""`python -m gqalib`: run the series, sweep a grid of runs, recover or distill a model on several devices, publish a run, report it.
+"""`python -m gqalib`: prune and evaluate any Llama, run the series, sweep a grid of runs, recover or distill a model on several devices, publish a run, report it.
 
 A command imports what it needs when it runs: help and refusals do not wait for torch.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from gqalib.errors import InputError, read_text
+from gqalib.errors import InputError, new_folder, read_text
 from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run.corpora import check_corpus
 from gqalib.run.presets import Preset, load_preset, number_or_text, preset_names
@@ -86,6 +86,38 @@ def report(options: Namespace) -> None:
     print(publish.report(options.run_dir or notebook.default_run_dir(options.preset)))
 
 
+def prune(options: Namespace) -> None:
+    """Make a model smaller: any Llama, from folder or hub into a folder, without a preset."""
+    _check(options)
+    from gqalib.run import front
+
+    how = {name: value for name, value in vars(options).items() if name not in ("command", "call", "model", "out")}
+    size = front.prune_folder(options.model, options.out, **how)
+    kept, removed = size["parameters_kept_percent"], size["backbone_removed_percent"]
+    print(f"{options.out}: {kept:.1f} % of the parameters kept, {removed:.1f} % of the backbone removed")
+
+
+def evaluate(options: Namespace) -> None:
+    """Perplexity and size of a model, alone or against another one on the same text."""
+    _check(options)
+    from gqalib.run import front
+
+    sources = [source for source in (options.model, options.against) if source]
+    model, against = [*(front.load_model(source, options.dtype, options.device) for source in sources), None][:2]
+    tokenizer = front.load_tokenizer(options.model)
+    found = front.evaluate(model, tokenizer, against=against, corpus=options.corpus, tokens=options.tokens)
+    for name, value in found.items():
+        print(f"{name:16s} {value:{',' if isinstance(value, int) else ',.4f'}}")
+
+
+def _check(options: Namespace) -> None:
+    for model in filter(None, (options.model, vars(options).get("against"))):
+        check_model(model)
+    check_corpus(options.corpus)
+    if "out" in options:
+        new_folder(options.out)
+
+
 def preset(options: Namespace) -> Preset:
     """The preset that was asked for, with its overrides; that its model and corpus can be is checked."""
     settings = load_preset(options.preset, overrides(options.overrides))
@@ -115,12 +147,39 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m gqalib", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
-    for command in (run, sweep, recover, distill, at_size, publish, report):
+    for command in OPTIONS:
         name = command.__name__.replace("_", "-")
         sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(call=command)
         OPTIONS[command](sub.add_argument)
     return top
+
+
+def _of_a_model(add) -> None:
+    add("--model", required=True, metavar="FOLDER", help="a Llama: a folder, a hub id or a pruned folder")
+    add("--corpus", default="python-docs", help="python-docs, wikitext2, c4 or file:PATH (default: python-docs)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, or all for all cards (default: cuda if there is one)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+
+
+def _of_prune(add) -> None:
+    _of_a_model(add)
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where the smaller model goes")
+    add("--remove", type=float, metavar="0.25", help="the fraction of the backbone that goes")
+    add("--kept", type=float, metavar="0.8", help="or the fraction of all parameters that stays")
+    add("--perplexity", type=float, metavar="1.1", help="or the most it may become, relative to dense; refit alone")
+    add("--method", default="refit", help="refit, founding or a peer's name, such as FLAP (default: refit)")
+    for name, default, help in (
+        ("examples", 32, "of the calibration text"), ("length", 512, "tokens of an example"),
+        ("multiple", 1, "of which the channels that stay are a whole number"), ("seed", 0, "the calibration sample"),
+    ):  # fmt: skip
+        add(f"--{name}", type=int, default=default, help=f"{help} (default: {default})")
+
+
+def _of_evaluate(add) -> None:
+    _of_a_model(add)
+    add("--against", metavar="FOLDER", help="another model of the same vocabulary")
+    add("--tokens", type=int, default=16_384, help="of the test text (default: 16384)")
 
 
 def _of_a_preset(add, default: str = "tiny") -> None:
@@ -173,7 +232,7 @@ def _of_a_run(add) -> None:
 
 
 OPTIONS = {
-    run: _of_run, sweep: _of_sweep, recover: _of_recovery, distill: _of_recovery, at_size: _of_at_size,
+    prune: _of_prune, evaluate: _of_evaluate, run: _of_run, sweep: _of_sweep, recover: _of_recovery, distill: _of_recovery, at_size: _of_at_size,
     publish: _of_a_run, report: _of_a_run,
 }  # fmt: skip
 

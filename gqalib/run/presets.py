@@ -26,6 +26,7 @@ from pydantic import (
 
 from gqalib.errors import InputError, read_text
 
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 FOLDER = Path(__file__).parent / "presets"
 
 AtLeastTwo = Annotated[int, Field(gt=1)]
@@ -167,7 +168,7 @@ class Cost:
 class Preset:
     """One complete set of parameters."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of its sections, too
+    __pydantic_config__ = STRICT  # of its sections, too
 
     name: str
     model: str  # folder, hub id or shape:NAME
@@ -209,7 +210,14 @@ def load_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
         data = _merged(data, reduce(lambda inner, key: {key: inner}, reversed(dotted.split(".")), value))
     if "corpus" in (overrides or {}) and "instructions" not in overrides:
         data["instructions"] = "corpus"  # another text brings its own: python-docs rows would be a foreign language
-    return _checked({"name": name, **data})
+    preset = checked(Preset, {"name": name, **data})
+    s = preset.pruning
+    if not s.min_rate <= s.mean_rate <= s.max_rate:
+        raise InputError(
+            f"pruning.mean_rate = {s.mean_rate} is out of reach between pruning.min_rate = {s.min_rate} "
+            f"and pruning.max_rate = {s.max_rate}: move a bound"
+        )
+    return preset
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -249,26 +257,24 @@ def number_or_text(value: Any) -> Any:
         return value
 
 
-def _checked(data: dict[str, Any]) -> Preset:
+def checked(cls: type, data: dict[str, Any]) -> Any:
+    """A dataclass of these values, each held to its type and its constraints.
+
+    Raises:
+        InputError: an unknown name, a wrong type, or a value that cannot be.
+    """
     try:  # as JSON, because pydantic reads a section from a dict of Python only where it also reads "3" as 3
-        preset = TypeAdapter(Preset).validate_json(json.dumps(data, default=str))
+        return TypeAdapter(cls).validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise InputError(_first(error)) from error
-    s = preset.pruning
-    if not s.min_rate <= s.mean_rate <= s.max_rate:
-        raise InputError(
-            f"pruning.mean_rate = {s.mean_rate} is out of reach between pruning.min_rate = {s.min_rate} "
-            f"and pruning.max_rate = {s.max_rate}: move a bound"
-        )
-    return preset
+        raise InputError(_first(error, cls)) from error
 
 
-def _first(error: ValidationError) -> str:
+def _first(error: ValidationError, cls: type) -> str:
     """What is wrong first, in one sentence."""
     first = error.errors()[0]
     name, should = ".".join(map(str, first["loc"])), first["msg"].split("should ")[-1]
     if first["type"] == "unexpected_keyword_argument":
-        check_name(name, dotted_names())
+        check_name(name, dotted_names(cls))
     if first["type"].startswith("missing"):
         return f"parameter {name!r} is missing: add it to the preset"
     return f"{name} = {first['input']!r} cannot be: it should {should}"
