@@ -37,6 +37,20 @@ def read_text(path: Path, what: str) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
 
 
+def new_folder(out: Path) -> Path:
+    """A folder that is to be made, or is empty, as an absolute path.
+
+    Raises:
+        InputError: something is there, or its parent is not.
+    """
+    out = Path(out).absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} exists: give another --out, or remove it")
+    if not out.parent.is_dir():
+        raise InputError(f"folder {out.parent} does not exist: make it, or give another --out")
+    return out
+
+
 def reason(error: Exception) -> str:
     """The first line of what an exception says, and of what that line announces."""
     said = getattr(error, "strerror", None) or str(error).replace(":\n", ": ") or type(error).__name__

@@ -17,7 +17,7 @@ from gqalib.model import load, shapes, surgery
 from gqalib.prune import founding
 from gqalib.recover.distill import COLUMNS, distill, distillation_loss, instruction_batches, prune_and_recover, rows_at
 from gqalib.reference import training
-from gqalib.run.presets import RULES, Distillation
+from gqalib.run.presets import Distillation
 
 FULL = Distillation(num_tokens=600, batch_tokens=60, muon_lr=0.02, adamw_lr=1e-3, warmup_steps=1)
 ADAMW = dataclasses.replace(FULL, muon_lr=0.0, adamw_lr=3e-3)
@@ -356,8 +356,3 @@ def test_prune_and_recover(model, teacher, windows, logits_of, tmp_path):
         sequential=False,
     )
     assert kl_divergence(logits_of(model), target).mean() < kl_divergence(logits_of(one_shot), target).mean()
-
-
-def test_rules_name_settings():
-    fields = {f"distillation.{field.name}" for field in dataclasses.fields(Distillation)}
-    assert {name for name in RULES if name.startswith("distillation.")} <= fields

@@ -121,7 +121,7 @@ def perplexity(job):
         ("overrides: {{pruning.mean_rate: [0.3, 0.2, 0.3]}}", "pruning.mean_rate has 0.3 twice"),
         ("overrides: {{recovery.learning_rate: [1e-4, 1.0e-4]}}", "recovery.learning_rate has 0.0001 twice"),
         ("overrides: {{pruning.mean_rate: [0.3, 1.5]}}", "pruning.mean_rate = 1.5 cannot be"),
-        ("overrides: {{pruning.mean_rate: [much]}}", "pruning.mean_rate = 'much' is a str"),
+        ("overrides: {{pruning.mean_rate: [much]}}", "pruning.mean_rate = 'much' cannot be"),
         ("overrides: [pruning.mean_rate]", "are no names with values"),
         ("overrides: {{model: [/no/such/folder]}}", "model folder /no/such/folder does not exist"),
         ("overrides: {{corpus: ['file:/no/such.txt']}}", "corpus file /no/such.txt does not exist"),

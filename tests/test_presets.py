@@ -55,8 +55,13 @@ def test_a_preset_on_top_of_a_base(tmp_path, monkeypatch):
     a, b = load_preset("a"), load_preset("b")
     assert (b.model, b.frontier.test.length, b.frontier.test.num_examples) == ("x/y", 64, a.frontier.test.num_examples)
     assert b.pruning == a.pruning
-    with pytest.raises(InputError, match="unknown parameter 'pruning.alhpa'"):
-        load_preset("c")
+    (tmp_path / "d.yaml").write_text("model: x/y\n")
+    for name, says in {
+        "c": "unknown parameter 'pruning.alhpa': did you mean pruning.alpha",
+        "d": "'corpus' is missing",
+    }.items():
+        with pytest.raises(InputError, match=says):
+            load_preset(name)
 
 
 def test_the_whole_path_with_9_query_and_3_kv_heads(tmp_path, tokenizer, windows):
@@ -96,17 +101,18 @@ def test_another_corpus_brings_its_own_instructions():
     [
         ({"pruning.mean_rat": 0.3}, "did you mean pruning.mean_rate"),
         ({"pruning": {}}, "unknown parameter 'pruning'"),
-        ({"pruning.mean_rate": "much"}, "pruning.mean_rate = 'much' is a str: give float"),
-        ({"pruning.mean_rate": 1.5}, "pruning.mean_rate = 1.5 cannot be"),
+        ({"pruning.mean_rate": "much"}, "pruning.mean_rate = 'much' cannot be: it should be a valid number"),
+        ({"pruning.mean_rate": "0.3"}, "pruning.mean_rate = '0.3' cannot be: it should be a valid number"),
+        ({"pruning.mean_rate": 1.5}, "pruning.mean_rate = 1.5 cannot be: it should be less than 1"),
         ({"pruning.mean_rate": 0.0}, "cannot be"),
         ({"pruning.mean_rate": 0.9}, "out of reach between pruning.min_rate"),
         ({"pruning.strategy": "best"}, "pruning.strategy = 'best'"),
-        ({"recovery.lora_r": 1.5}, "recovery.lora_r = 1.5 is a float: give int"),
-        ({"recovery.lora_r": True}, "is a bool"),
-        ({"evaluation.num_tokens": -1}, "a positive number"),
-        ({"cost.batch_sizes": []}, "a list of positive batch sizes"),
-        ({"cost.contexts": [128, 1]}, "a list of numbers of tokens, at least 2 each"),
-        ({"pruning.alpha": float("nan")}, "cannot be"),
+        ({"recovery.lora_r": 1.5}, "recovery.lora_r = 1.5 cannot be: it should be a valid integer"),
+        ({"recovery.lora_r": True}, "recovery.lora_r = True cannot be"),
+        ({"evaluation.num_tokens": -1}, "it should be greater than 0"),
+        ({"cost.batch_sizes": []}, "it should have at least 1 item"),
+        ({"cost.contexts": [128, 1]}, "cost.contexts.1 = 1 cannot be: it should be greater than 1"),
+        ({"pruning.alpha": float("nan")}, "should be a finite number"),
         ({"cost.prices.usd_per_gpu_hour": -2}, "cannot be"),
     ],
 )

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
+from gqalib.model.names import NO_LABEL
 from gqalib.stream import advance, batches, is_streamed, layers_between, tokens_at_once
-
-NO_LABEL = -100  # what transformers and torch leave out of a loss
 
 
 def perplexity(

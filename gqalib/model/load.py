@@ -1,7 +1,5 @@
 """Loading, saving and counting. Whatever is loaded — a plain Llama or a pruned folder — is a `GqaLlamaForCausalLM`."""
 
-import json
-import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -16,55 +14,9 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, Pr
 from transformers.utils import cached_file, find_adapter_config_file
 
 from gqalib.errors import InputError, one_sentence, reason
+from gqalib.model import attention  # noqa: F401  (registers itself with transformers, as the next one does)
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
-
-REPOSITORY = Path(__file__).parents[2]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SHAPE = "shape:"  # what a model of random weights is called by
-SHAPES = {
-    "llama-3-8b": {
-        "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 8192,
-    },
-    "tiny": {  # the same ratios, for tests
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 4, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 8, "max_position_embeddings": 256,
-    },
-}  # fmt: skip
-
-
-def check_model(model: str) -> str:
-    """The folder, hub id or `shape:NAME` that a model name stands for; a relative folder may stand in the repository.
-
-    Raises:
-        InputError: the folder is missing, is no Llama, or holds pickled weights only; or there is no such shape.
-    """
-    if model.startswith(SHAPE):
-        shape_config(model)
-        return model
-    folder = next((p for p in (Path(model).expanduser(), REPOSITORY / model) if p.is_dir()), None)
-    if folder is None:
-        if HUB_ID.fullmatch(model):
-            return model
-        raise InputError(f"model folder {model} does not exist: give a folder with config.json, or a hub id owner/name")
-    _check_folder(folder)
-    return str(folder)
-
-
-def _check_folder(folder: Path) -> None:
-    with one_sentence(f"{folder} has no readable config.json", "give a folder written by save_pretrained"):
-        _check_config(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} has no *.safetensors (pickled weights are not read): save it again as safetensors")
-
-
-def _check_config(model: str | Path, config: dict) -> None:
-    kind = config.get("model_type")
-    if kind not in (LlamaConfig.model_type, GqaLlamaConfig.model_type):
-        raise InputError(f"{model} is a {kind!r} model, no Llama: only Llama models can be pruned here")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "bitsandbytes")
-        raise InputError(f"{model} is quantized ({method}): give the model that it was made from")
+from gqalib.model.names import REPOSITORY, SHAPE, check_config, check_model, shape_widths  # noqa: F401
 
 
 def resolve_device(device: str) -> str:
@@ -94,7 +46,7 @@ def load_config(model: str) -> GqaLlamaConfig:
     if adapter:  # from_pretrained would put it on top of the weights without a word
         raise InputError(f"{model} holds an adapter beside its weights: remove {Path(adapter).name}, or merge the two")
     with one_sentence(f"the config.json of {model} is no Llama's", "correct it"):
-        _check_config(model, data)
+        check_config(model, data)
         data = {key: value for key, value in data.items() if key not in ("model_type", "architectures", "auto_map")}
         config = GqaLlamaConfig(**data | {"tie_word_embeddings": tied})
     if config.pad_token_id not in range(config.vocab_size):
@@ -179,16 +131,9 @@ def _check_weights(model: str, found: dict) -> None:
 
 
 def shape_config(name: str) -> GqaLlamaConfig:
-    """The configuration that `shape:NAME` stands for.
-
-    Raises:
-        InputError: there is no such shape.
-    """
-    shape = SHAPES.get(name.removeprefix(SHAPE))
-    if shape is None:
-        raise InputError(f"unknown shape {name!r}: use {', '.join(SHAPE + known for known in SHAPES)}")
+    """The configuration that `shape:NAME` stands for; errors as of `shape_widths`."""
     rope = {"rope_type": "default", "rope_theta": 500_000.0}
-    return GqaLlamaConfig(**shape, rms_norm_eps=1e-5, rope_parameters=rope, bos_token_id=0, eos_token_id=0)
+    return GqaLlamaConfig(**shape_widths(name), rms_norm_eps=1e-5, rope_parameters=rope, bos_token_id=0, eos_token_id=0)
 
 
 def random_model(

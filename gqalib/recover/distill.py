@@ -29,9 +29,10 @@ from transformers import PreTrainedTokenizerBase
 from gqalib.errors import InputError
 from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
-from gqalib.measure.perplexity import NO_LABEL, kl_divergence
+from gqalib.measure.perplexity import kl_divergence
 from gqalib.model.attention import attention_implementation
 from gqalib.model.load import load_model, load_tokenizer, resolve_device, to_device
+from gqalib.model.names import NO_LABEL
 from gqalib.parallel import in_shards, is_in_shards, is_one_of_several, processes, rank_and_size, wait_for_all
 from gqalib.recover.lora import into_folder, lora_config, merge, summary
 from gqalib.reference import training

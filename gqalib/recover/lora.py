@@ -6,7 +6,6 @@ settings (plain data parallel, FSDP) reach trl by themselves.
 
 import dataclasses
 import math
-import os
 import shutil
 import time
 import warnings
@@ -24,13 +23,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, new_folder
 from gqalib.measure import memory
 from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.parallel import is_one_of_several, total_over_ranks
 from gqalib.run.corpora import examples, instructions
 from gqalib.run.presets import Preset, Recovery
-from gqalib.run.resume import Progress, code_hash, digest, onto_disk
+from gqalib.run.resume import Progress, code_hash, digest, replacing
 
 
 def finetune_lora(
@@ -271,20 +270,14 @@ def into_folder(out: Path) -> tuple[Path, Callable[[nn.Module, PreTrainedTokeniz
     """Where a training lives that ends as a model in `out`, and what saves that model there, whole or not at all, and ends the training.
 
     Raises:
-        InputError: `out` is there, or its parent is not.
+        InputError: as `new_folder`.
     """
-    out = out.absolute()
-    if out.exists():
-        raise InputError(f"{out} exists: give another --out, or remove it")
-    if not out.parent.is_dir():
-        raise InputError(f"folder {out.parent} does not exist: make it, or give another --out")
+    out = new_folder(out)
     training = out.with_name(f"{out.name}.training")
 
     def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        shutil.rmtree(training / "merged", ignore_errors=True)  # of one that was killed
-        save_model(model, tokenizer, training / "merged")
-        onto_disk(training / "merged")
-        os.rename(training / "merged", out)
+        with replacing(out) as folder:
+            save_model(model, tokenizer, folder)
         shutil.rmtree(training)
 
     return training, save

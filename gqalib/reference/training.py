@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gqalib.errors import InputError
-from gqalib.measure.perplexity import NO_LABEL
+from gqalib.model.names import NO_LABEL
 from gqalib.parallel import (
     as_sharded,
     is_in_shards,

@@ -1,87 +1,129 @@
-"""`python -m gqalib`: run the series or a grid of runs, score, recover or distill a model on several devices, publish a run, report it."""
+"""`python -m gqalib`: prune and evaluate any Llama, run the series, run a grid of them, recover or distill a model on several devices, publish a run, report it.
+
+A command imports what it needs when it runs: help and refusals do not wait for torch.
+"""
 
 import argparse
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gqalib.errors import InputError
-from gqalib.measure import at_size
-from gqalib.recover import distill as recover_distill
-from gqalib.recover import lora
-from gqalib.run import grid, publish, series
-from gqalib.run.notebook import NOTEBOOKS, default_run_dir
-from gqalib.run.presets import load_preset, number_or_text, preset_names
+from gqalib.errors import InputError, new_folder, read_text
+from gqalib.model.names import REPOSITORY, check_model
+from gqalib.run.corpora import check_corpus
+from gqalib.run.presets import Preset, load_preset, number_or_text, preset_names
+
+# ---------------------------------------------------------------- the commands
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(prog="python -m gqalib", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="execute the numbered notebooks through papermill; finished ones are kept")
-    recover = commands.add_parser(
-        "recover", help="LoRA on a pruned model, merged into a new one; also under accelerate launch or torchrun"
-    )
-    distill = commands.add_parser(
-        "distill", help="the preset's model teaches a pruned model; also under accelerate launch or torchrun"
-    )
-    size = commands.add_parser("at-size", help="speed and pruning of the preset's shape, measured with random weights")
-    size.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="where the records go, for example data/results/llama3-8b-shape",
-    )
-    size.add_argument("--steps", default="speed,pruning,refit", help="some of speed,pruning,refit (default: all)")
-    size.add_argument("--layers", type=int, help="layers of the model that is refitted (default: all)")
-    for command in (recover, distill):
-        command.add_argument(
-            "--model", required=True, metavar="FOLDER", help="the pruned model, for example runs/tiny/models/v3"
-        )
-        command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the trained model goes")
-    run.add_argument("--from", dest="first", metavar="NN", help="start with this notebook")
-    run.add_argument("--only", metavar="NN", help="run this notebook alone, or several: 01,05")
-    sweep = commands.add_parser(
-        "grid",
-        aliases=["sweep"],
-        help="run a grid of presets × overrides × seeds with Ray Tune; finished runs are kept",
-    )
-    sweep.add_argument("grid", type=Path, help="a YAML file: preset, notebooks, seeds, overrides, num_cpus, num_gpus")
-    sweep.add_argument(
-        "--run-dir", type=Path, help="where the runs and their table go (default: runs/grid-<name of the grid>)"
-    )
-    sweep.add_argument(
-        "--address", help="a Ray cluster that shares this folder, host:port (default: this machine alone)"
-    )
-    for command in (run, sweep):
-        command.add_argument("--force", action="store_true", help="run finished notebooks again")
-        command.add_argument(
-            "--notebooks-dir", type=Path, default=NOTEBOOKS, help="a series of your own (default: the workbook's)"
-        )
-    for command in (run, recover, distill, size):
-        command.add_argument(
-            "--preset",
-            default="llama3-8b-shape" if command is size else "tiny",
-            help=f"one of {', '.join(preset_names())} (default: tiny)",
-        )
-        command.add_argument(
-            "--set",
-            dest="overrides",
-            action="append",
-            default=[],
-            metavar="NAME=VALUE",
-            help="e.g. pruning.mean_rate=0.5; repeatable",
-        )
-        command.add_argument("--seed", type=int, default=0)
-    for command in (run, commands.add_parser("publish", help="copy a finished run into notebooks/, figures/, data/results/, README"),
-                    commands.add_parser("report", help="HTML pages of a run")):  # fmt: skip
-        command.add_argument("--run-dir", type=Path, help="where results go (default: runs/<preset>)")
-        if command is not run:
-            command.add_argument("--preset", default="tiny")
-    return top
+def run(options: Namespace) -> int:
+    """Execute the numbered notebooks through papermill; finished ones are kept."""
+    preset(options)
+    from gqalib.run import series
+
+    job = series.Series(
+        options.preset, overrides(options.overrides), options.run_dir, options.seed, options.first, options.only,
+        options.notebooks_dir,
+    )  # fmt: skip
+    try:
+        job.run(options.force)
+    except series.NotebookFailed as error:
+        print(f"\nfailed: {error}", file=sys.stderr)
+        return series.KERNEL_DIED if isinstance(error, series.KernelDied) else 1
+    print(job.summary())
+    return 0
+
+
+def grid(options: Namespace) -> bool:
+    """Run a grid of presets × overrides × seeds through Ray Tune; finished runs are kept."""
+    read_text(options.grid, "grid")
+    from gqalib.run import grid
+
+    return grid.run_grid(options.grid, options.run_dir, options.force, options.address, options.notebooks_dir) > 0
+
+
+def recover(options: Namespace) -> None:
+    """LoRA on a pruned model, merged into a new one; also under accelerate launch or torchrun."""
+    check_model(options.model)
+    settings = load_preset(options.preset, overrides(options.overrides))
+    from gqalib.recover import lora
+
+    lora.recover(options.model, settings, options.out, options.seed)
+
+
+def distill(options: Namespace) -> None:
+    """The preset's model teaches a pruned model; also under accelerate launch or torchrun."""
+    check_model(options.model)
+    settings = preset(options)
+    from gqalib.recover import distill
+
+    distill.recover(options.model, settings, options.out, options.seed)
+
+
+def at_size(options: Namespace) -> None:
+    """Speed and pruning of the preset's shape, measured with random weights."""
+    preset(options)
+    from gqalib.measure import at_size
+
+    steps = options.steps.split(",")
+    at_size.at_size(options.preset, overrides(options.overrides), options.out, steps, options.layers)
+
+
+def publish(options: Namespace) -> None:
+    """Copy a finished run into notebooks/, figures/, data/results/, README."""
+    from gqalib.run import notebook, publish
+
+    publish.publish(options.run_dir or notebook.default_run_dir(options.preset), options.preset)
+
+
+def report(options: Namespace) -> None:
+    """HTML pages of a run."""
+    from gqalib.run import notebook, publish
+
+    print(publish.report(options.run_dir or notebook.default_run_dir(options.preset)))
+
+
+def prune(options: Namespace) -> None:
+    """Make a model smaller: any Llama, from folder or hub into a folder, without a preset."""
+    _check(options)
+    from gqalib.run import front
+
+    how = {name: value for name, value in vars(options).items() if name not in ("command", "call", "model", "out")}
+    size = front.prune_folder(options.model, options.out, **how)
+    kept, removed = size["parameters_kept_percent"], size["backbone_removed_percent"]
+    print(f"{options.out}: {kept:.1f} % of the parameters kept, {removed:.1f} % of the backbone removed")
+
+
+def evaluate(options: Namespace) -> None:
+    """Perplexity and size of a model, alone or against another one on the same text."""
+    _check(options)
+    from gqalib.run import front
+
+    sources = [source for source in (options.model, options.against) if source]
+    model, against = [*(front.load_model(source, options.dtype, options.device) for source in sources), None][:2]
+    tokenizer = front.load_tokenizer(options.model)
+    found = front.evaluate(model, tokenizer, against=against, corpus=options.corpus, tokens=options.tokens)
+    for name, value in found.items():
+        print(f"{name:16s} {value:{',' if isinstance(value, int) else ',.4f'}}")
+
+
+def _check(options: Namespace) -> None:
+    for model in filter(None, (options.model, vars(options).get("against"))):
+        check_model(model)
+    check_corpus(options.corpus)
+    if "out" in options:
+        new_folder(options.out)
+
+
+def preset(options: Namespace) -> Preset:
+    """The preset that was asked for, with its overrides; that its model and corpus can be is checked."""
+    settings = load_preset(options.preset, overrides(options.overrides))
+    check_model(settings.model)
+    check_corpus(settings.corpus)
+    return settings
 
 
 def overrides(pairs: list[str]) -> dict[str, Any]:
@@ -92,48 +134,118 @@ def overrides(pairs: list[str]) -> dict[str, Any]:
         if not equals or not name:
             raise InputError(f"--set {pair} is no NAME=VALUE: write for example --set pruning.mean_rate=0.5")
         try:
-            result[name] = yaml.safe_load(value)
+            result[name] = number_or_text(yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise InputError(f"--set {pair} has a value that cannot be read: write it as YAML") from error
-        result[name] = number_or_text(result[name])
     return result
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m gqalib", description=__doc__.splitlines()[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    for command in OPTIONS:
+        name = command.__name__.replace("_", "-")
+        aliases = ["sweep"] if name == "grid" else []  # what it was called
+        sub = commands.add_parser(name, aliases=aliases, help=command.__doc__, description=command.__doc__)
+        sub.set_defaults(call=command)
+        OPTIONS[command](sub.add_argument)
+    return top
+
+
+def _of_a_model(add) -> None:
+    add("--model", required=True, metavar="FOLDER", help="a Llama: a folder, a hub id or a pruned folder")
+    add("--corpus", default="python-docs", help="python-docs, wikitext2, c4 or file:PATH (default: python-docs)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, or all for all cards (default: cuda if there is one)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+
+
+def _of_prune(add) -> None:
+    _of_a_model(add)
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where the smaller model goes")
+    add("--remove", type=float, metavar="0.25", help="the fraction of the backbone that goes")
+    add("--kept", type=float, metavar="0.8", help="or the fraction of all parameters that stays")
+    add("--perplexity", type=float, metavar="1.1", help="or the most it may become, relative to dense; refit alone")
+    add("--method", default="refit", help="refit, founding or a peer's name, such as FLAP (default: refit)")
+    for name, default, help in (
+        ("examples", 32, "of the calibration text"), ("length", 512, "tokens of an example"),
+        ("multiple", 1, "of which the channels that stay are a whole number"), ("seed", 0, "the calibration sample"),
+    ):  # fmt: skip
+        add(f"--{name}", type=int, default=default, help=f"{help} (default: {default})")
+
+
+def _of_evaluate(add) -> None:
+    _of_a_model(add)
+    add("--against", metavar="FOLDER", help="another model of the same vocabulary")
+    add("--tokens", type=int, default=16_384, help="of the test text (default: 16384)")
+
+
+def _of_a_preset(add, default: str = "tiny") -> None:
+    add("--preset", default=default, help=f"one of {', '.join(preset_names())} (default: {default})")
+    add(
+        "--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE",
+        help="for example pruning.mean_rate=0.5; repeatable",
+    )  # fmt: skip
+    add("--seed", type=int, default=0)
+
+
+def _of_notebooks(add) -> None:
+    add("--force", action="store_true", help="run finished notebooks again")
+    ours = REPOSITORY / "notebooks"
+    add("--notebooks-dir", type=Path, default=ours, help="a series of your own (default: the workbook's)")
+
+
+def _of_run(add) -> None:
+    add("--from", dest="first", metavar="NN", help="start with this notebook")
+    add("--only", metavar="NN", help="run this notebook alone, or several: 01,05")
+    add("--run-dir", type=Path, help="where results go (default: runs/<preset>)")
+    _of_notebooks(add)
+    _of_a_preset(add)
+
+
+def _of_grid(add) -> None:
+    add("grid", type=Path, help="a YAML file: preset, notebooks, seeds, overrides, num_cpus, num_gpus")
+    add("--run-dir", type=Path, help="where the runs and their table go (default: runs/grid-<name of the grid>)")
+    add("--address", help="a Ray cluster that shares this folder, host:port (default: this machine alone)")
+    _of_notebooks(add)
+
+
+def _of_recovery(add) -> None:
+    add("--model", required=True, metavar="FOLDER", help="the pruned model, for example runs/tiny/models/v3")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where the trained model goes")
+    _of_a_preset(add)
+
+
+def _of_at_size(add) -> None:
+    example = "data/results/llama3-8b-shape"
+    add("--out", type=Path, required=True, metavar="FOLDER", help=f"where the records go, for example {example}")
+    add("--steps", default="speed,pruning,refit", help="some of speed,pruning,refit (default: all)")
+    add("--layers", type=int, help="layers of the model that is refitted (default: all)")
+    _of_a_preset(add, "llama3-8b-shape")
+
+
+def _of_a_run(add) -> None:
+    add("--run-dir", type=Path, help="where results are (default: runs/<preset>)")
+    add("--preset", default="tiny")
+
+
+OPTIONS = {
+    prune: _of_prune, evaluate: _of_evaluate, run: _of_run, grid: _of_grid, recover: _of_recovery, distill: _of_recovery, at_size: _of_at_size,
+    publish: _of_a_run, report: _of_a_run,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 a notebook or a run of a grid failed, 2 bad input, 3 a notebook's process was killed, 130 interrupted."""
     options = parser().parse_args(arguments)
     try:
-        if options.command == "run":
-            job = series.Series(
-                options.preset, overrides(options.overrides), options.run_dir, options.seed, options.first, options.only,
-                options.notebooks_dir,
-            )  # fmt: skip
-            job.run(options.force)
-            print(job.summary())
-        elif options.command in ("grid", "sweep"):
-            return (
-                1
-                if grid.run(options.grid, options.run_dir, options.force, options.address, options.notebooks_dir)
-                else 0
-            )
-        elif options.command in ("recover", "distill"):
-            train = lora.recover if options.command == "recover" else recover_distill.recover
-            train(options.model, load_preset(options.preset, overrides(options.overrides)), options.out, options.seed)
-        elif options.command == "at-size":
-            at_size.at_size(
-                options.preset, overrides(options.overrides), options.out, options.steps.split(","), options.layers
-            )
-        elif options.command == "publish":
-            publish.publish(options.run_dir or default_run_dir(options.preset), options.preset)
-        else:
-            print(publish.report(options.run_dir or default_run_dir(options.preset)))
+        return int(options.call(options) or 0)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except series.NotebookFailed as error:
-        print(f"\nfailed: {error}", file=sys.stderr)
-        return series.KERNEL_DIED if isinstance(error, series.KernelDied) else 1
     except KeyboardInterrupt:
         print("\ninterrupted; finished notebooks are kept, the same command goes on", file=sys.stderr)
         return 130
-    return 0

@@ -14,6 +14,8 @@ Documents are plain strings. Separate ones (a module, a story) are encoded one b
 a file in paragraphs) are first joined by blank lines. `windows` cuts what the model reads.
 """
 
+from __future__ import annotations
+
 import ast
 import hashlib
 import importlib.util
@@ -26,12 +28,13 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from gqalib.errors import InputError, one_sentence, read_text
-from gqalib.measure.perplexity import NO_LABEL
-from gqalib.model.load import REPOSITORY
+from gqalib.model.names import NO_LABEL, REPOSITORY
+
+if TYPE_CHECKING:  # whoever only checks a name need not wait for torch
+    import torch
 
 SPLITS = ("train", "validation", "test")
 JSON = (".json", ".jsonl")
@@ -230,7 +233,7 @@ def token_ids(documents: Iterator[str], tokenizer, num_tokens: int | None = None
         ids += _encode(tokenizer, document, add_special_tokens=marked) + end
         if num_tokens is not None and len(ids) >= num_tokens:
             break
-    return torch.tensor(ids[:num_tokens], dtype=torch.long)
+    return _tensor(ids[:num_tokens])
 
 
 def running_text_ids(documents: Iterator[str], tokenizer, num_tokens: int) -> torch.Tensor:
@@ -246,7 +249,13 @@ def running_text_ids(documents: Iterator[str], tokenizer, num_tokens: int) -> to
             enough *= 2
     else:
         ids = _encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)
-    return torch.tensor(ids[:num_tokens], dtype=torch.long)
+    return _tensor(ids[:num_tokens])
+
+
+def _tensor(ids: list[int]) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def windows(ids: torch.Tensor, length: int, source: str = "the text") -> torch.Tensor:
@@ -278,7 +287,7 @@ def spread(windows: torch.Tensor, num_tokens: int, sample: int = 0) -> torch.Ten
         )
     if count >= len(windows):
         return windows
-    return windows[torch.arange(count) * len(windows) // count + offset]
+    return windows[[i * len(windows) // count + offset for i in range(count)]]
 
 
 def evaluation_windows(

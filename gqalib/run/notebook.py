@@ -34,7 +34,8 @@ from gqalib import figures
 from gqalib.errors import InputError
 from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
-from gqalib.model.load import REPOSITORY, check_model, resolve_device
+from gqalib.model.load import resolve_device
+from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run.corpora import corpus_path
 from gqalib.run.presets import Preset, load_preset
 from gqalib.run.resume import Part, Progress, code_hash, replacing

@@ -11,7 +11,7 @@ import pandas as pd
 
 from gqalib.errors import InputError
 from gqalib.measure import frontier
-from gqalib.model.load import REPOSITORY
+from gqalib.model.names import REPOSITORY
 from gqalib.run.notebook import NOTEBOOKS, numbered_notebooks, read_record, write_atomically
 
 DEFAULT = "tiny"  # the preset whose executed notebooks are committed

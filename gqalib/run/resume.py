@@ -103,14 +103,17 @@ NOT_KEPT = _NotKept()  # nothing is kept, everything is computed
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` when the block ends well: whoever reads sees the old one or the new one."""
+    """A file to write that takes the place of `path` when the block ends well: whoever reads sees the old one or the new one.
+
+    A folder may be made there instead; it takes the place of none, or of an empty one.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         onto_disk(temporary)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def onto_disk(path: Path) -> None:

@@ -14,7 +14,8 @@ from unittest.mock import patch
 import nbformat
 
 from gqalib.errors import InputError
-from gqalib.model.load import check_model, load_tokenizer
+from gqalib.model.load import load_tokenizer
+from gqalib.model.names import check_model
 from gqalib.run.corpora import check_corpus, evaluation_windows
 from gqalib.run.notebook import (
     HELD,

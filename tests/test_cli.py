@@ -1,0 +1,155 @@
+"""The command line: help and refusals come at once; any Llama is pruned and evaluated from folder to folder."""
+
+import os
+import random
+import resource
+import subprocess
+import sys
+
+import pytest
+from conftest import small_model
+
+import gqalib
+from gqalib.model import shapes
+from gqalib.model.load import REPOSITORY, load_model, save_model
+from gqalib.run import front
+from gqalib.run.cli import main
+from gqalib.run.corpora import END_OF_DOCUMENT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--help"], 0, "distill"),
+        (["run", "--preset", "huge"], 2, "error: unknown preset 'huge': use one of"),
+        (["run", "--set", "pruning.mean_rat=0.3"], 2, "error: unknown parameter 'pruning.mean_rat': did you mean"),
+        (["run", "--set", "model=/nowhere"], 2, "error: model folder /nowhere does not exist: give"),
+        (["run", "--set", "corpus=novel"], 2, "error: unknown corpus 'novel': use"),
+        (["recover", "--model", "/nowhere", "--out", "x"], 2, "error: model folder /nowhere does not exist: give"),
+        (["sweep", "nowhere.yaml"], 2, "error: grid nowhere.yaml cannot be read (No such file or directory): give"),
+    ],
+)
+def test_answers_that_need_no_torch_come_at_once(arguments, status, says, tmp_path):
+    """In processor time, which others on the machine do not change: torch alone takes as long as the limit."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "gqalib", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert answer.returncode == status and says in answer.stdout + answer.stderr
+    assert "Traceback" not in answer.stderr and not list(tmp_path.iterdir())
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+    """A small random model, and in `text.txt` something to read."""
+    save_model(small_model(), tokenizer, tmp_path / "dense")
+    draw = random.Random(0)
+    documents = [" ".join(f"w{draw.randrange(2, 60)}" for _ in range(40)) for _ in range(300)]
+    (tmp_path / "text.txt").write_text(END_OF_DOCUMENT.join(documents))
+    return tmp_path
+
+
+def command(name, folder, *options):
+    where = ["--model", str(folder / "dense"), "--corpus", f"file:{folder / 'text.txt'}", "--device", "cpu"]
+    return main([name, *where, *options])
+
+
+SMALL = ["--examples", "8", "--length", "32"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--remove", "0.3"],
+        ["--remove", "0.3", "--method", "founding"],
+        ["--remove", "0.3", "--method", "FLAP", "--seed", "1"],
+        ["--remove", "0.3", "--multiple", "4"],
+        ["--kept", "0.8"],
+        ["--perplexity", "1.2"],
+    ],
+    ids=" ".join,
+)
+def test_prune_and_evaluate_from_folder_to_folder(options, folder, capsys):
+    (folder / "out").mkdir()  # an empty one will do
+    assert command("prune", folder, "--out", str(folder / "out"), *SMALL, *options) == 0
+    said = capsys.readouterr().out
+    assert command("evaluate", folder, "--against", str(folder / "out"), "--tokens", "640") == 0
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    dense, pruned = (load_model(str(folder / name), device="cpu") for name in ("dense", "out"))
+    counts, left = (shapes.count_parameters(model) for model in (dense, pruned))
+    assert shown["parameters"] == f"{counts['total']:,}" and shown["backbone"] == f"{counts['backbone']:,}"
+    assert {
+        "bytes",
+        "perplexity_64",
+        "ratio_64",
+        "error_64",
+    } <= shown.keys()  # both windows are longer than the model's
+    if options[0] == "--remove":
+        assert 1 - left["backbone"] / counts["backbone"] == pytest.approx(0.3, abs=0.08)
+    if options[0] == "--kept":
+        assert left["total"] == pytest.approx(0.8 * counts["total"], rel=0.02)
+    assert (
+        left["total"] < counts["total"] and f"{100 * left['total'] / counts['total']:.1f} % of the parameters" in said
+    )
+    assert {path.name for path in folder.iterdir()} == {"dense", "out", "text.txt"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "one target: give either"),
+        (["--remove", "0.3", "--kept", "0.8"], "one target: give either"),
+        (["--remove", "1.5"], "remove = 1.5 cannot be: it should be less than 1"),
+        (["--remove", "0.999"], "parameters cannot go"),
+        (["--perplexity", "0.9"], "perplexity = 0.9 cannot be: it should be greater than 1"),
+        (["--perplexity", "1.1", "--method", "FLAP"], "FLAP cannot look for a perplexity of 1.1: give method refit"),
+        (["--remove", "0.3", "--method", "flap"], "unknown method 'flap': did you mean"),
+        (["--remove", "0.3", "--method", "ShortGPT", "--multiple", "4"], "ShortGPT cannot keep a multiple of 4"),
+        (["--remove", "0.3", "--length", "0"], "length = 0 cannot be: it should be greater than 1"),
+        (["--remove", "0.3", "--seed", "-1"], "seed = -1 cannot be"),
+        (["--remove", "0.3", "--corpus", "novel"], "unknown corpus 'novel'"),
+    ],
+)
+def test_refusals_leave_nothing(options, says, folder, capsys):
+    assert command("prune", folder, "--out", str(folder / "out"), *SMALL, *options) == 2
+    assert says in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"dense", "text.txt"}
+
+
+def test_what_is_there_stays(folder, capsys):
+    before = (folder / "dense" / "config.json").read_bytes()
+    assert command("prune", folder, "--out", str(folder / "dense"), "--remove", "0.3") == 2
+    assert "exists: give another --out" in capsys.readouterr().err
+    assert (folder / "dense" / "config.json").read_bytes() == before
+
+
+def test_a_save_that_fails_leaves_nothing(folder, monkeypatch):
+    def fail(model, tokenizer, place):
+        place.mkdir()
+        (place / "half").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(front, "save_model", fail)
+    assert command("prune", folder, "--out", str(folder / "out"), *SMALL, "--remove", "0.3") == 130
+    assert {path.name for path in folder.iterdir()} == {"dense", "text.txt"}
+
+
+def test_other_vocabularies_are_not_compared(folder, tokenizer, capsys):
+    save_model(small_model(vocab_size=70), tokenizer, folder / "other")
+    assert command("evaluate", folder, "--against", str(folder / "other")) == 2
+    assert "vocabularies of 61 and 70 tokens" in capsys.readouterr().err
+
+
+def test_three_lines_of_python(folder, tokenizer):
+    """`gqalib.prune` is a room and, called, the front door."""
+    model, text = gqalib.load_model(str(folder / "dense"), device="cpu"), f"file:{folder / 'text.txt'}"
+    gqalib.prune(model, tokenizer, remove=0.3, corpus=text, examples=8, length=32)
+    gqalib.save_model(model, tokenizer, folder / "smaller")
+    found = gqalib.evaluate(model, tokenizer, against=model, corpus=text, tokens=640)
+    assert (found["ratio_64"], found["error_64"]) == (1, 0)
+    with pytest.raises(gqalib.InputError, match="unknown parameter 'removed': did you mean remove"):
+        gqalib.prune(model, tokenizer, removed=0.3)
+    with pytest.raises(AttributeError, match="no attribute 'prunes'"):
+        gqalib.prunes
