@@ -1,7 +1,9 @@
 """The founding document's claims as data, and what the records say of them.
 
-Its numbers are for Llama-3-8B-Instruct (dense perplexity 19.66). On another model a claim can only be tested *in form*: as a
-ratio to that model's own dense perplexity. A claim that counting alone decides can be refuted; one about a model that is not at
+Its numbers are for Llama-3-8B-Instruct (dense perplexity 19.66). On another model a claim can only be tested *in form*:
+as a
+ratio to that model's own dense perplexity. A claim that counting alone decides can be refuted; one about a model that
+is not at
 hand can only fail to be reproduced.
 """
 
@@ -47,7 +49,8 @@ CLAIMS = (
 
 
 def verdicts(measured: dict[str, float], claims: tuple[Claim, ...] = CLAIMS) -> pd.DataFrame:
-    """One row per claim: `claim`, `tested`, `claimed`, `measured`, `verdict`; a value that is missing cannot be tested."""
+    """One row per claim: `claim`, `tested`, `claimed`, `measured`, `verdict`; a value that is missing cannot be
+    tested."""
     return pd.DataFrame([_row(claim, measured.get(claim.key)) for claim in claims])
 
 
@@ -87,7 +90,8 @@ def how_far(models: pd.DataFrame, targets: Sequence[float]) -> pd.DataFrame:
     """The question that the founding document should have asked: how much can go at a given perplexity?
 
     Args:
-        models: one row per model that was measured: `recovery` (how it was trained, or not), `ratio` (perplexity relative to
+        models: one row per model that was measured: `recovery` (how it was trained, or not), `ratio` (perplexity
+        relative to
             dense), `backbone_removed_percent`, `parameters_kept_percent`.
         targets: ratios.
 

@@ -96,7 +96,8 @@ def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float],
 
 
 def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
-    """Measured speed-up at every batch size and context, a bar per model from 1, with the range of the rounds and the ceiling above it.
+    """Measured speed-up at every batch size and context, a bar per model from 1, with the range of the rounds and the
+    ceiling above it.
 
     `table` from `speed.beside_ceilings`; its first model is the one that the others are compared with.
     """

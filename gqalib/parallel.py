@@ -1,6 +1,7 @@
 """One training in several processes: each takes its share of a step, and what they sum is summed over all.
 
-`torchrun` or `accelerate launch` starts them; where `accelerate` says FSDP 2, `in_shards` splits a model that is trained over them.
+`torchrun` or `accelerate launch` starts them; where `accelerate` says FSDP 2, `in_shards` splits a model that is
+trained over them.
 Inside one process everything here does nothing.
 """
 
@@ -31,7 +32,8 @@ def is_one_of_several() -> bool:
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Inside, the processes that a launcher started know each other: nccl on CUDA, where each has a card of its own, else gloo.
+    """Inside, the processes that a launcher started know each other: nccl on CUDA, where each has a card of its own,
+    else gloo.
 
     Yields the device of this process.
     """
@@ -50,7 +52,8 @@ def processes(device: str) -> Iterator[str]:
 
 
 def sum_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
-    """Replace tensors, of the same shapes everywhere, by their sums over all processes, in one message per dtype and device."""
+    """Replace tensors, of the same shapes everywhere, by their sums over all processes, in one message per dtype and
+    device."""
     groups: dict[tuple, list[torch.Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -84,7 +87,8 @@ def wait_for_all() -> None:
 def in_shards(model: nn.Module, opts: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
     """Put a model that is trained where `accelerate launch` says, and give back its optimisers.
 
-    In place: in shards over the processes (FSDP 2; the parameters become DTensors), or whole on the device of each. One process' model
+    In place: in shards over the processes (FSDP 2; the parameters become DTensors), or whole on the device of each. One
+    process' model
     stays where it is.
 
     Raises:

@@ -1,7 +1,9 @@
 """A model walked layer by layer: batches, the residual stream from any layer on, layers that wait in host memory.
 
-`streamed` is for models that are larger than a card, on forward passes and on the methods that go layer by layer (`refit.sweep`,
-`allocate.cost_table`, `scores` with `by_layer`). `device_map="auto"` is the other way: more than one card, every layer stays.
+`streamed` is for models that are larger than a card, on forward passes and on the methods that go layer by layer
+(`refit.sweep`,
+`allocate.cost_table`, `scores` with `by_layer`). `device_map="auto"` is the other way: more than one card, every layer
+stays.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +17,8 @@ from gqalib.model.load import to_device
 
 @contextmanager
 def streamed(model: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
-    """Inside, the decoder layers live on the CPU and the rest of the model on `device`, where each layer goes when it is run.
+    """Inside, the decoder layers live on the CPU and the rest of the model on `device`, where each layer goes when it
+    is run.
 
     Afterwards the whole model is on the CPU. Layers that are put into the model meanwhile stay where they are.
     """
@@ -42,7 +45,8 @@ def is_streamed(model: nn.Module) -> bool:
 
 @contextmanager
 def at_work(*layers: nn.Module) -> Iterator[None]:
-    """Inside, these layers stay on the device that they are streamed to; layers that are not streamed stay where they are.
+    """Inside, these layers stay on the device that they are streamed to; layers that are not streamed stay where they
+    are.
 
     What is changed inside comes back changed.
     """
@@ -79,7 +83,8 @@ def _state(parameter: nn.Parameter) -> tuple[int, int]:
     return parameter.data_ptr(), parameter._version
 
 
-BATCH_TOKENS = 2048  # tokens per pass: what two cores like, and what a backward pass through all layers of an 8B model has room for
+# tokens per pass: what two cores like, and what a backward pass through all layers of an 8B model has room for
+BATCH_TOKENS = 2048
 
 
 MOST_TOKENS = 65_536  # per forward pass on a GPU: beyond it nothing gets faster
@@ -97,7 +102,8 @@ def advance(
 ) -> torch.Tensor:
     """Carry a residual stream (None: the embeddings) through layers first … last − 1.
 
-    It stays on the device that it is on; the embeddings are kept on the model's, or, if its layers are streamed, in host memory.
+    It stays on the device that it is on; the embeddings are kept on the model's, or, if its layers are streamed, in
+    host memory.
     """
     if is_streamed(model) and last - first > 1:  # layer by layer, so that each is fetched once
         for layer in range(first, last):
@@ -118,7 +124,8 @@ def advance(
 def stream_through(
     model: nn.Module, first: int, last: int
 ) -> Iterator[Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]]:
-    """Inside, a function (token ids, stream or None) → the stream after layers first … last − 1, without the final norm."""
+    """Inside, a function (token ids, stream or None) → the stream after layers first … last − 1, without the final
+    norm."""
     decoder = model.get_decoder()
     norm, decoder.norm = decoder.norm, nn.Identity()
 
@@ -161,7 +168,8 @@ def batches(windows: torch.Tensor, num_tokens: int | None = None) -> Iterator[sl
 
 
 def tokens_at_once(model: nn.Module) -> int:
-    """Tokens per forward pass: `BATCH_TOKENS` on a CPU; on a GPU as many as half of its free memory takes, up to `MOST_TOKENS`.
+    """Tokens per forward pass: `BATCH_TOKENS` on a CPU; on a GPU as many as half of its free memory takes, up to
+    `MOST_TOKENS`.
 
     Per token the logits twice in float32 and once in the model's dtype, and as much again for the layer at work.
     """

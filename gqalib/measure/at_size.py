@@ -1,6 +1,7 @@
 """Cost and pruning of a model too large to run the series on, by its shape alone: `python -m gqalib at-size`.
 
-Weights and words are random, so time, memory and speed are the real model's, and perplexities mean nothing. Three steps, each with a
+Weights and words are random, so time, memory and speed are the real model's, and perplexities mean nothing. Three
+steps, each with a
 record of its own that is written as results come, so that a run that is cut off keeps what it has:
 
     speed     prefill and decode at every batch size and context, beside the ceilings; widths that hardware likes and that it does not
@@ -52,7 +53,8 @@ def at_size(preset: str, overrides: dict[str, Any], out: Path, steps: list[str],
 
 
 def shapes(config: GqaLlamaConfig, multiple: int) -> dict[str, GqaLlamaConfig]:
-    """Dense and the cuts of `KEPT`, with MLP widths that are multiples of `multiple`, or of the largest power of two that leaves some."""
+    """Dense and the cuts of `KEPT`, with MLP widths that are multiples of `multiple`, or of the largest power of two
+    that leaves some."""
     found = {"dense": config}
     for name, kept in KEPT.items():
         for power in [multiple, 32, 8, 1]:

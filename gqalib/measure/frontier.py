@@ -2,9 +2,12 @@
 
     method(model, windows, fraction, multiple=1)
 
-is as in `peers`; those in `NO_MULTIPLE` have no `multiple`. What a method has to find out first, it finds out within the call. What of
-that is the same for every fraction is in `PREPARATIONS`: `frontier` does it once and counts it in every row, so that seconds are always
-those of one call alone. Where a peer has a second way that may do better (FLAP by head, LLM-Pruner without protection), both are here.
+is as in `peers`; those in `NO_MULTIPLE` have no `multiple`. What a method has to find out first, it finds out within
+the call. What of
+that is the same for every fraction is in `PREPARATIONS`: `frontier` does it once and counts it in every row, so that
+seconds are always
+those of one call alone. Where a peer has a second way that may do better (FLAP by head, LLM-Pruner without protection),
+both are here.
 """
 
 import copy
@@ -36,7 +39,8 @@ def founding_taylor(
     sequential: bool = True,
     multiple: int = 1,
 ) -> None:
-    """The founding document's recipe: Σ |W ⊙ G|, on the model pruned so far or all at once; rates inverse to `removal_importance`."""
+    """The founding document's recipe: Σ |W ⊙ G|, on the model pruned so far or all at once; rates inverse to
+    `removal_importance`."""
     removal = scores.removal_importance(model, windows) if removal is None else removal
     settings = Pruning(0.25, "inverse", alpha=1.0, min_rate=0.15, max_rate=0.5, channel_multiple=multiple)
     plan = founding.make_plan(model, removal, settings, mean_rate=fraction)
@@ -151,8 +155,10 @@ def try_method(
         multiple: of which the channels that stay are a whole number, for all but `NO_MULTIPLE`.
 
     Returns:
-        What was asked and what was removed, perplexity, its ratio to the dense model's with the paired standard error, seconds
-        and peak memory of the pruning, the `losses` of each test window in nats. Where the method cannot do it: NaN and a `note`.
+        What was asked and what was removed, perplexity, its ratio to the dense model's with the paired standard error,
+        seconds
+        and peak memory of the pruning, the `losses` of each test window in nats. Where the method cannot do it: NaN and
+        a `note`.
     """
     model, known = copy.deepcopy(dense), prepared.used if prepared else Used()
     options = {"multiple": multiple} if multiple > 1 and name not in NO_MULTIPLE else {}
@@ -218,9 +224,11 @@ def frontier(
 
 
 def as_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Perplexity / dense in readable numbers, methods down and fractions across: the mean over samples and, of several, their range.
+    """Perplexity / dense in readable numbers, methods down and fractions across: the mean over samples and, of several,
+    their range.
 
-    – where a method cannot do it, ∞ where nothing is left of the model; `at` what was removed where that is not what was asked.
+    – where a method cannot do it, ∞ where nothing is left of the model; `at` what was removed where that is not what
+    was asked.
 
     Args:
         rows: of `frontier`, or of a record's table.
@@ -247,11 +255,14 @@ def _short(ratio: float) -> str:
 
 
 def against_peers(rows: pd.DataFrame, own: str = OWN, peers: Sequence[str] = tuple(PEERS)) -> pd.DataFrame:
-    """The own method beside the best peer, one row per fraction; a peer that removed less than was asked does not count.
+    """The own method beside the best peer, one row per fraction; a peer that removed less than was asked does not
+    count.
 
     Returns:
-        Ratio to dense of both, `own` and `best` (geometric mean over the samples), the name of that `peer`, `times` = own / best with
-        its paired standard error over the test windows, and a `verdict`: ahead or behind by more than two errors, or not told apart.
+        Ratio to dense of both, `own` and `best` (geometric mean over the samples), the name of that `peer`, `times` =
+        own / best with
+        its paired standard error over the test windows, and a `verdict`: ahead or behind by more than two errors, or
+        not told apart.
     """
     enough = rows["backbone_removed_percent"] > 100 * rows["fraction"] - CLOSE
     done = rows[(rows["note"] == "") & rows["ratio"].notna() & enough]

@@ -3,12 +3,16 @@
     with memory.stage("sweep", memory.expected("sweep", model, 128, 2048), model) as used:
         refit.sweep(model, plan, windows)
 
-Symbols: s bytes per weight; L layers; d hidden size; h query heads; q, k query and KV width, f MLP width of the widest layer; V vocabulary; n = num_examples ·
-length calibration tokens; B tokens of a batch (`stream.batches`). Bytes, GB = 1e9. A term is what is there at the stage's peak;
+Symbols: s bytes per weight; L layers; d hidden size; h query heads; q, k query and KV width, f MLP width of the widest
+layer; V vocabulary; n = num_examples ·
+length calibration tokens; B tokens of a batch (`stream.batches`). Bytes, GB = 1e9. A term is what is there at the
+stage's peak;
 what never is there together is not added up.
 
-Llama-3-8B in bf16 on a GPU, in GB, by these formulas. Measured on an H200 (data/results/llama3-8b-shape): layer removal 24.36 of 24.37 at that
-card's larger batches, sequential Taylor 23.84 of 23.82; streamed covariances 5.98 of 5.69, cost table 9.79 of 9.75, sweep 11.24 of 10.62:
+Llama-3-8B in bf16 on a GPU, in GB, by these formulas. Measured on an H200 (data/results/llama3-8b-shape): layer removal
+24.36 of 24.37 at that
+card's larger batches, sequential Taylor 23.84 of 23.82; streamed covariances 5.98 of 5.69, cost table 9.79 of 9.75,
+sweep 11.24 of 10.62:
 
     stage                    tokens        resident                                                     layers streamed
     layer removal            50 × 128      18.8 = weights 16.1, logits of 2,048 tokens 2.6               5.2
@@ -22,10 +26,13 @@ card's larger batches, sequential Taylor 23.84 of 23.82; streamed covariances 5.
     LoRA, r 8                16 × 256      85.6 = weights, activations 50.5, logits 18.9;  33.6 with a batch of 4
     distillation              1 × 2048    156.9 = float32 weights 32.1, gradients 32.1, optimisers 36.3, teacher 16.1, …: more than one card
 
-Forward passes take larger batches where there is room (`stream.tokens_at_once`): then the peak is higher and the need is not.
+Forward passes take larger batches where there is room (`stream.tokens_at_once`): then the peak is higher and the need
+is not.
 
-The formulas say what is in use. A process' resident set, the measured peak on a CPU, also has what the C library keeps of what was freed:
-up to half as much again in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for more time; the tests measure like that.
+The formulas say what is in use. A process' resident set, the measured peak on a CPU, also has what the C library keeps
+of what was freed:
+up to half as much again in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for more time; the tests
+measure like that.
 """
 
 import contextlib
@@ -92,7 +99,8 @@ class Shape:
     def saved(self, trained: bool) -> int:
         """Bytes per token that a layer keeps for the backward pass.
 
-        8d (the streams at both norms, in float32) + s·(2q + 2k) (attention) + 3sf (MLP); and if its weights have gradients
+        8d (the streams at both norms, in float32) + s·(2q + 2k) (attention) + 3sf (MLP); and if its weights have
+        gradients
         s·(2d + q + f), what the projections read.
         """
         fixed = 8 * self.d + self.s * (2 * self.q + 2 * self.k + 3 * self.f)
@@ -104,7 +112,8 @@ class Shape:
         return self.s * (3 * self.f + 2 * self.d) + 8 * self.d
 
     def logits(self, backward: bool) -> int:
-        """Bytes per token of the logits: themselves and up to twice in float32, V·(4 + s or 8); 12·V with a backward pass."""
+        """Bytes per token of the logits: themselves and up to twice in float32, V·(4 + s or 8); 12·V with a backward
+        pass."""
         return self.V * (12 if backward else 8 if self.s == 4 else self.s + 8)
 
     def gradients(self, size: int) -> int:
@@ -125,8 +134,10 @@ def expected(
     """Bytes that a stage needs at its peak, by term; one formula per stage, in its function in `STAGES`.
 
     Args:
-        stage: `layer removal`, `one-shot Taylor`, `all gradients`, `sequential Taylor` (and surgery), `gradient covariances`, `cost table`,
-            `sweep`, `scoring` (against a dense model), `LoRA` or `distillation`; or several that come one after the other: the largest.
+        stage: `layer removal`, `one-shot Taylor`, `all gradients`, `sequential Taylor` (and surgery), `gradient
+        covariances`, `cost table`,
+            `sweep`, `scoring` (against a dense model), `LoRA` or `distillation`; or several that come one after the
+            other: the largest.
         model: any Llama; one on the meta device will do.
         num_examples, length: of the calibration text; for LoRA and distillation what goes through the model at once.
         device: what it will run on (default: where it is). On a CPU, what waits in host memory counts too.
@@ -206,9 +217,11 @@ def _layer_removal(case: _Case) -> Terms:
 
 
 def _taylor_one_shot(case: _Case) -> Terms:
-    """One batch: what all L layers save for it, logits 12·B·V, and the gradients of one layer's MLP while they are scored.
+    """One batch: what all L layers save for it, logits 12·B·V, and the gradients of one layer's MLP while they are
+    scored.
 
-    More than one batch: layer by layer; a stream and its gradient, 2n·d·s, the larger of logits and of one layer's activations with its
+    More than one batch: layer by layer; a stream and its gradient, 2n·d·s, the larger of logits and of one layer's
+    activations with its
     gradients; and in host memory (L + 1) streams.
     """
     m = case.shape
@@ -218,14 +231,16 @@ def _taylor_one_shot(case: _Case) -> Terms:
 
 
 def _all_gradients(case: _Case) -> Terms:
-    """One batch at a time, and the gradients of all weights: how LLM-Pruner and torch-pruning score. Layers are not streamed."""
+    """One batch at a time, and the gradients of all weights: how LLM-Pruner and torch-pruning score. Layers are not
+    streamed."""
     m = case.shape
     passed = _whole_pass(case, case.batch * m.L * m.saved(trained=True), 0)
     return {**passed, "gradients": m.L * m.layer * case.gradient}
 
 
 def _taylor_sequential(case: _Case) -> Terms:
-    """As one batch of the one-shot scores, but only the layer in work saves what its weights' gradients need; two streams more."""
+    """As one batch of the one-shot scores, but only the layer in work saves what its weights' gradients need; two
+    streams more."""
     m = case.shape
     saved = case.batch * (m.saved(trained=True) + (m.L - 1) * m.saved(trained=False))
     gradients = m.gradients(case.gradient) + m.layer * case.gradient
@@ -233,7 +248,8 @@ def _taylor_sequential(case: _Case) -> Terms:
 
 
 def _gradient_covariances(case: _Case) -> Terms:
-    """On a CPU one pass per batch: what all layers save, logits, and 2L covariances of 8d²; on a GPU (or streamed) layer by layer."""
+    """On a CPU one pass per batch: what all layers save, logits, and 2L covariances of 8d²; on a GPU (or streamed)
+    layer by layer."""
     m = case.shape
     if not case.by_layer:
         return {**_whole_pass(case, case.batch * m.L * m.saved(trained=False), 0), "covariances": _covariances(case)}
@@ -258,7 +274,8 @@ def _by_layer(case: _Case, saved: float, gradients: float) -> Terms:
 
 
 def _statistics(case: _Case) -> float:
-    """3·8f² of `down_proj`'s XᵀX, its factor and its inverse (or the matrix of a solve), and 4·8df of YᵀX, weights and solutions."""
+    """3·8f² of `down_proj`'s XᵀX, its factor and its inverse (or the matrix of a solve), and 4·8df of YᵀX, weights and
+    solutions."""
     m = case.shape
     return 8 * (3 * m.f**2 + 4 * m.d * m.f)
 
@@ -280,8 +297,10 @@ def _held(case: _Case) -> Terms:
 
 
 def _sweep(case: _Case) -> Terms:
-    """Five streams in float32; the layer in float32; the larger of `_statistics` and Gauss–Newton's five vectors like gate and up in float64, 5 · 16df, with
-    two in float32, 2 · 8df, and a batch's activations in float32, B·(4 · 4f); on a CPU the weights as they were, for an error."""
+    """Five streams in float32; the layer in float32; the larger of `_statistics` and Gauss–Newton's five vectors like
+    gate and up in float64, 5 · 16df, with
+    two in float32, 2 · 8df, and a batch's activations in float32, B·(4 · 4f); on a CPU the weights as they were, for an
+    error."""
     m = case.shape
     newton = m.d * m.f * (5 * 16 + 2 * 8) + case.batch * 4 * 4 * m.f
     return {
@@ -295,13 +314,15 @@ def _sweep(case: _Case) -> Terms:
 
 
 def _scoring(case: _Case) -> Terms:
-    """Logits of two models, and eight times a batch of them in float32: two log-softmaxes, two exponentials, and what KL makes of them."""
+    """Logits of two models, and eight times a batch of them in float32: two log-softmaxes, two exponentials, and what
+    KL makes of them."""
     m = case.shape
     return {**case.weights(), "logits": case.tokens(case.at_once) * m.V * (2 * m.s + 8 * 4)}
 
 
 def _lora(case: _Case) -> Terms:
-    """r·(inputs + outputs) of all projections, with gradient and AdamW's two moments 4s each; what all layers save for a batch; logits
+    """r·(inputs + outputs) of all projections, with gradient and AdamW's two moments 4s each; what all layers save for
+    a batch; logits
     in float32, nine times (loss, entropy and accuracy, as trl takes them)."""
     m, settings = case.shape, case.settings
     saved = case.n * m.L * m.saved(trained=True) * (1 + (settings.lora_dropout > 0))
@@ -314,8 +335,10 @@ def _adapter(m: Shape, r: int) -> Terms:
 
 def _distillation(case: _Case) -> Terms:
     """Gradients; Muon's momentum s per weight of the layers, AdamW's two moments for the rest; or LoRA's adapter; what
-    all layers save for a batch; eleven times the logits in float32. Where products are in bf16, so are the activations, and there are copies of
-    the weights, 2 bytes each. On a CPU also the probabilities of `attention.blocked`: per layer and token h times half of the keys, in float32."""
+    all layers save for a batch; eleven times the logits in float32. Where products are in bf16, so are the activations,
+    and there are copies of
+    the weights, 2 bytes each. On a CPU also the probabilities of `attention.blocked`: per layer and token h times half
+    of the keys, in float32."""
     m, settings = case.shape, case.settings or Distillation()
     in_bf16, saved = bf16_is_fast(torch.device(case.device)), 8 * m.d + 2 * (2 * m.d + 3 * m.q + 2 * m.k + 4 * m.f)
     keys = min(case.length, (case.length + attention.BLOCK) / 2)

@@ -1,8 +1,12 @@
-"""How fast models are: prefill and decode, measured in turn in one process, so that drift of the machine hits all alike.
+"""How fast models are: prefill and decode, measured in turn in one process, so that drift of the machine hits all
+alike.
 
-*Prefill* reads a prompt of `context` tokens of every sequence and computes the last token's logits. *Decode* is one step of
-generation: one token of every sequence, which attends to a cache that holds `context` tokens with it. On a GPU the step is captured
-once as a CUDA graph and replayed: without it, launching a thousand kernels takes longer than what a small batch gives them to do, and
+*Prefill* reads a prompt of `context` tokens of every sequence and computes the last token's logits. *Decode* is one
+step of
+generation: one token of every sequence, which attends to a cache that holds `context` tokens with it. On a GPU the step
+is captured
+once as a CUDA graph and replayed: without it, launching a thousand kernels takes longer than what a small batch gives
+them to do, and
 hides what pruning saves. What can be counted instead stands in `cost`.
 """
 
@@ -36,7 +40,8 @@ GIB = 2**30
 
 
 class FullLayer(StaticLayer):
-    """A layer of a static cache that is full: the new token takes the last place, call after call, and attends to all of it.
+    """A layer of a static cache that is full: the new token takes the last place, call after call, and attends to all
+    of it.
 
     Every place counts, so no mask is needed, and attention takes the fastest kernel that it has.
     """
@@ -55,7 +60,8 @@ class FullLayer(StaticLayer):
 
 
 def full_cache(model: nn.Module, batch_size: int, context: int) -> Cache:
-    """A cache of `context` places for every sequence, filled with noise: zeros would let a GPU draw less power and run faster."""
+    """A cache of `context` places for every sequence, filled with noise: zeros would let a GPU draw less power and run
+    faster."""
     cache = Cache(layers=[FullLayer(context) for _ in decoder_layers(model)])
     kv_heads = layer_shapes(model)["num_key_value_heads"].tolist()
     cache.early_initialization(batch_size, kv_heads, model.config.head_dim, model.dtype, model.device)
@@ -65,7 +71,8 @@ def full_cache(model: nn.Module, batch_size: int, context: int) -> Cache:
 
 
 def decode_step(model: nn.Module, batch_size: int, context: int) -> Callable[[], torch.Tensor]:
-    """One step of decoding as a call without arguments, which gives the logits [batch_size, 1, vocabulary]; no call looks at values."""
+    """One step of decoding as a call without arguments, which gives the logits [batch_size, 1, vocabulary]; no call
+    looks at values."""
     cache = full_cache(model, batch_size, context)
     token = torch.ones(batch_size, 1, dtype=torch.long, device=model.device)
     position = torch.full((1, 1), context - 1, device=model.device)
@@ -134,10 +141,13 @@ def compare_speed(
     rounds: int = 5,
     phases: Sequence[str] = tuple(PHASES),
 ) -> pd.DataFrame:
-    """Prefill and decode of several models on one device, at every batch size and context; the first is what the others are compared with.
+    """Prefill and decode of several models on one device, at every batch size and context; the first is what the others
+    are compared with.
 
-    In each round every model is timed once, one after the other, and the first model's time over this one's is one sample of the
-    speed-up. One call of each before the first round warms up and shows the peak of memory. A point that one of the models has no
+    In each round every model is timed once, one after the other, and the first model's time over this one's is one
+    sample of the
+    speed-up. One call of each before the first round warms up and shows the peak of memory. A point that one of the
+    models has no
     memory for is not measured for any; this is decided before the first is timed.
 
     Args:
@@ -145,9 +155,12 @@ def compare_speed(
         min_run_s: seconds of measurement per model and point, all rounds together.
 
     Returns:
-        One row per phase, batch size, context and model: `ms` of a call (median of the rounds), `speedup` (median of the rounds'
-        ratios) with `speedup_low` and `speedup_high` (the lowest and the highest), `tokens_per_s` (read or written), `peak_gb` above
-        what was held before, `kv_cache_gb`, `joules_per_token` where a card reports its energy, `note`: "" or why it was not measured.
+        One row per phase, batch size, context and model: `ms` of a call (median of the rounds), `speedup` (median of
+        the rounds'
+        ratios) with `speedup_low` and `speedup_high` (the lowest and the highest), `tokens_per_s` (read or written),
+        `peak_gb` above
+        what was held before, `kv_cache_gb`, `joules_per_token` where a card reports its energy, `note`: "" or why it
+        was not measured.
     """
     longest = min(model.config.max_position_embeddings for model in models.values())
     points = [
@@ -176,7 +189,8 @@ def compare_speed(
 
 @contextlib.contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
-    """Inside, the garbage collector passes over what is there already: all of transformers, a tenth of a second each time."""
+    """Inside, the garbage collector passes over what is there already: all of transformers, a tenth of a second each
+    time."""
     gc.collect()
     gc.freeze()
     try:
@@ -194,7 +208,8 @@ def _measure(
 ) -> tuple[dict, dict, dict]:
     """Milliseconds and joules of a call for every model, one entry per round, and the peak bytes.
 
-    What a model needs for the point is made for its turn and given back, so that two caches never lie in memory together.
+    What a model needs for the point is made for its turn and given back, so that two caches never lie in memory
+    together.
     """
     (set_up, _), (batch_size, context), device = PHASES[point[0]], point[1:], _device(models)
     read_joules = energy_counter(device)
@@ -216,7 +231,8 @@ def _measure(
 
 
 def _time_ms(function: Callable[[], object], device: torch.device, min_run_s: float) -> list[float]:
-    """Milliseconds of each call, for so many seconds and at least once; CUDA events on a GPU, the wall clock on a CPU."""
+    """Milliseconds of each call, for so many seconds and at least once; CUDA events on a GPU, the wall clock on a
+    CPU."""
     times = []
     while sum(times) < min_run_s * 1e3:
         if device.type == "cuda":
@@ -248,7 +264,8 @@ def _row(
 
 
 def energy_counter(device: torch.device) -> Callable[[], float] | None:
-    """A function for the joules that a card has used so far, as NVML counts them; None where there is no NVML or the card does not say."""
+    """A function for the joules that a card has used so far, as NVML counts them; None where there is no NVML or the
+    card does not say."""
     if device.type != "cuda":
         return None
     try:
@@ -257,13 +274,15 @@ def energy_counter(device: torch.device) -> Callable[[], float] | None:
         pynvml.nvmlInit()
         card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(card)
-    except Exception:  # noqa: BLE001  not installed, no driver, or a card that does not report it: each has an exception of its own
+    # noqa: BLE001 not installed, no driver, or a card that does not report it: each has an exception of its own
+    except Exception:
         return None
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1e3
 
 
 def beside_ceilings(table: pd.DataFrame, models: dict[str, nn.Module]) -> pd.DataFrame:
-    """The rows of `compare_speed` with `ceiling`, the speed-up that bytes (decode) or FLOPs (prefill) allow, and `of_ceiling_percent`.
+    """The rows of `compare_speed` with `ceiling`, the speed-up that bytes (decode) or FLOPs (prefill) allow, and
+    `of_ceiling_percent`.
 
     `models` are the same as in `compare_speed`, the first one dense; shapes on the meta device do as well.
     """
@@ -285,9 +304,11 @@ def beside_ceilings(table: pd.DataFrame, models: dict[str, nn.Module]) -> pd.Dat
 
 
 def uniform_shape(config: GqaLlamaConfig, kept: float, multiple: int = 1) -> GqaLlamaConfig:
-    """The same cut in every layer, so that `kept` of all parameters stay, within a channel (or `multiple`) of each layer.
+    """The same cut in every layer, so that `kept` of all parameters stay, within a channel (or `multiple`) of each
+    layer.
 
-    Whole groups come as near to the backbone's share as they can; what their rounding leaves is met by the MLP's width. Speed depends
+    Whole groups come as near to the backbone's share as they can; what their rounding leaves is met by the MLP's width.
+    Speed depends
     on shapes alone: `random_model` makes a model of it.
 
     Raises:
@@ -324,7 +345,8 @@ def _reshaped(config: GqaLlamaConfig, **changes: int) -> GqaLlamaConfig:
 def aligned_shapes(
     config: GqaLlamaConfig, kept: float, multiples: Sequence[int] = (8, 64, 128)
 ) -> dict[str, GqaLlamaConfig]:
-    """`uniform_shape` with an odd MLP width, and with the nearest widths that are multiples of these and of nothing twice as large.
+    """`uniform_shape` with an odd MLP width, and with the nearest widths that are multiples of these and of nothing
+    twice as large.
 
     Multiples of more than a quarter of the width are left out: they would be another cut.
     """
@@ -342,7 +364,8 @@ def compare_alignment(
 ) -> pd.DataFrame:
     """`compare_speed` of `aligned_shapes` beside their ceilings, all compared with the odd width; random weights.
 
-    The widths differ by a little, and the ceiling says how much speed that alone can explain. Other arguments go to `compare_speed`.
+    The widths differ by a little, and the ceiling says how much speed that alone can explain. Other arguments go to
+    `compare_speed`.
     """
     models = {
         name: random_model(shape, dtype, device) for name, shape in aligned_shapes(config, kept, multiples).items()

@@ -81,7 +81,8 @@ def _why_not(model: str, error: BaseException) -> str:
 def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwargs) -> GqaLlamaForCausalLM:
     """A Llama, pruned or not, ready to be scored: weights in `dtype` on `device`, evaluation mode.
 
-    Other arguments (`attn_implementation`, `device_map`, …) go to `from_pretrained`; a shape has no use for a `device_map`. Device `all` is
+    Other arguments (`attn_implementation`, `device_map`, …) go to `from_pretrained`; a shape has no use for a
+    `device_map`. Device `all` is
     `device_map="auto"`: layers are spread over all cards, and what they cannot hold over the host's memory.
 
     Raises:
@@ -141,7 +142,8 @@ def random_model(
 ) -> GqaLlamaForCausalLM:
     """A model of this shape with random weights, made on the device in the dtype asked: for time, memory and counting.
 
-    The same seed gives the same weights on the same kind of device; torch's own generators are left as they were. On the device
+    The same seed gives the same weights on the same kind of device; torch's own generators are left as they were. On
+    the device
     `meta` it has shapes only, and takes no memory.
     """
     with _at(device):
@@ -175,7 +177,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def _word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One token per word: the end of a text, a full stop, then w2, w3, … ; what it does not know is the end of a text."""
+    """One token per word: the end of a text, a full stop, then w2, w3, … ; what it does not know is the end of a
+    text."""
     words = Tokenizer(WordLevel({"<e>": 0, ".": 1} | {f"w{i}": i for i in range(2, vocab_size)}, "<e>"))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", unk_token="<e>")

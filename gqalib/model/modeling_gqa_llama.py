@@ -5,8 +5,10 @@ layer, and each decoder layer is built from its own entry of `config.per_layer_c
 
     {"3": {"num_attention_heads": 24, "num_key_value_heads": 6, "intermediate_size": 336, "o_proj_bias": true}, …}
 
-(transformers ≥ 5.15; layers that are not named have the global shape). `head_dim` is global and explicit. `o_proj_bias` and
-`down_proj_bias` give these two projections a bias of their own: Llama's `attention_bias` and `mlp_bias` would give one to
+(transformers ≥ 5.15; layers that are not named have the global shape). `head_dim` is global and explicit. `o_proj_bias`
+and
+`down_proj_bias` give these two projections a bias of their own: Llama's `attention_bias` and `mlp_bias` would give one
+to
 q, k, v, gate and up as well.
 
 This file imports nothing of gqalib: `save_pretrained` puts a copy beside the weights, so that
@@ -26,7 +28,8 @@ from transformers.models.llama.modeling_llama import (
 
 @strict
 class GqaLlamaConfig(LlamaConfig):
-    """`LlamaConfig` with per-layer `num_attention_heads`, `num_key_value_heads`, `intermediate_size` and output biases."""
+    """`LlamaConfig` with per-layer `num_attention_heads`, `num_key_value_heads`, `intermediate_size` and output
+    biases."""
 
     model_type = "gqa_llama"
     o_proj_bias: bool = False  # what a mean correction adds after groups are gone
@@ -48,7 +51,8 @@ class GqaLlamaConfig(LlamaConfig):
 
 
 def build_layer(config: GqaLlamaConfig, index: int) -> LlamaDecoderLayer:
-    """A decoder layer from its own entry of `config.per_layer_config`: Llama's, with output biases where they are asked for."""
+    """A decoder layer from its own entry of `config.per_layer_config`: Llama's, with output biases where they are asked
+    for."""
     layer = LlamaDecoderLayer(config, index)
     for block, name, wanted in (
         (layer.self_attn, "o_proj", config.o_proj_bias),

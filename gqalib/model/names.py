@@ -1,4 +1,5 @@
-"""What a model is called by, and whether it can be one: a folder, a hub id or a shape. Light: neither torch nor transformers."""
+"""What a model is called by, and whether it can be one: a folder, a hub id or a shape. Light: neither torch nor
+transformers."""
 
 import json
 import re

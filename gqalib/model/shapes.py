@@ -41,7 +41,8 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def size_of(model: nn.Module, dense: dict[str, int]) -> dict[str, float]:
-    """How much is left, in percent: of all parameters kept, and of the backbone removed. `dense`: the dense model's counts."""
+    """How much is left, in percent: of all parameters kept, and of the backbone removed. `dense`: the dense model's
+    counts."""
     counts = count_parameters(model)
     return {
         "parameters_kept_percent": 100 * counts["total"] / dense["total"],

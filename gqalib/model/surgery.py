@@ -1,4 +1,5 @@
-"""Cutting a layer to some of its groups and channels, and dropping layers whole: weights, module sizes and config change together.
+"""Cutting a layer to some of its groups and channels, and dropping layers whole: weights, module sizes and config
+change together.
 
 Nothing here knows why a group goes. After every call the model runs, saves and loads.
 
@@ -74,7 +75,8 @@ def take_layers(model: nn.Module, pruned: nn.Module) -> None:
 
 @torch.no_grad()
 def take_weights(model: nn.Module, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Give a layer's attention or MLP the weights and biases of a cut one: its `state_dict`, of any size and precision."""
+    """Give a layer's attention or MLP the weights and biases of a cut one: its `state_dict`, of any size and
+    precision."""
     for name, linear in module.named_children():
         if isinstance(linear, nn.Linear):
             replace_weight(linear, weights[f"{name}.weight"].to(linear.weight.device))
@@ -115,7 +117,8 @@ def add_output_bias(model: nn.Module, layer_index: int, projection: str, bias: t
 
 
 def query_heads(groups: Sequence[int], group_size: int) -> list[int]:
-    """The query heads of these groups: `repeat_kv` gives KV head g to the *consecutive* heads g·size … g·size+size−1."""
+    """The query heads of these groups: `repeat_kv` gives KV head g to the *consecutive* heads g·size …
+    g·size+size−1."""
     return [group * group_size + i for group in groups for i in range(group_size)]
 
 
@@ -125,7 +128,8 @@ def rows_of_heads(heads: Sequence[int], head_dim: int) -> torch.Tensor:
 
 
 def record_shapes(model: nn.Module) -> None:
-    """Write the layers' actual shapes and output biases into `config.per_layer_config`, so that what is saved can be loaded."""
+    """Write the layers' actual shapes and output biases into `config.per_layer_config`, so that what is saved can be
+    loaded."""
     model.config.per_layer_config = {
         i: {**layer_shape(layer), **_biases(layer)} for i, layer in enumerate(decoder_layers(model))
     }
@@ -142,7 +146,8 @@ def _biases(layer: nn.Module) -> dict[str, bool]:
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Inside, layers may be cut, dropped and given new weights and biases; if an exception leaves, all is as before.
 
-    The originals wait in host memory. For a model on a CPU they are no copies, so weights must be replaced, not written into.
+    The originals wait in host memory. For a model on a CPU they are no copies, so weights must be replaced, not written
+    into.
     """
     decoder, config = model.get_decoder(), dict(vars(model.config))
     layers = decoder.layers

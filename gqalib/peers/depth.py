@@ -12,7 +12,8 @@ from gqalib.prune.scores import activation_importance, removal_importance
 
 @peer
 def shortgpt(model: nn.Module, windows: torch.Tensor, fraction: float) -> None:
-    """ShortGPT (Men et al., 2024): drop the layers of least block influence, 1 − cos(input, output), measured once on the dense model.
+    """ShortGPT (Men et al., 2024): drop the layers of least block influence, 1 − cos(input, output), measured once on
+    the dense model.
 
     Choices: as many layers as come nearest to the fraction, at least one.
     """
@@ -23,9 +24,11 @@ def shortgpt(model: nn.Module, windows: torch.Tensor, fraction: float) -> None:
 def layer_removal(
     model: nn.Module, windows: torch.Tensor, fraction: float, removal: torch.Tensor | None = None
 ) -> None:
-    """Drop the layers whose removal, one at a time, raises the calibration perplexity least (Kim et al., Shortened LLaMA, 2024).
+    """Drop the layers whose removal, one at a time, raises the calibration perplexity least (Kim et al., Shortened
+    LLaMA, 2024).
 
-    Choices: measured once on the dense model, as published, by `scores.removal_importance` (`removal`, if it is at hand); as
+    Choices: measured once on the dense model, as published, by `scores.removal_importance` (`removal`, if it is at
+    hand); as
     many layers as come nearest to the fraction, at least one.
     """
     _drop_least(model, removal_importance(model, windows) if removal is None else removal, fraction)

@@ -15,14 +15,19 @@ from gqalib.prune.scores import backward
 
 @peer
 def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: int = 1) -> None:
-    """torch-pruning's pruner in its GQA mode (Fang et al., CVPR 2023; `MetaPruner` with `num_heads`, `prune_num_heads=True`).
+    """torch-pruning's pruner in its GQA mode (Fang et al., CVPR 2023; `MetaPruner` with `num_heads`,
+    `prune_num_heads=True`).
 
-    Inside each group the same number of query heads goes and all KV heads stay, so only q_proj and o_proj shrink, and two
-    query heads of each group must stay (with one, version 1.6.1 takes the layer for MHA, asks for the KV heads as well, and
-    then prunes nothing): the rest of the budget comes from the MLP, on a 2:1 model all of it. On MHA whole heads go. What is
+    Inside each group the same number of query heads goes and all KV heads stay, so only q_proj and o_proj shrink, and
+    two
+    query heads of each group must stay (with one, version 1.6.1 takes the layer for MHA, asks for the KV heads as well,
+    and
+    then prunes nothing): the rest of the budget comes from the MLP, on a 2:1 model all of it. On MHA whole heads go.
+    What is
     left has a smaller `num_key_value_groups` and is an uneven model like any other.
 
-    Choices: the library's `GroupTaylorImportance`, better than the magnitude of its Llama example; the hidden width stays, which
+    Choices: the library's `GroupTaylorImportance`, better than the magnitude of its Llama example; the hidden width
+    stays, which
     that example cuts as well; the heads that go are spread over the layers to come as near to the fraction as they can.
     """
     import torch_pruning as tp
@@ -42,7 +47,8 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float, 
             if gone:
                 head_ratios[projection] = (gone - 0.5) / shape["num_attention_heads"]
                 ratios[projection] = 0.5  # any: head_dim is not pruned, but a ratio of 0 would skip the heads as well
-    # eager: keys and values are repeated by an `expand`, which torch-pruning knows as GQA; it cannot see into fused kernels
+    # eager: keys and values are repeated by an `expand`, which torch-pruning knows as GQA; it cannot see into fused
+    # kernels
     with traced_without_rotation(), attention_implementation("eager", model):
         pruner = tp.pruner.MetaPruner(
             model,

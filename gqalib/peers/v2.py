@@ -1,6 +1,7 @@
 """v2, the pipeline whose failure this workbook starts from, as faithfully as it can be run.
 
-It is torch-pruning's dependency graph rooted at each layer's `k_proj`, as LLM-Pruner calls it, followed by a truncation:
+It is torch-pruning's dependency graph rooted at each layer's `k_proj`, as LLM-Pruner calls it, followed by a
+truncation:
 
     32 query / 8 KV heads  --graph-->  30 / 6  --first 24 query heads-->  24 / 6
 
@@ -50,9 +51,11 @@ def traced_inputs(model: nn.Module, windows: torch.Tensor) -> dict[str, object]:
 
 
 def traced_without_rotation():
-    """Inside, Llama runs without `rotate_half`, which only moves features inside a head: for tracing a dependency graph.
+    """Inside, Llama runs without `rotate_half`, which only moves features inside a head: for tracing a dependency
+    graph.
 
-    With two query heads per KV head torch-pruning 1.6.1 takes its concatenation for one of whole projections and then follows
+    With two query heads per KV head torch-pruning 1.6.1 takes its concatenation for one of whole projections and then
+    follows
     the graph without end. Where the unaltered trace ends, the groups are the same (tested).
     """
     return patch.object(modeling_llama, "rotate_half", lambda x: x)

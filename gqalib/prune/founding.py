@@ -21,7 +21,8 @@ from gqalib.stream import advance
 
 @dataclass(frozen=True)
 class Plan:
-    """How much each layer loses; lists with one entry per layer. A layer that loses all groups and all channels goes whole."""
+    """How much each layer loses; lists with one entry per layer. A layer that loses all groups and all channels goes
+    whole."""
 
     rates: list[float]  # the rate asked, of groups and channels alike
     groups: list[int]  # whole groups to remove
@@ -39,7 +40,8 @@ class Plan:
         """Whole groups and channels for these rates (fractions of each layer's parameters).
 
         Groups are coarse, so what their rounding leaves of the total is spread over the channels of all layers: the
-        parameters removed meet Σ rate × size within one channel (or `channel_multiple`), as far as one unit per layer stays.
+        parameters removed meet Σ rate × size within one channel (or `channel_multiple`), as far as one unit per layer
+        stays.
         Output biases count in `layer_sizes` but never go; channels go for them.
         """
         shapes = layer_shapes(model)
@@ -88,7 +90,8 @@ def size(linear: nn.Linear, rows: bool = True) -> int:
 def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = (), multiple: int = 1) -> Plan:
     """The same rate for every layer that is not protected, so that `fraction` of the backbone goes.
 
-    Whole groups come as near to the rate as they can; what their rounding leaves is spread over the channels of the same
+    Whole groups come as near to the rate as they can; what their rounding leaves is spread over the channels of the
+    same
     layers, so the budget is met within one channel. With a `multiple` each of these layers keeps a multiple of it.
 
     Raises:
@@ -145,7 +148,8 @@ def prune(
 ) -> pd.DataFrame:
     """Prune a model in place, front to back.
 
-    `sequential`: the gradients of a layer are taken on the model pruned so far, as the founding document does; the layers in front of
+    `sequential`: the gradients of a layer are taken on the model pruned so far, as the founding document does; the
+    layers in front of
     it are frozen, and what they give is kept, so a step costs only the layers from there on. Otherwise all scores come
     from the dense model in one pass.
 
@@ -197,7 +201,8 @@ def prune(
 
 
 def check_plan(plan: Plan, model: nn.Module, whole_layers: bool = False) -> None:
-    """Raises InputError if the plan does not fit the model's layers, or leaves nothing of one (but for layers that may go whole)."""
+    """Raises InputError if the plan does not fit the model's layers, or leaves nothing of one (but for layers that may
+    go whole)."""
     shapes = layer_shapes(model)
     if len(plan.groups) != len(shapes) or len(plan.channels) != len(shapes):
         raise InputError(

@@ -1,20 +1,26 @@
 """Cut and mend: second-order choice of what goes, least-squares repair of what stays, one sweep from front to back.
 
-With X the inputs of `o_proj` or `down_proj` on calibration text, [tokens, features], Y the output that is wanted, W the dense
+With X the inputs of `o_proj` or `down_proj` on calibration text, [tokens, features], Y the output that is wanted, W the
+dense
 weight [hidden, features], all sums in float64:
 
     H = XᵀX + λI,  B = YᵀX + λW         λ = damping × mean diagonal of XᵀX
     refit       W'_S = B_S H_SS⁻¹       the best weight on the kept features S, drawn towards W
     choice      start from W = B H⁻¹; remove the unit u with the least tr(G W_u (H⁻¹_uu)⁻¹ W_uᵀ), correct W and H⁻¹, repeat
-                (optimal brain surgery, Hassibi & Stork 1993; in whole units: SlimGPT 2024); G is the covariance of the loss'
+                (optimal brain surgery, Hassibi & Stork 1993; in whole units: SlimGPT 2024); G is the covariance of the
+                loss'
                 gradient at the output (K-FAC's other factor), or I
 
-Y is what the dense model's residual stream is after this sublayer, less what the pruned model's stream is before it: each
-sublayer also repairs what those in front of it broke. The *input refit* does the same for q, k, v, gate and up before the cut: on
-the pruned stream they are to give what they gave on the dense one. After the cut they are refitted together, by Gauss–Newton,
+Y is what the dense model's residual stream is after this sublayer, less what the pruned model's stream is before it:
+each
+sublayer also repairs what those in front of it broke. The *input refit* does the same for q, k, v, gate and up before
+the cut: on
+the pruned stream they are to give what they gave on the dense one. After the cut they are refitted together, by
+Gauss–Newton,
 for the one thing that counts, the sublayer's output against Y; that and the refit of the output projection take turns.
 
-Memory is for one sublayer at a time; `memory` has the sums. The weights of the layers done wait in host memory, so that an error leaves
+Memory is for one sublayer at a time; `memory` has the sums. The weights of the layers done wait in host memory, so that
+an error leaves
 the model as it was. The weighted choice needs `scores.gradient_covariances`, a backward pass without weight gradients.
 """
 
@@ -93,10 +99,12 @@ def _ridge(gram: Tensor, damping: float) -> Tensor:
 
 
 def solve(weight: Tensor, gram: Tensor, cross: Tensor, damping: float, kept: Sequence[int] | None = None) -> Tensor:
-    """W'_S = (YᵀX + λW)_S (XᵀX + λI)_SS⁻¹, float64 [out, |S|]: least squares on the kept features, drawn towards `weight`.
+    """W'_S = (YᵀX + λW)_S (XᵀX + λI)_SS⁻¹, float64 [out, |S|]: least squares on the kept features, drawn towards
+    `weight`.
 
     Args:
-        weight: [out, features]. gram: XᵀX [features, features]. cross: YᵀX [out, features]. kept: S (default: all features).
+        weight: [out, features]. gram: XᵀX [features, features]. cross: YᵀX [out, features]. kept: S (default: all
+        features).
     """
     columns = torch.arange(len(gram), device=gram.device) if kept is None else torch.as_tensor(kept, device=gram.device)
     ridge, inner = _ridge(gram, damping), gram[columns][:, columns]
@@ -106,7 +114,8 @@ def solve(weight: Tensor, gram: Tensor, cross: Tensor, damping: float, kept: Seq
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor(s) of [..., n, n]. Raises InputError if it is not finite, or singular to working precision."""
+    """Lower Cholesky factor(s) of [..., n, n]. Raises InputError if it is not finite, or singular to working
+    precision."""
     if not torch.isfinite(matrix.sum()):
         raise InputError("a Gram matrix is not finite: use dtype float32 or another calibration text")
     factor, failed = torch.linalg.cholesky_ex(matrix)
@@ -117,7 +126,8 @@ def cholesky(matrix: Tensor) -> Tensor:
 
 
 def choose(weight: Tensor, gram: Tensor, num_removed: int, unit: int = 1, *more, **options) -> list[int]:
-    """The units that stay when `num_removed` go one step after the other, ascending. Arguments as in `removal_order`."""
+    """The units that stay when `num_removed` go one step after the other, ascending. Arguments as in
+    `removal_order`."""
     gone = set(removal_order(weight, gram, num_removed, unit, *more, **options)[0])
     return [u for u in range(len(gram) // unit) if u not in gone]
 
@@ -165,7 +175,8 @@ def unit_losses(weight: Tensor, inverse: Tensor, unit: int = 1) -> Tensor:
 
 
 def _eliminate(weight: Tensor, inverse: Tensor, gone: Tensor) -> float:
-    """Correct weight and H⁻¹, in place, for the loss of these columns, which become 0 and an identity block; the rise of the error."""
+    """Correct weight and H⁻¹, in place, for the loss of these columns, which become 0 and an identity block; the rise
+    of the error."""
     across, columns = inverse[gone], weight[:, gone]
     factor = cholesky(across[:, gone])
     rise = (columns * torch.cholesky_solve(columns.T, factor).T).sum().item()
@@ -192,7 +203,8 @@ class Call:
     @property
     @torch.no_grad()
     def inputs(self) -> Tensor:
-        """The normalised stream, where the layer is; made when it is asked for: kept, it would be as long as the text."""
+        """The normalised stream, where the layer is; made when it is asked for: kept, it would be as long as the
+        text."""
         return self.norm(self.stream.to(self.norm.weight, non_blocking=True))
 
 
@@ -221,7 +233,8 @@ class Sublayer:
         return weights.split([linear.out_features for linear in self.inputs])
 
     def run(self, call: Call, weights: Tensor | None = None) -> Tensor:
-        """What the sublayer, as it is now, adds to the stream; `weights`: of its inputs, stacked, instead of their own."""
+        """What the sublayer, as it is now, adds to the stream; `weights`: of its inputs, stacked, instead of their
+        own."""
         parts = () if weights is None else self.split(weights)
         named = {f"{name}.weight": part for name, part in zip(self.input_names, parts, strict=False)}
         outputs = functional_call(self.module, named, (call.inputs,), call.others)
@@ -253,7 +266,8 @@ class _Noted(Exception):
 
 
 def _attention_arguments(model: nn.Module, index: int, stream: Tensor, windows: Tensor) -> dict[str, Any]:
-    """What the decoder gives a layer's attention besides the hidden states: its own forward pass, stopped at that call."""
+    """What the decoder gives a layer's attention besides the hidden states: its own forward pass, stopped at that
+    call."""
     noted: dict[str, Any] = {}
 
     def stop(module: nn.Module, inputs: tuple, arguments: dict[str, Any]) -> None:
@@ -278,7 +292,8 @@ def through(stream: Tensor, sublayer: Sublayer, current: Sequence[Call]) -> Tens
 
 
 def empty_like(stream: Tensor) -> Tensor:
-    """Room for another stream, pinned if this one is: pinned memory is lent again, fresh pages cost more than the copy into them."""
+    """Room for another stream, pinned if this one is: pinned memory is lent again, fresh pages cost more than the copy
+    into them."""
     return torch.empty_like(stream, pin_memory=stream.is_pinned())
 
 
@@ -297,7 +312,8 @@ def refit_inputs(sublayer: Sublayer, wanted: Sequence[Call], current: Sequence[C
 
 
 def output_moments(sublayer: Sublayer, current: Sequence[Call], target: Tensor) -> tuple[Moments, float]:
-    """XᵀX and YᵀX at `o_proj` or `down_proj`, Y: the target [count, length, hidden], less the bias if there is one; and Σ‖output − target‖²."""
+    """XᵀX and YᵀX at `o_proj` or `down_proj`, Y: the target [count, length, hidden], less the bias if there is one; and
+    Σ‖output − target‖²."""
     moments, error, seen, bias = Moments(), 0.0, [], 0.0 if sublayer.output.bias is None else sublayer.output.bias
     hook = sublayer.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
@@ -344,9 +360,12 @@ def refit_together(
 ) -> Moments:
     """One Gauss–Newton step for q, k, v (or gate, up) together: Σ‖output − target‖² falls, or nothing changes.
 
-    The output is linearised in the stacked weights V [rows, hidden], output ≈ output(V) + J·D, and JᵀJ D = Jᵀ(target − output(V))
-    is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + λI of the normalised stream X: nothing larger than V and
-    a batch. JᵀJ is taken from a `share` of the batches, as in Hessian-free optimisation (Martens 2010). A step that does not help is
+    The output is linearised in the stacked weights V [rows, hidden], output ≈ output(V) + J·D, and JᵀJ D = Jᵀ(target −
+    output(V))
+    is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + λI of the normalised stream X: nothing
+    larger than V and
+    a batch. JᵀJ is taken from a `share` of the batches, as in Hessian-free optimisation (Martens 2010). A step that
+    does not help is
     halved, three times at most.
 
     Returns `output_moments` of what the inputs have become.
@@ -356,7 +375,8 @@ def refit_together(
     wanted, before = _pull(sublayer, current, start, lambda call, outputs: _rows(target, call) - outputs)
 
     def product(direction: Tensor) -> Tensor:
-        """JᵀJ·direction; J·direction is a difference quotient: one forward pass, where forward AD takes the time of four."""
+        """JᵀJ·direction; J·direction is a difference quotient: one forward pass, where forward AD takes the time of
+        four."""
         width = (1e-3 * start.norm() / direction.norm()).to(start.dtype)
         moved = start + width * direction.to(start.dtype)
         with in_tf32(False):  # its ten bits are too few for a difference
@@ -393,7 +413,8 @@ def _pull(
 
 @contextmanager
 def in_tf32(allowed: bool) -> Iterator[None]:
-    """Inside, a GPU may round the factors of float32 products to ten bits, which takes a sixth of the time, or may not. A CPU does not."""
+    """Inside, a GPU may round the factors of float32 products to ten bits, which takes a sixth of the time, or may not.
+    A CPU does not."""
     backend = torch.backends.cuda.matmul
     before, backend.allow_tf32 = backend.allow_tf32, allowed
     try:
@@ -405,7 +426,8 @@ def in_tf32(allowed: bool) -> Iterator[None]:
 def conjugate_gradients(
     product: Callable[[Tensor], Tensor], residual: Tensor, factor: Tensor, num_steps: int
 ) -> Tensor:
-    """D after some steps towards product(D) = residual, [rows, features]; preconditioned by LLᵀ, `factor` = L. All are large: none
+    """D after some steps towards product(D) = residual, [rows, features]; preconditioned by LLᵀ, `factor` = L. All are
+    large: none
     outlives its use."""
     direction = torch.cholesky_solve(residual.T, factor).T
     result, size = torch.zeros_like(residual), (residual * direction).sum()
@@ -436,7 +458,8 @@ def mend(
     scores: Tensor | None = None,
     covariance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cut one sublayer and refit it; returns the dense and the pruned model's streams after it, given those before it."""
+    """Cut one sublayer and refit it; returns the dense and the pruned model's streams after it, given those before
+    it."""
     sublayer = sublayers(decoder_layers(model)[index])[half]
     dense, now = calls(model, index, half, wanted, windows), calls(model, index, half, current, windows)
     goal = through(wanted, sublayer, dense)
@@ -496,12 +519,14 @@ def sweep(
     Args:
         windows: calibration text, token ids [count, length].
         scores: from `scores.unit_scores`; the units with the largest stay (default: chosen by OBS).
-        covariances: from `scores.gradient_covariances`, of the model as it is (default: computed here if they are needed).
+        covariances: from `scores.gradient_covariances`, of the model as it is (default: computed here if they are
+        needed).
         after_layer: called with the index of each layer when it is done, now or by an earlier run.
         progress: keeps the mended weights of each sublayer, in at least float32, as they were at work.
 
     Raises:
-        InputError: a plan that does not fit, too little text, a singular or non-finite Gram matrix; the model is as before.
+        InputError: a plan that does not fit, too little text, a singular or non-finite Gram matrix; the model is as
+        before.
     """
     check_plan(plan, model, whole_layers=True)
     check_tokens(model, windows)
@@ -534,7 +559,8 @@ def sweep(
 
 
 def embedded(model: nn.Module, windows: Tensor) -> Tensor:
-    """The residual stream before the first layer, in float32: targets are small differences of large numbers; pinned in host memory."""
+    """The residual stream before the first layer, in float32: targets are small differences of large numbers; pinned in
+    host memory."""
     stream = at_least_float32(advance(model, None, windows, 0, 0))
     return stream.pin_memory() if is_streamed(model) and torch.cuda.is_available() else stream
 

@@ -38,7 +38,8 @@ def backward(
     hidden_states: torch.Tensor | None = None,
     first_layer: int = 0,
 ) -> float:
-    """Leave the gradient of the mean calibration loss in `.grad` of the projections of `layers` (default: all), and only there.
+    """Leave the gradient of the mean calibration loss in `.grad` of the projections of `layers` (default: all), and
+    only there.
 
     With `hidden_states` [count, length, hidden], the stream before `first_layer`, the layers below it are not run.
 
@@ -125,11 +126,15 @@ def differentiate(
     by_layer: bool = False,
     divisor: float = 1.0,
 ) -> None:
-    """The gradient of the calibration loss (summed over tokens, over `divisor`), in steps: `each` is called with every one and runs it.
+    """The gradient of the calibration loss (summed over tokens, over `divisor`), in steps: `each` is called with every
+    one and runs it.
 
-    All layers at once, batch by batch: the activations of all layers are kept, of one batch. `by_layer`: the last layer on all batches,
-    then the one below it, down to `lowest`. Only one layer's activations and gradients are kept at a time, beside the streams
-    before each layer, [layers, count, length, hidden], in host memory; each layer runs forward twice. The gradients are the same.
+    All layers at once, batch by batch: the activations of all layers are kept, of one batch. `by_layer`: the last layer
+    on all batches,
+    then the one below it, down to `lowest`. Only one layer's activations and gradients are kept at a time, beside the
+    streams
+    before each layer, [layers, count, length, hidden], in host memory; each layer runs forward twice. The gradients are
+    the same.
     """
     if by_layer:
         _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor)
@@ -179,7 +184,8 @@ def _backward_layer(run: Callable[[torch.Tensor], torch.Tensor], stream: torch.T
 
 
 def _one_layer_at_a_time(model: nn.Module, by_layer: bool | None) -> bool:
-    """`by_layer`, or what suits the model: layer by layer where memory is scarcer than time, on a GPU or with streamed layers."""
+    """`by_layer`, or what suits the model: layer by layer where memory is scarcer than time, on a GPU or with streamed
+    layers."""
     return (model.device.type != "cpu" or is_streamed(model)) if by_layer is None else by_layer
 
 
@@ -195,11 +201,15 @@ def taylor_scores(
     include_o_proj: bool = False,
     by_layer: bool | None = None,
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Σ |W ⊙ G| of groups and channels of `layers` (default: all), without the model's gradients ever being there together.
+    """Σ |W ⊙ G| of groups and channels of `layers` (default: all), without the model's gradients ever being there
+    together.
 
-    As soon as the last gradient of a layer's attention or MLP has come, hooks take its scores and drop it. The gradient is summed over
-    the text before its magnitude is taken, so with more than one batch (and layer) the text goes through layer by layer, see
-    `differentiate`; `by_layer` True or False decides otherwise. Arguments as in `backward` and `group_scores`; no `.grad` is left behind, and
+    As soon as the last gradient of a layer's attention or MLP has come, hooks take its scores and drop it. The gradient
+    is summed over
+    the text before its magnitude is taken, so with more than one batch (and layer) the text goes through layer by
+    layer, see
+    `differentiate`; `by_layer` True or False decides otherwise. Arguments as in `backward` and `group_scores`; no
+    `.grad` is left behind, and
     the scores are those of `backward` with `group_scores` and `channel_scores`.
 
     Raises:
@@ -265,11 +275,14 @@ def fisher_scores(
     first_layer: int = 0,
     by_layer: bool | None = None,
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Mask-gradient scores of `layers` (default: all): {layer: (groups [num_key_value_heads], channels [intermediate_size])}.
+    """Mask-gradient scores of `layers` (default: all): {layer: (groups [num_key_value_heads], channels
+    [intermediate_size])}.
 
-    A mask of ones multiplies each group at `o_proj`'s input and each channel at `down_proj`'s; the score is the mean over
+    A mask of ones multiplies each group at `o_proj`'s input and each channel at `down_proj`'s; the score is the mean
+    over
     windows of (∂ window's mean loss / ∂ mask)²: the diagonal Fisher information of the mask (Kwon et al. 2022). Other
-    arguments as in `backward` and `differentiate` (`by_layer` None: on a GPU). Activations and their gradients only: the weights' `.grad` is
+    arguments as in `backward` and `differentiate` (`by_layer` None: on a GPU). Activations and their gradients only:
+    the weights' `.grad` is
     neither made nor touched.
 
     Raises:
@@ -296,7 +309,8 @@ def fisher_scores(
 
 @contextmanager
 def _masks(layers: list[nn.Module], num_windows: int) -> Iterator[list[torch.Tensor]]:
-    """Masks of ones [windows, 1, units, 1] at work inside the layers: groups, channels of the first, groups of the second, …"""
+    """Masks of ones [windows, 1, units, 1] at work inside the layers: groups, channels of the first, groups of the
+    second, …"""
     masks = []
     with ExitStack() as hooks:
         for layer in layers:
@@ -320,10 +334,12 @@ def _apply_mask(mask: torch.Tensor, module: nn.Module, inputs: tuple[torch.Tenso
 def gradient_covariances(
     model: nn.Module, windows: torch.Tensor, by_layer: bool | None = None, progress: Progress = NOT_KEPT
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per layer, the covariances of the gradient at the outputs of `o_proj` and of `down_proj`, each float64 [hidden, hidden].
+    """Per layer, the covariances of the gradient at the outputs of `o_proj` and of `down_proj`, each float64 [hidden,
+    hidden].
 
     G = mean over tokens of g gᵀ, g = ∂(summed loss) / ∂(output at that token): K-FAC's output factor (Martens & Grosse
-    2015), in nats² per squared unit of the residual stream. No weight has a gradient. `by_layer` (default: on a GPU) as in `differentiate`;
+    2015), in nats² per squared unit of the residual stream. No weight has a gradient. `by_layer` (default: on a GPU) as
+    in `differentiate`;
     then the covariances wait in host memory. `progress` keeps them when they are done.
 
     Raises:
@@ -410,7 +426,8 @@ def group_scores_by_part(layer: nn.Module, statistic: str = "taylor") -> dict[st
 def group_scores(
     layer: nn.Module, statistic: str = "taylor", include_o_proj: bool = False, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Score of each GQA group of a layer, [num_key_value_heads]: query heads + key head + value head, as the founding document sums them.
+    """Score of each GQA group of a layer, [num_key_value_heads]: query heads + key head + value head, as the founding
+    document sums them.
 
     `include_o_proj` adds the columns of `o_proj` that the group feeds, which the founding document leaves out.
     """
@@ -482,7 +499,8 @@ def removal_importance(
 ) -> torch.Tensor:
     """Rise of the perplexity when a layer is replaced by the identity, float64 [layers]. It can be negative.
 
-    With `cached_prefix` the stream before each layer is kept, so that only the layers above it are run again. `progress` keeps
+    With `cached_prefix` the stream before each layer is kept, so that only the layers above it are run again.
+    `progress` keeps
     the layers' perplexities.
     """
     progress, num_layers = progress.of("removal_importance", model, windows, cached_prefix), len(decoder_layers(model))

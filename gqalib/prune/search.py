@@ -1,8 +1,11 @@
 """Plans that are tried out: an evolution strategy on the cost table, and a search for the largest cut within a target.
 
-The cost table adds its estimates up; errors in different layers act together. An evolution strategy, (1 + 1) with Rechenberg's rule for
-the width of its steps, multiplies the table's rows by factors that differ smoothly from layer to layer. Every candidate is the cheapest
-plan for its factors, so all are in the budget, and is tried out: pruned by the whole sweep, and scored by KL to the dense logits on text
+The cost table adds its estimates up; errors in different layers act together. An evolution strategy, (1 + 1) with
+Rechenberg's rule for
+the width of its steps, multiplies the table's rows by factors that differ smoothly from layer to layer. Every candidate
+is the cheapest
+plan for its factors, so all are in the budget, and is tried out: pruned by the whole sweep, and scored by KL to the
+dense logits on text
 that the sweep has not seen.
 """
 
@@ -65,12 +68,14 @@ def evolve(
 ) -> Found:
     """Search the factors of the table's rows for the plan whose model is nearest to the dense one.
 
-    The first candidates are the uniform plan and the cheapest one; a step that helps makes the next 1.5 times as wide, one that
+    The first candidates are the uniform plan and the cheapest one; a step that helps makes the next 1.5 times as wide,
+    one that
     does not makes it narrower, so that one in five helps.
 
     Args:
         scoring: windows [count, length] apart from the calibration text. candidates: sweeps in all, at least two.
-        progress: keeps each candidate's score. All else, random numbers included, follows from scores and seed, and is made again;
+        progress: keeps each candidate's score. All else, random numbers included, follows from scores and seed, and is
+        made again;
             so a run with more candidates goes on as well.
 
     Raises:
@@ -99,7 +104,8 @@ def evolve(
 
 
 def smooth_noise(generator: np.random.Generator, num_layers: int) -> np.ndarray:
-    """Noise [2, layers] of variance about 1.5 that changes over an eighth of the depth, and moves attention and MLP as a whole."""
+    """Noise [2, layers] of variance about 1.5 that changes over an eighth of the depth, and moves attention and MLP as
+    a whole."""
     length = max(1, num_layers // 8)
     kernel = np.full(length, length**-0.5)
     rows = [np.convolve(generator.standard_normal(num_layers + length - 1), kernel, "valid") for _ in range(2)]
@@ -177,7 +183,8 @@ def _reached(trial: Trial, table: CostTable, fraction: float, scoring: torch.Ten
 def _between(low: tuple[float, float], high: tuple[float, float], dense: float, limit: float) -> float:
     """The next fraction to try, given fractions and their perplexities on both sides of the limit.
 
-    The logarithm of the damage in nats grows about linearly with the fraction, so it is interpolated, a tenth of the way off
+    The logarithm of the damage in nats grows about linearly with the fraction, so it is interpolated, a tenth of the
+    way off
     the ends at least; half-way where an end has no damage or an infinite one.
     """
     damages = [math.log(value / dense) for value in (low[1], limit, high[1])]

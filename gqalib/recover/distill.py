@@ -2,10 +2,12 @@
 
     loss = alpha · T² · KL(teacher || student) + (1 − alpha) · cross entropy          [nats per predicted token]
 
-with both distributions softened by the temperature T in the first term (Hinton, Vinyals & Dean 2015; T² keeps the size of
+with both distributions softened by the temperature T in the first term (Hinton, Vinyals & Dean 2015; T² keeps the size
+of
 the gradients). The loop, its optimisers and its checkpoints are those of `training`.
 
-`recover` does it from folder to folder, which is `python -m gqalib distill`: alone, under `torchrun` or under `accelerate launch`.
+`recover` does it from folder to folder, which is `python -m gqalib distill`: alone, under `torchrun` or under
+`accelerate launch`.
 """
 
 import bisect
@@ -57,29 +59,38 @@ def distill(
 ) -> pd.DataFrame:
     """Teach a pruned model, in place, until `settings.num_tokens` are seen (the last step is a whole one).
 
-    With `lora_r` only an adapter is trained, and merged at the end, so the student is a plain model again. The state lives
-    in `folder`: the same call on the same student goes on where a killed run was saved; another run begins there anew. To
+    With `lora_r` only an adapter is trained, and merged at the end, so the student is a plain model again. The state
+    lives
+    in `folder`: the same call on the same student goes on where a killed run was saved; another run begins there anew.
+    To
     train all weights, load the student in float32: bfloat16 rounds small steps away.
 
-    Several processes call it with the same arguments, a teacher each and one `folder` that all see. They share the micro-batches of each
-    step, so a step sees the same tokens as in one process and differs by rounding. Under FSDP 2 the student comes back in shards (and with
+    Several processes call it with the same arguments, a teacher each and one `folder` that all see. They share the
+    micro-batches of each
+    step, so a step sees the same tokens as in one process and differs by rounding. Under FSDP 2 the student comes back
+    in shards (and with
     its adapter): what was trained is in `folder`, from where `trained_student` reads it.
 
     Args:
         teacher: the dense model, which never changes; on any device; it may be None where `alpha` is 0.
-        train_batches: token ids [count, length], shuffled anew for each pass; or a function from the number of tokens seen
+        train_batches: token ids [count, length], shuffled anew for each pass; or a function from the number of tokens
+        seen
             to the next batch, token ids [rows, length] or `input_ids`, `labels` and, with padding on the right,
-            `attention_mask`. Where `labels` is −100 (a prompt, padding) neither loss is taken. See `instruction_batches`.
+            `attention_mask`. Where `labels` is −100 (a prompt, padding) neither loss is taken. See
+            `instruction_batches`.
         micro_tokens: how many tokens go through the models at once: what memory and caches like.
         checkpoint_s: seconds between two checkpoints.
 
     Returns:
-        One row per optimiser step: `tokens` seen, `loss`, its terms `kl` (with T²; none at alpha 0) and `cross_entropy`,
+        One row per optimiser step: `tokens` seen, `loss`, its terms `kl` (with T²; none at alpha 0) and
+        `cross_entropy`,
         `learning_rate` (Muon's if it runs), `seconds`.
 
     Raises:
-        InputError: a teacher is missing or has another vocabulary, there is no text, a matrix has fewer rows than there are shards, or the
-            loss or its gradient became infinite or NaN; then the student is as it was at the last checkpoint, at worst as it came.
+        InputError: a teacher is missing or has another vocabulary, there is no text, a matrix has fewer rows than there
+        are shards, or the
+            loss or its gradient became infinite or NaN; then the student is as it was at the last checkpoint, at worst
+            as it came.
     """
     _check(student, teacher, train_batches, settings)
     if settings.num_tokens == 0:
@@ -134,7 +145,8 @@ def distillation_loss(teacher: nn.Module | None, alpha: float, temperature: floa
 
 
 def rows_at(windows: torch.Tensor, tokens_seen: int, batch_tokens: int, seed: int) -> torch.Tensor:
-    """The windows [rows, length] that belong to a position in the run; each pass over [count, length] is shuffled anew."""
+    """The windows [rows, length] that belong to a position in the run; each pass over [count, length] is shuffled
+    anew."""
     count, length = windows.shape
     first, rows = tokens_seen // length, max(1, batch_tokens // length)
     orders = [
@@ -235,14 +247,16 @@ def _trained(student: nn.Module, settings: Distillation) -> Iterator[nn.Module]:
 
 
 def trained_student(student: nn.Module, settings: Distillation, folder: Path) -> nn.Module:
-    """A student as it came to `distill`, changed in place to what the run in `folder` made of it, its adapter merged."""
+    """A student as it came to `distill`, changed in place to what the run in `folder` made of it, its adapter
+    merged."""
     with _trained(student, settings) as trained:
         training.load_checkpoint(folder, trained, [])
     return student
 
 
 def _resume(folder: Path, model: nn.Module, opts: list[torch.optim.Optimizer], run: dict) -> int:
-    """Tokens seen by the run that `folder` holds, its state loaded; a run that is described otherwise is dropped and begun anew."""
+    """Tokens seen by the run that `folder` holds, its state loaded; a run that is described otherwise is dropped and
+    begun anew."""
     if rank_and_size()[0] == 0:
         _forget_others(folder, json.dumps(run, indent=1))
     wait_for_all()
@@ -276,16 +290,19 @@ def _micro_batches(
 
 
 def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
-    """Teach a pruned model with the logits of a preset's model, its text and `distillation`, and save the result, whole or not at all.
+    """Teach a pruned model with the logits of a preset's model, its text and `distillation`, and save the result, whole
+    or not at all.
 
-    In several processes every one calls it; the main one writes. The training lives in a folder beside `out` until then, so the same call
+    In several processes every one calls it; the main one writes. The training lives in a folder beside `out` until
+    then, so the same call
     goes on where a killed run was saved.
 
     Args:
         source: a pruned model's folder.
 
     Raises:
-        InputError: `out` is there, its parent is not, a model cannot be had, too little memory (one process only), or as `distill`.
+        InputError: `out` is there, its parent is not, a model cannot be had, too little memory (one process only), or
+        as `distill`.
     """
     settings = dataclasses.replace(preset.distillation, seed=preset.distillation.seed + seed)
     if not settings.num_tokens:

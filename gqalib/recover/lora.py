@@ -1,6 +1,7 @@
 """LoRA recovery: peft adapts, trl trains, the result merges back into a plain model.
 
-`recover` does it from folder to folder, which is `python -m gqalib recover`: alone, under `torchrun` or under `accelerate launch`, whose
+`recover` does it from folder to folder, which is `python -m gqalib recover`: alone, under `torchrun` or under
+`accelerate launch`, whose
 settings (plain data parallel, FSDP) reach trl by themselves.
 """
 
@@ -43,20 +44,26 @@ def finetune_lora(
 ) -> tuple[PeftModel, pd.DataFrame]:
     """Train a LoRA adapter on `prompt` / `completion` rows; the loss is on the completion only.
 
-    Every linear module of the layers is adapted (`all-linear`; lm_head never is). The base weights do not change. The state
-    lives in `folder`: the same call goes on where a killed run was saved, and finds the adapter of one that ended; another
+    Every linear module of the layers is adapted (`all-linear`; lm_head never is). The base weights do not change. The
+    state
+    lives in `folder`: the same call goes on where a killed run was saved, and finds the adapter of one that ended;
+    another
     run begins there anew.
 
-    Several processes (`torchrun`, `accelerate launch`) call it with the same arguments and one `folder` that all see. They share the
-    micro-batches of each step, so a step sees the same rows as in one process and differs by rounding (and by the dropout masks, if there
-    is dropout); where a pass ends with fewer micro-batches than processes, the others repeat its first rows. trl's DDP or FSDP wraps the
+    Several processes (`torchrun`, `accelerate launch`) call it with the same arguments and one `folder` that all see.
+    They share the
+    micro-batches of each step, so a step sees the same rows as in one process and differs by rounding (and by the
+    dropout masks, if there
+    is dropout); where a pass ends with fewer micro-batches than processes, the others repeat its first rows. trl's DDP
+    or FSDP wraps the
     model. Under FSDP the model that comes back is in shards: the whole adapter is what `trained_adapter` reads.
 
     Args:
         checkpoint_s: seconds between two checkpoints.
 
     Returns:
-        The model with its adapter, and the training log: `step`, `tokens`, `loss` (nats per token), `learning_rate`, `seconds`.
+        The model with its adapter, and the training log: `step`, `tokens`, `loss` (nats per token), `learning_rate`,
+        `seconds`.
 
     Raises:
         InputError: no rows, or none whose prompt is short enough, accumulation that the number of processes does not
@@ -233,22 +240,26 @@ def merge(model: PeftModel) -> nn.Module:
 
 
 def trained_adapter(folder: Path) -> dict[str, torch.Tensor] | None:
-    """The adapter of a `finetune_lora` that ended in this folder, by peft's names, on the CPU; None if there is none."""
+    """The adapter of a `finetune_lora` that ended in this folder, by peft's names, on the CPU; None if there is
+    none."""
     file = _state(folder) / "adapter.safetensors"
     return load_file(file) if file.exists() else None
 
 
 def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
-    """Train an adapter on a model with a preset's instructions and `recovery`, and save the two merged, whole or not at all.
+    """Train an adapter on a model with a preset's instructions and `recovery`, and save the two merged, whole or not at
+    all.
 
-    In several processes every one calls it; the main one merges and writes. The training lives in a folder beside `out` until then, so
+    In several processes every one calls it; the main one merges and writes. The training lives in a folder beside `out`
+    until then, so
     the same call goes on where a killed run was saved.
 
     Args:
         source: a pruned model's folder.
 
     Raises:
-        InputError: `out` is there, its parent is not, the model cannot be had, too little memory (one process only), or as `finetune_lora`.
+        InputError: `out` is there, its parent is not, the model cannot be had, too little memory (one process only), or
+        as `finetune_lora`.
     """
     training, save = into_folder(out)
     several = is_one_of_several()  # then the trainer places the model, as the launcher's settings say
@@ -267,7 +278,8 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
 
 
 def into_folder(out: Path) -> tuple[Path, Callable[[nn.Module, PreTrainedTokenizerBase], None]]:
-    """Where a training lives that ends as a model in `out`, and what saves that model there, whole or not at all, and ends the training.
+    """Where a training lives that ends as a model in `out`, and what saves that model there, whole or not at all, and
+    ends the training.
 
     Raises:
         InputError: as `new_folder`.

@@ -103,7 +103,8 @@ def train_tokenizer(documents, vocab_size: int = 4096) -> PreTrainedTokenizerFas
 
 
 def reference_config(num_hidden_layers: int = 32, **overrides) -> LlamaConfig:
-    """Llama-3-8B's topology (32 query and 8 KV heads, SwiGLU at 3.5 x, rope theta 500,000) at hidden 128, head_dim 8."""
+    """Llama-3-8B's topology (32 query and 8 KV heads, SwiGLU at 3.5 x, rope theta 500,000) at hidden 128, head_dim
+    8."""
     shape = {
         "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
@@ -114,7 +115,8 @@ def reference_config(num_hidden_layers: int = 32, **overrides) -> LlamaConfig:
 
 
 def initial_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
-    """A fresh model whose output projections are scaled by 1 / sqrt(2 layers), as GPT-2 does, to keep the residual stream tame."""
+    """A fresh model whose output projections are scaled by 1 / sqrt(2 layers), as GPT-2 does, to keep the residual
+    stream tame."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM._from_config(config, attn_implementation="blocked")
     _scale_outputs(model, 1 / math.sqrt(2 * config.num_hidden_layers))
@@ -168,7 +170,8 @@ def optimizers(model: nn.Module, recipe) -> list[torch.optim.Optimizer]:
 
 
 def batch_at(ids: torch.Tensor, tokens_seen: int, window: int, batch_tokens: int, seed: int) -> torch.Tensor:
-    """The training batch [batch, window] that belongs to a position in the run: a function, so a resumed run goes on alike.
+    """The training batch [batch, window] that belongs to a position in the run: a function, so a resumed run goes on
+    alike.
 
     Each pass over the text is cut at another offset and shuffled anew.
     """
@@ -195,7 +198,8 @@ def train(
 
     Args:
         start_from: folder of a shipped model, to train it through the last stage of `recipe` (see `one_more_stage`).
-        ids, validation: token ids [tokens] to learn from, and windows [count, window] that are watched at each checkpoint.
+        ids, validation: token ids [tokens] to learn from, and windows [count, window] that are watched at each
+        checkpoint.
         micro_tokens: how many tokens go through the model at once: what the caches like, not part of the result.
     """
     model, opts, tokens_seen = _resume(recipe, folder, device, start_from)
@@ -247,7 +251,8 @@ def descend(
     checkpoint_s: float = 300,
     watch: Callable[[nn.Module, int], None] = lambda model, tokens_seen: None,
 ) -> nn.Module:
-    """Optimiser steps until `recipe.num_tokens` are seen; one line of `folder / "log.jsonl"` each, a checkpoint now and then.
+    """Optimiser steps until `recipe.num_tokens` are seen; one line of `folder / "log.jsonl"` each, a checkpoint now and
+    then.
 
     Args:
         recipe: `num_tokens` and what `rate_at` reads.
@@ -287,7 +292,8 @@ def step(
     rate: float,
     loss_of: Callable[[nn.Module, Batch], dict[str, torch.Tensor]] = language_model_loss,
 ) -> dict[str, float]:
-    """One optimiser step; matrix products in bf16, where that is fast. Returns the terms of the loss, in nats per predicted token.
+    """One optimiser step; matrix products in bf16, where that is fast. Returns the terms of the loss, in nats per
+    predicted token.
 
     In several processes each takes its share of the batches and the gradients are summed over processes.
 
@@ -332,7 +338,8 @@ def _share(batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the processor has instructions for it: without, as on many a laptop, products in bf16 are 40 times slower than in float32."""
+    """Whether the processor has instructions for it: without, as on many a laptop, products in bf16 are 40 times slower
+    than in float32."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -380,7 +387,8 @@ def _begin(recipe: Recipe, device: str, start_from: Path | None):
 
 
 def save_checkpoint(folder: Path, model: nn.Module, opts, tokens_seen: int) -> None:
-    """What is trained and the optimisers' state. `state.json` is replaced before the last checkpoint goes, so it always names a whole one.
+    """What is trained and the optimisers' state. `state.json` is replaced before the last checkpoint goes, so it always
+    names a whole one.
 
     Every process calls it; the main one writes, whole tensors, so that any number of processes can go on.
     """
@@ -416,7 +424,8 @@ def _write_checkpoint(folder: Path, model: nn.Module, trained: dict, state: dict
 
 @torch.no_grad()
 def load_checkpoint(folder: Path, model: nn.Module, opts) -> int:
-    """Put the last checkpoint of `folder` into a model and its optimisers; what was logged after it is forgotten. Returns the tokens seen."""
+    """Put the last checkpoint of `folder` into a model and its optimisers; what was logged after it is forgotten.
+    Returns the tokens seen."""
     saved = json.loads((folder / "state.json").read_text())
     weights, state = (
         load_file(folder / saved["checkpoint"] / name) for name in ("model.safetensors", "optimizers.safetensors")
@@ -434,7 +443,8 @@ def load_checkpoint(folder: Path, model: nn.Module, opts) -> int:
 
 
 def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A whole tensor as a parameter is: its device, its shards. AdamW's number of steps stays on the CPU, as AdamW has it."""
+    """A whole tensor as a parameter is: its device, its shards. AdamW's number of steps stays on the CPU, as AdamW has
+    it."""
     return as_sharded(value.to(parameter.device), parameter) if value.ndim else value
 
 
@@ -483,7 +493,8 @@ head_dim 8, MLP 448, byte-level BPE of 4,096 tokens, tied embeddings; 8.66 milli
 def publish(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str, recipe: Recipe
 ) -> None:
-    """Ship a model as a plain Llama: bf16 safetensors, tokenizer, card, and the recipe that `one_more_stage` continues."""
+    """Ship a model as a plain Llama: bf16 safetensors, tokenizer, card, and the recipe that `one_more_stage`
+    continues."""
     plain = LlamaForCausalLM._from_config(reference_config(model.config.num_hidden_layers))
     plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""`python -m gqalib`: prune and evaluate any Llama, run the series, run a grid of them, recover or distill a model on several devices, publish a run, report it.
+"""`python -m gqalib`: prune and evaluate any Llama, run the series, run a grid of them, recover or distill a model on
+several devices, publish a run, report it.
 
 A command imports what it needs when it runs: help and refusals do not wait for torch.
 """
@@ -42,7 +43,7 @@ def grid(options: Namespace) -> bool:
     read_text(options.grid, "grid")
     from gqalib.run import grid
 
-    return grid.run_grid(options.grid, options.run_dir, options.force, options.address, options.notebooks_dir) > 0
+    return grid.run(options.grid, options.run_dir, options.force, options.address, options.notebooks_dir) > 0
 
 
 def recover(options: Namespace) -> None:
@@ -239,7 +240,8 @@ OPTIONS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 a notebook or a run of a grid failed, 2 bad input, 3 a notebook's process was killed, 130 interrupted."""
+    """Returns the exit status: 0 done, 1 a notebook or a run of a grid failed, 2 bad input, 3 a notebook's process was
+    killed, 130 interrupted."""
     options = parser().parse_args(arguments)
     try:
         return int(options.call(options) or 0)

@@ -10,7 +10,8 @@ A corpus name is one of
     file:PATH      anybody's own text, JSON or JSONL (a `text` field)
 
 and every corpus has the splits `train` (calibration and training), `validation` and `test`.
-Documents are plain strings. Separate ones (a module, a story) are encoded one by one; the rows of a running text (WikiText-2,
+Documents are plain strings. Separate ones (a module, a story) are encoded one by one; the rows of a running text
+(WikiText-2,
 a file in paragraphs) are first joined by blank lines. `windows` cuts what the model reads.
 """
 
@@ -180,7 +181,8 @@ def _digest(text: str) -> str:
 
 
 def random_tokens(split: str) -> Iterator[str]:
-    """Documents of `RANDOM_WORDS` words w2, w3, … that are drawn evenly, the eighth a full stop; the same in every run, no two alike."""
+    """Documents of `RANDOM_WORDS` words w2, w3, … that are drawn evenly, the eighth a full stop; the same in every run,
+    no two alike."""
     draw = random.Random(split)
     for _ in range(RANDOM_DOCUMENTS):
         words = [f"w{number}" for number in draw.choices(range(2, RANDOM_VOCABULARY), k=RANDOM_WORDS)]
@@ -223,7 +225,8 @@ def read_corpus(corpus: str, split: str) -> Iterator[str]:
 def token_ids(documents: Iterator[str], tokenizer, num_tokens: int | None = None) -> torch.Tensor:
     """Token ids of separate documents, one after the other, int64 of shape [tokens]; stops after `num_tokens`.
 
-    Each is encoded with the marks that the tokenizer itself puts around a text (`<s>` for Llama); where it puts none, the
+    Each is encoded with the marks that the tokenizer itself puts around a text (`<s>` for Llama); where it puts none,
+    the
     end-of-text token follows each document.
     """
     marked = bool(_encode(tokenizer, "", add_special_tokens=True))
@@ -237,7 +240,8 @@ def token_ids(documents: Iterator[str], tokenizer, num_tokens: int | None = None
 
 
 def running_text_ids(documents: Iterator[str], tokenizer, num_tokens: int) -> torch.Tensor:
-    """Token ids of one text, its parts joined by a blank line and encoded in one piece, as LLM-Pruner and GPTQ read WikiText-2."""
+    """Token ids of one text, its parts joined by a blank line and encoded in one piece, as LLM-Pruner and GPTQ read
+    WikiText-2."""
     parts, num_characters, enough = [], 0, CHARACTERS_PER_TOKEN * num_tokens
     for part in documents:
         parts.append(part)
@@ -273,7 +277,8 @@ def windows(ids: torch.Tensor, length: int, source: str = "the text") -> torch.T
 def spread(windows: torch.Tensor, num_tokens: int, sample: int = 0) -> torch.Tensor:
     """Evenly spaced rows of windows [count, length], `num_tokens` tokens in all; every row if there are no more.
 
-    `sample` 1, 2, … take other rows, from the gaps that sample 0 leaves (golden section, so that few samples lie far apart).
+    `sample` 1, 2, … take other rows, from the gaps that sample 0 leaves (golden section, so that few samples lie far
+    apart).
 
     Raises:
         InputError: the gaps are too narrow for another sample.
@@ -293,9 +298,11 @@ def spread(windows: torch.Tensor, num_tokens: int, sample: int = 0) -> torch.Ten
 def evaluation_windows(
     corpus: str, split: str, tokenizer, length: int, num_tokens: int, sample: int = 0
 ) -> torch.Tensor:
-    """Windows [count, length] of a split, `num_tokens` in all (fewer if the text is shorter); another `sample` has no window of this one.
+    """Windows [count, length] of a split, `num_tokens` in all (fewer if the text is shorter); another `sample` has no
+    window of this one.
 
-    They are spread over `SPREAD` times as much text: neighbouring windows are of one document, and a sample of few documents says
+    They are spread over `SPREAD` times as much text: neighbouring windows are of one document, and a sample of few
+    documents says
     little about the others.
 
     Raises:
@@ -307,7 +314,8 @@ def evaluation_windows(
 
 
 def training_windows(corpus: str, tokenizer, length: int, num_tokens: int) -> torch.Tensor:
-    """Windows [count, length] of the training split, `num_tokens` in all (fewer if the text is shorter), one after the other.
+    """Windows [count, length] of the training split, `num_tokens` in all (fewer if the text is shorter), one after the
+    other.
 
     Raises:
         InputError: the split has not enough tokens for one window.

@@ -120,7 +120,8 @@ def evaluate(
         against: another model of the same vocabulary, on the same windows. tokens: of the corpus' test text.
 
     Returns:
-        `parameters`, `backbone`, `bytes`; for windows of 128 and of 2048 tokens, or of as many as the models take, `perplexity_128` and
+        `parameters`, `backbone`, `bytes`; for windows of 128 and of 2048 tokens, or of as many as the models take,
+        `perplexity_128` and
         so on, and with `against` also `ratio_128` of the perplexities with its paired standard error `error_128`.
 
     Raises:

@@ -1,7 +1,10 @@
-"""A grid of presets × overrides × seeds, checked before anything starts; Ray Tune runs it, and one table and one figure say what came of it.
+"""A grid of presets × overrides × seeds, checked before anything starts; Ray Tune runs it, and one table and one figure
+say what came of it.
 
-Every run is `python -m gqalib run` in a process and a folder of its own, so that a grid that is started again keeps what is finished.
-On a cluster the project, its environment and the grid's folder must lie at the same place on every machine; `ray start` wants
+Every run is `python -m gqalib run` in a process and a folder of its own, so that a grid that is started again keeps
+what is finished.
+On a cluster the project, its environment and the grid's folder must lie at the same place on every machine; `ray start`
+wants
 RAY_process_group_cleanup_enabled=1, and a cluster that asks for a token is reached with RAY_AUTH_MODE=token.
 """
 
@@ -79,7 +82,8 @@ def read_grid(path: Path) -> Grid:
     """A grid file, every key and list of it checked.
 
     Raises:
-        InputError: it is missing, unreadable or empty, a key is unknown, a list is none, empty or names something twice, or a number cannot be.
+        InputError: it is missing, unreadable or empty, a key is unknown, a list is none, empty or names something
+        twice, or a number cannot be.
     """
     data = _read(path)
     for key in data:
@@ -142,7 +146,8 @@ def expand(grid: Grid, folder: Path, notebooks: Path = NOTEBOOKS) -> list[Series
     """One series for each run, in a folder of its own, with everything checked that can be checked before it starts.
 
     Raises:
-        InputError: a preset, a value, a model, a corpus or a notebook cannot be, or a notebook reads another that is not in the grid.
+        InputError: a preset, a value, a model, a corpus or a notebook cannot be, or a notebook reads another that is
+        not in the grid.
     """
     _check_notebooks(grid, notebooks)
     only = None if grid.notebooks is None else ",".join(grid.notebooks)
@@ -177,7 +182,8 @@ def _check_notebooks(grid: Grid, notebooks: Path) -> None:
 def run(
     path: Path, folder: Path | None = None, force: bool = False, address: str | None = None, notebooks: Path = NOTEBOOKS
 ) -> int:
-    """Run what of a grid is not finished, a line each; then write `grid.csv` and `grid.png` and print the means over seeds.
+    """Run what of a grid is not finished, a line each; then write `grid.csv` and `grid.png` and print the means over
+    seeds.
 
     Returns the number of runs that failed.
 
@@ -244,7 +250,8 @@ def tune_all(jobs: list[Series], grid: Grid, address: str | None = None) -> None
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[Any]:
-    """Ray on this machine, in a folder that goes with it, or on a running cluster; yields Tune, and the machines there are."""
+    """Ray on this machine, in a folder that goes with it, or on a running cluster; yields Tune, and the machines there
+    are."""
     os.environ.update(ENVIRONMENT)
     if not address:  # a password for this grid alone; Ray would leave one in the home folder
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -285,7 +292,8 @@ def check_resources(nodes: list[dict[str, Any]], grid: Grid) -> None:
 
 
 def trainable(jobs: list[Series], grid: Grid) -> Callable[[dict[str, str]], dict[str, int]]:
-    """One attempt at a run, in a worker. It goes there by value and needs the standard library alone: no worker loads torch to wait."""
+    """One attempt at a run, in a worker. It goes there by value and needs the standard library alone: no worker loads
+    torch to wait."""
     folder, cwd = jobs[0].run_dir.parent, os.getcwd()
     asked = {job.run_dir.name: arguments(job) for job in jobs}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(grid.num_cpus))
@@ -316,7 +324,8 @@ def arguments(job: Series) -> list[str]:
 
 
 def attempts(job: Series) -> list[tuple[str, str]]:
-    """Host of each attempt at a run, oldest first, and how it ended; from `log.txt`, where all starts of the grid are."""
+    """Host of each attempt at a run, oldest first, and how it ended; from `log.txt`, where all starts of the grid
+    are."""
     log = job.run_dir / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     parts = re.split(r"^attempt on (\S+), pid \d+: .*\n", text, flags=re.MULTILINE)
@@ -373,7 +382,8 @@ def _metrics(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def over_seeds(table: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """Mean, standard deviation (of one seed: none) and count of each metric, one row per setting that the grid varies."""
+    """Mean, standard deviation (of one seed: none) and count of each metric, one row per setting that the grid
+    varies."""
     return table.groupby(_settings(table), sort=False, dropna=False)[metrics].agg(["mean", "std", "count"])
 
 
@@ -441,7 +451,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 
 def _panel(ax: plt.Axes, metric: pd.Series, across: pd.Series, lines: pd.Series) -> None:
-    """Means over `across`, one line for each value of `lines`; logarithmic where they are more than twenty times apart."""
+    """Means over `across`, one line for each value of `lines`; logarithmic where they are more than twenty times
+    apart."""
     numeric, groups = pd.api.types.is_numeric_dtype(across), metric.groupby(lines, sort=False)
     for i, (line, values) in enumerate(groups):
         means = values.groupby(across, sort=numeric).agg(["mean", "std"])

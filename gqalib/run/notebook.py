@@ -1,7 +1,8 @@
 """Records: one JSON file per executed notebook, from which README, figures and the report are made.
 
 A notebook holds one `Notebook`: it reads the preset, finds upstream records, collects metrics, tables and figures, and
-writes everything at the very end, atomically. A notebook that was killed leaves no record, but it does leave its progress, from
+writes everything at the very end, atomically. A notebook that was killed leaves no record, but it does leave its
+progress, from
 which the next run goes on.
 """
 
@@ -49,7 +50,8 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
 
 
 def default_run_dir(preset: str, overrides: dict[str, Any] | None = None, seed: int = 0) -> Path:
-    """`runs/<preset>` in the repository, or under `$GQALIB_RUNS`; other parameters have a folder of their own, `<preset>+lora_r=16`."""
+    """`runs/<preset>` in the repository, or under `$GQALIB_RUNS`; other parameters have a folder of their own,
+    `<preset>+lora_r=16`."""
     changes = {name.rpartition(".")[2]: value for name, value in sorted((overrides or {}).items())}
     name = "+".join([preset, *(f"{key}={value}" for key, value in changes.items()), *([f"seed={seed}"] * bool(seed))])
     safe = quote(name, safe=" ,+=[]")  # a path among the values is no folder in between
@@ -96,7 +98,8 @@ def progress_dir(run_dir: Path, name: str) -> Path:
 
 
 def fingerprints(parameters: dict[str, Any]) -> dict[str, str]:
-    """What tells that a local model folder or corpus file has been replaced: names, sizes and times of its files, hashed."""
+    """What tells that a local model folder or corpus file has been replaced: names, sizes and times of its files,
+    hashed."""
     places = {"model": Path(check_model(parameters["model"])), "corpus": corpus_path(parameters["corpus"])}
     return {name: _fingerprint(place) for name, place in places.items() if place.exists()}
 
@@ -108,7 +111,8 @@ def _fingerprint(place: Path) -> str:
 
 
 def find_record(name: str, run_dir: Path, parameters: dict[str, Any], seed: int) -> Path:
-    """The record of a notebook that stands for these parameters, in the run's folder, the preset's plain one or the repository's.
+    """The record of a notebook that stands for these parameters, in the run's folder, the preset's plain one or the
+    repository's.
 
     Raises:
         InputError: there is none, or all that are there are torn or were made with other parameters.
@@ -143,7 +147,8 @@ def seconds_of(name: str, preset: str) -> float:
 
 
 def code_used(path: Path) -> str:
-    """`code_hash` of a notebook, which stands in the working folder or in the repository; of the whole library where it is in neither."""
+    """`code_hash` of a notebook, which stands in the working folder or in the repository; of the whole library where it
+    is in neither."""
     place = next((p for p in (path, NOTEBOOKS / path.name) if p.is_file()), None)
     cells = nbformat.read(place, as_version=4).cells if place else []
     return code_hash(
@@ -153,7 +158,8 @@ def code_used(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(run_dir: Path, shared: bool = False) -> Iterator[None]:
-    """One runner at a time in a folder, or notebooks that are open (`shared`); the lock goes with the process, however it ends."""
+    """One runner at a time in a folder, or notebooks that are open (`shared`); the lock goes with the process, however
+    it ends."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("w")
@@ -234,7 +240,8 @@ class Notebook:
         return read_record(path)
 
     def made(self, model: str, notebook: str) -> Path:
-        """The folder of a model that an earlier notebook made, in this run or the preset's plain one; if it is missing, that is made up for."""
+        """The folder of a model that an earlier notebook made, in this run or the preset's plain one; if it is missing,
+        that is made up for."""
         for folder in dict.fromkeys((self.run_dir, default_run_dir(self.parameters["name"]))):
             with contextlib.suppress(InputError):
                 stands_for(read_record(folder / f"{notebook}.json"), self.parameters, self.seed)
@@ -263,11 +270,14 @@ class Notebook:
         of: Sequence[str] = (),
         **options: Any,
     ) -> Iterator[memory.Peak]:
-        """A long step: states the memory that it needs before it begins, or refuses; states what it took, and lists it in the record.
+        """A long step: states the memory that it needs before it begins, or refuses; states what it took, and lists it
+        in the record.
 
         Args:
-            name: one of `memory.STAGES`, or anything if it consists of several: `of`. shape: (windows, length) that go through it.
-            knob: the parameter that lowers the need. copies: of the model that it makes. options: as in `memory.expected`.
+            name: one of `memory.STAGES`, or anything if it consists of several: `of`. shape: (windows, length) that go
+            through it.
+            knob: the parameter that lowers the need. copies: of the model that it makes. options: as in
+            `memory.expected`.
         """
         terms = memory.expected(of or name, model, *shape, **options)
         terms |= {"copies": copies * weight_bytes(model)} if copies else {}
@@ -289,7 +299,8 @@ class Notebook:
         self.texts[name] = value
 
     def progress(self, name: str) -> Progress:
-        """Where a long computation keeps what it has done so far, for a `progress=` argument; calls with other arguments may share one.
+        """Where a long computation keeps what it has done so far, for a `progress=` argument; calls with other
+        arguments may share one.
 
         A run with another parameter, seed, model or corpus file, device or version of anything finds nothing in it.
         """
@@ -329,7 +340,8 @@ class Notebook:
             self.artefacts.append(f"figures/{file}")
 
     def finish(self) -> None:
-        """Write the record. What was kept on the way to it stays, for a run of which only words or figures have changed."""
+        """Write the record. What was kept on the way to it stays, for a run of which only words or figures have
+        changed."""
         record = self.save()
         self._lock.close()
         print(
@@ -360,7 +372,8 @@ class Notebook:
 
 
 def machine(device: str) -> str:
-    """What the figures were measured on: system and processor, and the card with its driver and CUDA where one is used."""
+    """What the figures were measured on: system and processor, and the card with its driver and CUDA where one is
+    used."""
     words = [
         f"{platform.system()} {platform.machine()}",
         f"{os.cpu_count()} cores",

@@ -1,6 +1,7 @@
 """Presets: everything that a run depends on, as data, checked once where it enters.
 
-A preset is a YAML file in `gqalib/run/presets/`; an override is a dotted name and a value, `{"pruning.mean_rate": 0.5}`.
+A preset is a YAML file in `gqalib/run/presets/`; an override is a dotted name and a value, `{"pruning.mean_rate":
+0.5}`.
 Unknown names, wrong types and impossible values are errors that name value and fix.
 """
 
@@ -136,7 +137,8 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Budgets:
-    """Tokens of distillation for the runs that compare; `distillation.num_tokens` is for the one that has to be good."""
+    """Tokens of distillation for the runs that compare; `distillation.num_tokens` is for the one that has to be
+    good."""
 
     compare: PositiveInt  # each way of recovering, 10
     curve: Counts  # how many tokens buy back how much, 10

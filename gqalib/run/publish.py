@@ -1,4 +1,5 @@
-"""What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables, the report."""
+"""What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables, the
+report."""
 
 import re
 import shutil
@@ -35,12 +36,14 @@ def results_table(record: dict[str, Any]) -> pd.DataFrame:
 
 
 def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Perplexity relative to dense, methods down and fractions of the backbone removed across, as 08_frontier recorded it."""
+    """Perplexity relative to dense, methods down and fractions of the backbone removed across, as 08_frontier recorded
+    it."""
     return frontier.as_table(pd.DataFrame(record["tables"]["frontier"])).reset_index()
 
 
 def cost_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as `at_size` recorded it."""
+    """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as `at_size` recorded
+    it."""
     table = pd.DataFrame(record["tables"]["speed"])
     table = table[table["model"] != "dense"]
     measured = [
@@ -78,7 +81,8 @@ def cost_block(results: Path) -> str:
 
 
 def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
-    """Copy a finished run of a plain preset into the repository: records, figures and README's tables; of `tiny` the notebooks, too.
+    """Copy a finished run of a plain preset into the repository: records, figures and README's tables; of `tiny` the
+    notebooks, too.
 
     Of `tiny` the whole series must be there, of another preset at least one notebook.
 

@@ -3,9 +3,12 @@
     progress = progress.of("removal", model, windows)                      # all that its parts depend on
     loss = progress.once("layer-3", lambda: perplexity(model, windows))    # computed, or read from an earlier run
 
-A *part* is what JSON can say (numbers come back bit for bit, infinite ones too) or a dict of tensors (safetensors). It appears
-whole or not at all. A resumed run reads the parts that are there and computes the others, so its result is that of a run that
-was never interrupted, as long as whoever computes a part leaves nothing else behind; where random numbers are drawn, the
+A *part* is what JSON can say (numbers come back bit for bit, infinite ones too) or a dict of tensors (safetensors). It
+appears
+whole or not at all. A resumed run reads the parts that are there and computes the others, so its result is that of a
+run that
+was never interrupted, as long as whoever computes a part leaves nothing else behind; where random numbers are drawn,
+the
 generator's state belongs into the part.
 """
 
@@ -51,7 +54,8 @@ class Progress:
                 file.write_text(description, encoding="utf-8")
 
     def of(self, *inputs: Any) -> "Progress":
-        """Progress for these inputs alone: models, tensors, dataclasses, numbers, lists and dicts of them, seen by `digest`."""
+        """Progress for these inputs alone: models, tensors, dataclasses, numbers, lists and dicts of them, seen by
+        `digest`."""
         return Progress(self.folder / digest(*inputs)[:32], {})
 
     def once(self, name: str, compute: Callable[[], Part]) -> Part:
@@ -103,7 +107,8 @@ NOT_KEPT = _NotKept()  # nothing is kept, everything is computed
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` when the block ends well: whoever reads sees the old one or the new one.
+    """A file to write that takes the place of `path` when the block ends well: whoever reads sees the old one or the
+    new one.
 
     A folder may be made there instead; it takes the place of none, or of an empty one.
     """
@@ -135,7 +140,8 @@ def _text(path: Path) -> str | None:
 
 @cache
 def code_hash(source: str) -> str:
-    """One hash of the modules of gqalib that some code imports, and of all that those import; comments and docstrings do not count."""
+    """One hash of the modules of gqalib that some code imports, and of all that those import; comments and docstrings
+    do not count."""
     found: dict[Path, str] = {}
     waiting = [source]
     while waiting:
@@ -163,7 +169,8 @@ def _bare(source: str) -> str:
 
 
 def digest(*things: Any) -> str:
-    """A hash of models (configuration, parameters), tensors, arrays, dataclasses, numbers, text, and lists and dicts of them.
+    """A hash of models (configuration, parameters), tensors, arrays, dataclasses, numbers, text, and lists and dicts of
+    them.
 
     Raises:
         TypeError: something else; two of those could not be told apart.

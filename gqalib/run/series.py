@@ -1,4 +1,5 @@
-"""The runner: executes the numbered notebooks through papermill, one line of progress each, and goes on after an interruption."""
+"""The runner: executes the numbered notebooks through papermill, one line of progress each, and goes on after an
+interruption."""
 
 import contextlib
 import os
@@ -120,7 +121,8 @@ class Series:
                 )
 
     def is_finished(self, path: Path) -> bool:
-        """Whether record and executed notebook stand for these parameters, inputs, code and upstream records, and nothing is gone."""
+        """Whether record and executed notebook stand for these parameters, inputs, code and upstream records, and
+        nothing is gone."""
         try:
             record = read_record(self.run_dir / f"{path.stem}.json")
             executed = nbformat.read(self.run_dir / path.name, as_version=4)
@@ -141,7 +143,8 @@ class Series:
         """Run one notebook headlessly; the executed copy appears in the run folder when it is whole.
 
         Raises:
-            InputError: a cell raised one. NotebookFailed: a cell raised anything else. KernelDied: its process was killed.
+            InputError: a cell raised one. NotebookFailed: a cell raised anything else. KernelDied: its process was
+            killed.
         """
         import papermill
         from nbclient.exceptions import DeadKernelError
