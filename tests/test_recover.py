@@ -187,7 +187,7 @@ def test_merged_is_what_was_trained(pairs, arguments, tmp_path):
 def test_a_killed_merge_leaves_nothing_and_is_done_again(arguments, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(lora.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(lora, "save_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main([*arguments, *out]) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.json", "out.training"}
     monkeypatch.setattr(lora.SFTTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
