@@ -22,7 +22,7 @@ from gqalib.run.corpora import evaluation_windows
 from gqalib.run.presets import STRICT, AtLeastTwo, Fraction, check_name, checked
 from gqalib.run.resume import replacing
 
-NAMES = {"refit": OWN, "founding": "seed Taylor"} | {name: name for name in PEERS}
+NAMES = {"refit": OWN, "founding": "founding Taylor"} | {name: name for name in PEERS}
 PROTOCOLS = (128, 2048)  # tokens of a window: the founding document's and the literature's
 
 
@@ -65,8 +65,8 @@ def check_cut(**how) -> Cut:
     return cut
 
 
-def prune(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **how) -> dict[str, float]:
-    """Prune a model in place, `prune(model, tokenizer, remove=0.25)`; `how` are the fields of `Cut`.
+def prune_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **how) -> dict[str, float]:
+    """Prune a model in place, `prune_model(model, tokenizer, remove=0.25)`; `how` are the fields of `Cut`.
 
     Returns:
         `parameters_kept_percent` and `backbone_removed_percent`.
@@ -97,14 +97,14 @@ def _prune_to(model: nn.Module, windows: torch.Tensor, scoring: torch.Tensor, cu
 
 
 def prune_folder(source: str, out: Path, device: str = "auto", dtype: str = "float32", **how) -> dict[str, float]:
-    """`prune` from folder to folder: the smaller model appears in `out` whole or not at all.
+    """`prune_model` from folder to folder: the smaller model appears in `out` whole or not at all.
 
     Raises:
-        InputError: the model cannot be had, something is in `out`, or as `prune`.
+        InputError: the model cannot be had, something is in `out`, or as `prune_model`.
     """
     out, _ = new_folder(out), check_cut(**how)
     model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
-    size = prune(model, tokenizer, **how)
+    size = prune_model(model, tokenizer, **how)
     with replacing(out) as folder:
         save_model(model, tokenizer, folder)
     return size
