@@ -139,7 +139,7 @@ import accelerate.accelerator
 accelerate.accelerator.fsdp2_prepare_model = report
 """
 STOP_AFTER_SIX_STEPS = """
-from gqalib import training
+from gqalib.reference import training
 
 def step(*args):
     steps.append(args)
