@@ -20,9 +20,11 @@ MARKERS = {"dense": "o", "v2": "X", "v3": "s", "recovered": "^", "other": "."}
 def use_style() -> None:
     """What every figure of the workbook shares."""
     plt.rcParams.update({
-        "figure.figsize": (8, 3.6), "figure.dpi": 100, "savefig.dpi": 150, "savefig.bbox": "tight", "figure.constrained_layout.use": True,
+        "figure.figsize": (8, 3.6), "figure.dpi": 100, "savefig.dpi": 150, "savefig.bbox": "tight",
+        "figure.constrained_layout.use": True,
         "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-        "axes.axisbelow": True, "image.cmap": "viridis", "image.aspect": "auto", "svg.hashsalt": "gqalib", "legend.frameon": False,
+        "axes.axisbelow": True, "image.cmap": "viridis", "image.aspect": "auto",
+        "svg.hashsalt": "gqalib", "legend.frameon": False,
     })  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from gqalib.prune.scores import gradient_covariances, removal_importance, unit_s
 from gqalib.recover import lora as recover_lora
 from gqalib.recover.lora import _Checkpoints, finetune_lora, into_folder
 from gqalib.reference import training
-from gqalib.run import resume, series, tasks
+from gqalib.run import resume, series
 from gqalib.run.notebook import Notebook, progress_dir, read_record
 from gqalib.run.presets import load_preset
 from gqalib.run.resume import NOT_KEPT, Progress, digest
@@ -390,7 +390,6 @@ def test_what_takes_a_name_is_on_the_disk_before(tmp_path, tokenizer, monkeypatc
     (tmp_path / "log.jsonl").write_text('{"tokens": 5}\n{"tokens": 9}\n')
     training.save_checkpoint(tmp_path, small_model(), [], 5)
     training._forget_after(tmp_path, 5)
-    tasks._write(tmp_path, [])
     training_folder, save = into_folder(tmp_path / "out")
     training_folder.mkdir()
     save(small_model(), tokenizer)

@@ -4,7 +4,8 @@ Weights and words are random, so time, memory and speed are the real model's, an
 steps, each with a
 record of its own that is written as results come, so that a run that is cut off keeps what it has:
 
-    speed     prefill and decode at every batch size and context, beside the ceilings; widths that hardware likes and that it does not
+    speed     prefill and decode at every batch size and context, beside the ceilings; widths that
+              hardware likes and that it does not
     pruning   the founding document's method: layer removal, sequential scores, surgery
     refit     gradient covariances, cost table and sweep, with layers and streams waiting in host memory
 """

@@ -17,14 +17,14 @@ sweep 11.24 of 10.62:
     stage                    tokens        resident                                                     layers streamed
     layer removal            50 × 128      18.8 = weights 16.1, logits of 2,048 tokens 2.6               5.2
     one-shot Taylor          10 × 128      25.9 = weights, activations 7.9, gradients 2.0
-    one-shot Taylor         128 × 2048     23.5 = weights, stream and its gradient 4.3, logits 3.2       5.7, and 33 × 2.1 in host memory
+    one-shot Taylor         128 × 2048     23.5 = weights, stream and its gradient 4.3, logits 3.2       5.7, 33 × 2.1 in host
     all gradients            10 × 128      40.0 = weights, activations 7.9, gradients 14.0, logits 2.0
     sequential Taylor        10 × 128      23.8 = weights, activations 5.8, gradients 2.0
     gradient covariances    128 × 2048     23.5 = as the Taylor scores                                   5.7, likewise
     cost table              128 × 2048     36.2 = weights, three streams 12.9, statistics 6.8, …         9.8
     sweep                   128 × 2048     45.7 = weights, five streams 21.5, statistics 6.8, …         10.6
     LoRA, r 8                16 × 256      85.6 = weights, activations 50.5, logits 18.9;  33.6 with a batch of 4
-    distillation              1 × 2048    156.9 = float32 weights 32.1, gradients 32.1, optimisers 36.3, teacher 16.1, …: more than one card
+    distillation              1 × 2048    156.9 = float32 weights 32.1, gradients 32.1, optimisers 36.3, teacher 16.1, …
 
 Forward passes take larger batches where there is room (`stream.tokens_at_once`): then the peak is higher and the need
 is not.

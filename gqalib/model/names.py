@@ -14,11 +14,13 @@ NO_LABEL = -100  # what transformers and torch leave out of a loss
 SHAPE = "shape:"  # what a model of random weights is called by
 SHAPES = {
     "llama-3-8b": {
-        "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
+        "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 8192,
     },
     "tiny": {  # the same ratios, for tests
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 4, "num_attention_heads": 32,
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 224,
+        "num_hidden_layers": 4, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 8, "max_position_embeddings": 256,
     },
 }  # fmt: skip

@@ -6,7 +6,8 @@ weight [hidden, features], all sums in float64:
 
     H = XᵀX + λI,  B = YᵀX + λW         λ = damping × mean diagonal of XᵀX
     refit       W'_S = B_S H_SS⁻¹       the best weight on the kept features S, drawn towards W
-    choice      start from W = B H⁻¹; remove the unit u with the least tr(G W_u (H⁻¹_uu)⁻¹ W_uᵀ), correct W and H⁻¹, repeat
+    choice      start from W = B H⁻¹; remove the unit u with the least tr(G W_u (H⁻¹_uu)⁻¹ W_uᵀ),
+                correct W and H⁻¹, repeat
                 (optimal brain surgery, Hassibi & Stork 1993; in whole units: SlimGPT 2024); G is the covariance of the
                 loss'
                 gradient at the output (K-FAC's other factor), or I

@@ -4,7 +4,8 @@ A *unit* is what surgery removes: a GQA group (a KV head with its query heads) o
 tensors with one entry per unit, the larger the more important. With W a weight and G the gradient of the calibration
 loss, summed over the calibration text:
 
-    taylor      Σ |W ⊙ G|   first-order estimate of the change of the loss (Molchanov et al. 2019; LLM-Pruner's element-wise form)
+    taylor      Σ |W ⊙ G|   first-order estimate of the change of the loss (Molchanov et al. 2019;
+                            LLM-Pruner's element-wise form)
     magnitude   Σ W²        no data at all
     fisher      mean over windows of (Σ_t a ⊙ ∂L/∂a)²   a: the unit's activations; needs no gradient of any weight
 

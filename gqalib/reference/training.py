@@ -107,7 +107,8 @@ def reference_config(num_hidden_layers: int = 32, **overrides) -> LlamaConfig:
     8."""
     shape = {
         "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
         "max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip

@@ -234,7 +234,8 @@ def _of_a_run(add) -> None:
 
 
 OPTIONS = {
-    prune: _of_prune, evaluate: _of_evaluate, run: _of_run, grid: _of_grid, recover: _of_recovery, distill: _of_recovery, at_size: _of_at_size,
+    prune: _of_prune, evaluate: _of_evaluate, run: _of_run, grid: _of_grid,
+    recover: _of_recovery, distill: _of_recovery, at_size: _of_at_size,
     publish: _of_a_run, report: _of_a_run,
 }  # fmt: skip
 
