@@ -203,3 +203,25 @@ def test_money():
     assert cost.break_even_tokens(10, 1.0, 1.0) == float("inf")
     assert cost.return_on_investment(10, 2.0, 1.0, 1e9) == pytest.approx(100)
     assert cost.return_on_investment(10, 1.0, 2.0, 1e9) == pytest.approx(-100)
+
+
+def test_a_block_inside_another_leaves_its_peak(monkeypatch):
+    """A GPU has one peak, which each block starts anew: what came before must not be lost to the block around it."""
+    used = {"now": 0, "peak": 0}
+    fakes = {
+        "synchronize": lambda _: None,
+        "memory_allocated": lambda _: used["now"],
+        "max_memory_allocated": lambda _: used["peak"],
+        "reset_peak_memory_stats": lambda _: used.update(peak=used["now"]),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def take(size):
+        used.update(peak=max(used["peak"], used["now"] + size))
+
+    with cost.measured("cuda:0") as outer:
+        take(100)
+        with cost.measured("cuda:0") as inner:
+            take(10)
+    assert (inner.peak_bytes, outer.peak_bytes) == (10, 100)

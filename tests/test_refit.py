@@ -7,10 +7,11 @@ import torch
 from conftest import kv_heads, small_model
 
 from gqalib import InputError
+from gqalib.measure.perplexity import kl_to, window_losses
 from gqalib.model import surgery
 from gqalib.model.modeling_gqa_llama import GqaLlamaForCausalLM
 from gqalib.model.shapes import count_parameters, layer_shapes
-from gqalib.prune import founding, refit
+from gqalib.prune import allocate, founding, refit
 from gqalib.prune.scores import fisher_scores, gradient_covariances, largest, unit_scores
 from gqalib.stream import hidden_states_before
 
@@ -446,3 +447,46 @@ def test_plan_that_does_not_fit(model, windows):
     with pytest.raises(InputError, match="layer 1 cannot lose"):
         refit.sweep(model, founding.Plan([0.0] * 3, [0, 99, 0], [1, 0, 0]), windows)
     assert_untouched(model, before)
+
+
+def test_the_tolerance_of_a_batch_is_its_matrices():
+    matrices = torch.diag(torch.tensor([1.0, 1e-14], dtype=torch.float64)).expand(300, 2, 2)
+    assert torch.allclose(refit.cholesky(matrices)[0].diagonal(), matrices[0].diagonal().sqrt())
+    with pytest.raises(InputError, match="singular"):
+        refit.cholesky(torch.zeros(300, 2, 2, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_units_that_do_nothing_cost_nothing_and_go_first(windows, clone):
+    """As masking leaves them: a whole layer's values are zero, or those of one group."""
+    model = small_model()
+    head_dim = model.config.head_dim
+    model.model.layers[0].self_attn.v_proj.weight[:head_dim] = 0
+    model.model.layers[1].self_attn.v_proj.weight.zero_()
+    with torch.enable_grad():
+        covariances = gradient_covariances(model, windows)
+    table = allocate.cost_table(model, windows, covariances)
+    assert table.groups[0][1] < 1e-12 < table.groups[0][2] and table.groups[1].max() < 1e-12
+    expected, kept = clone(model), model.model.layers[0].self_attn.k_proj.weight[head_dim:].clone()
+    refit.sweep(
+        model,
+        founding.Plan([0.1] * 3, [1, 3, 0], [0] * 3),
+        windows,
+        refit.Ingredients(input_refit=False, newton_rounds=0, weighted=False),
+    )
+    assert torch.equal(model.model.layers[0].self_attn.k_proj.weight, kept)
+    assert torch.allclose(window_losses(model, windows), window_losses(expected, windows), atol=1e-3)
+
+
+@torch.no_grad()
+def test_streams_of_bf16_models_are_float32(windows, clone):
+    """A residual stream far larger than what a layer adds: in bf16 the difference of two is rounding."""
+    model = small_model(tie_word_embeddings=False)
+    model.model.embed_tokens.weight.mul_(50)
+    model.to(torch.bfloat16)
+    plan, errors = founding.Plan([0.3] * 3, [1, 1, 1], [8, 8, 8]), []
+    for dtype in (torch.float32, torch.bfloat16):
+        pruned = clone(model).to(dtype)
+        refit.sweep(pruned, plan, windows, refit.Ingredients(weighted=False))
+        errors.append(kl_to(clone(model).float(), pruned.float(), windows))
+    assert errors[1] < 1.1 * errors[0] + 1e-4

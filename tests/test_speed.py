@@ -340,3 +340,17 @@ def test_speedup_bars_start_at_one_and_name_what_is_missing(record):
         and ax.get_yscale() == "log"
     )
     plt.close(fig)
+
+
+def test_joules_are_those_of_the_calls(monkeypatch):
+    """Filling a cache, warming up and capturing cost energy, too, but not the call's."""
+    joules = [0.0]
+
+    def set_up(model, batch_size, context):
+        joules[0] += 1000
+        return lambda: joules.__setitem__(0, joules[0] + 4)
+
+    monkeypatch.setattr(speed, "PHASES", {"decode": (set_up, lambda *_: 0)})
+    monkeypatch.setattr(speed, "energy_counter", lambda device: lambda: joules[0])
+    table = speed.compare_speed({"dense": small_model()}, [2], [8], 0.001, 2, ["decode"])
+    assert table["joules_per_token"].tolist() == [2.0]

@@ -30,6 +30,7 @@ from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
 from gqalib.stream import streamed
 
+READS = ("removal", "calibration", "pruning", "frontier", "cost")
 KEPT = {"84.64 % kept": 0.8464, "half kept": 0.5, "84.64 % removed": 0.1536}  # of all parameters
 
 
@@ -45,7 +46,7 @@ def at_size(preset: str, overrides: dict[str, Any], out: Path, steps: list[str],
     for unknown in [step for step in steps if step not in STEPS]:
         raise InputError(f"unknown step {unknown!r}: use {', '.join(STEPS)}")
     for step in steps:
-        nb = Notebook(f"at_size_{step}", preset, overrides, out)
+        nb = Notebook(f"at_size_{step}", preset, overrides, out, reads=READS)
         config = load_config(nb.preset.model)
         config.num_hidden_layers = num_layers if step == "refit" and num_layers else config.num_hidden_layers
         nb.metric("layers", config.num_hidden_layers, "decoder layers")

@@ -1,0 +1,70 @@
+"""Llama-3-8B's measurements, on the small shape of the same ratios and a CPU."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from gqalib import InputError
+from gqalib.measure import at_size, speed
+from gqalib.model.load import shape_config
+from gqalib.run.cli import main
+from gqalib.run.notebook import read_record
+
+SMALL = {
+    "model": "shape:tiny", "device": "cpu", "dtype": "bfloat16", "frontier.calibration.num_examples": 8,
+    "frontier.calibration.length": 32, "cost.min_run_s": 0.01, "cost.contexts": [8, 16], "cost.batch_sizes": [1, 2],
+    "removal.num_examples": 4, "calibration.num_examples": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "fused", partial(speed.fused, backend="eager"))
+    monkeypatch.setattr(at_size, "copy_bandwidth", lambda device, size=2**20: 1e9)
+
+    def measure(step, **options):
+        at_size.at_size("llama3-8b-shape", SMALL, tmp_path, [step], **options)
+        return read_record(tmp_path / f"at_size_{step}.json")
+
+    return measure
+
+
+def test_speed(measured):
+    tables = measured("speed")["tables"]
+    assert [row["model"] for row in tables["shapes"]][0] == "dense"
+    assert len(tables["speed"]) == 2 * 2 * 2 * len(tables["shapes"]) and len(tables["alignment"]) > 2
+    assert all(row["ms"] > 0 and row["ceiling"] >= 1 for row in tables["speed"])
+    assert {row["phase"] for row in tables["speed_unfused"]} == {"decode"}
+
+
+def test_pruning_and_refit(measured):
+    stages = [row["stage"] for row in measured("pruning")["tables"]["stages"]]
+    assert stages == ["layer removal", "sequential Taylor"]
+    record = measured("refit", num_layers=2)
+    assert [row["stage"] for row in record["tables"]["stages"]] == ["gradient covariances", "cost table", "sweep"]
+    assert len(record["tables"]["sweep_seconds"]) == record["metrics"]["layers"]["value"] == 2
+
+
+def test_widths_are_multiples_where_some_are_left():
+    found = at_size.shapes(shape_config("shape:llama-3-8b"), 128)
+    assert found["84.64 % kept"].intermediate_size % 128 == found["half kept"].intermediate_size % 128 == 0
+    assert found["84.64 % removed"].num_key_value_heads == 1 and 0 < found["84.64 % removed"].intermediate_size < 128
+
+
+def test_unknown_step(tmp_path, capsys):
+    with pytest.raises(InputError, match="unknown step 'sped': use speed, pruning, refit"):
+        at_size.at_size("llama3-8b-shape", {}, tmp_path / "out", ["sped"])
+    assert main(["at-size", "--out", str(tmp_path / "out"), "--steps", "sped"]) == 2
+    assert not (tmp_path / "out").exists() and "unknown step" in capsys.readouterr().err
+
+
+def test_fused_models_compute_the_same():
+    from conftest import small_model
+
+    model, ids = small_model(), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        plain = model(ids).logits
+        with speed.fused(backend="aot_eager"):
+            fused = model(ids).logits
+        assert torch.allclose(fused, plain, atol=1e-5) and torch.equal(model(ids).logits, plain)
