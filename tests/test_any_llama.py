@@ -11,6 +11,7 @@ from gqalib.run.notebook import read_record
 SHARED = REPOSITORY.parent / "shared" / "data"
 
 
+@pytest.mark.slow  # ten notebooks; the committed ones are run at a small scale by nbval
 @pytest.mark.skipif(not (SHARED / "stories260K").exists(), reason="development data is not part of the product")
 def test_series_on_stories260k(tmp_path: Path, capsys):
     corpus = SHARED / "text" / "tinystories-train.txt"
