@@ -15,7 +15,7 @@ from conftest import small_model
 from gqalib import InputError
 from gqalib.run import publish, resume, series
 from gqalib.run.cli import main
-from gqalib.run.notebook import Notebook, locked, read_record, stands_for
+from gqalib.run.notebook import Notebook, default_run_dir, locked, read_record, stands_for
 from gqalib.run.presets import load_preset
 
 PARAMETERS = 'preset = "tiny"\noverrides = {}\nrun_dir = ""\nseed = 0'
@@ -112,9 +112,11 @@ def test_a_record_depends_on_what_its_notebook_reads(tmp_path, model_folder):
 
 def test_other_parameters_have_a_folder_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("GQALIB_RUNS", str(tmp_path))
-    assert series.Series(overrides={"recovery.lora_r": 16}).run_dir == tmp_path / "tiny+lora_r=16"
+    assert series.Series(overrides={"recovery.lora_r": 16}).run_dir == tmp_path / "tiny+recovery.lora_r=16"
+    long = [default_run_dir("tiny", {"model": "/m" * 100 + end}) for end in "ab"]
+    assert long[0] != long[1] and all(len(folder.name) < 130 and folder.parent == tmp_path for folder in long)
     nb = Notebook("06_lora_recovery", "tiny", {"recovery.lora_r": 16}, seed=1)
-    assert nb.run_dir == tmp_path / "tiny+lora_r=16+seed=1"
+    assert nb.run_dir == tmp_path / "tiny+recovery.lora_r=16+seed=1"
 
 
 def test_a_notebook_opened_alone_takes_committed_records(tmp_path, monkeypatch, capsys):

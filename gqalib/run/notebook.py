@@ -51,11 +51,12 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
 
 def default_run_dir(preset: str, overrides: dict[str, Any] | None = None, seed: int = 0) -> Path:
     """`runs/<preset>` in the repository, or under `$GQALIB_RUNS`; other parameters have a folder of their own,
-    `<preset>+lora_r=16`."""
-    changes = {name.rpartition(".")[2]: value for name, value in sorted((overrides or {}).items())}
-    name = "+".join([preset, *(f"{key}={value}" for key, value in changes.items()), *([f"seed={seed}"] * bool(seed))])
-    safe = quote(name, safe=" ,+=[]")  # a path among the values is no folder in between
-    return Path(os.environ.get("GQALIB_RUNS", REPOSITORY / "runs")).expanduser().absolute() / safe[:200]
+    `<preset>+recovery.lora_r=16`."""
+    changes = sorted((overrides or {}).items()) + [("seed", seed)] * bool(seed)
+    name = quote("+".join([preset, *(f"{key}={value}" for key, value in changes)]), safe=" ,+=[]")  # one folder
+    if len(name) > 120:  # file systems end at 255 bytes
+        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return Path(os.environ.get("GQALIB_RUNS", REPOSITORY / "runs")).expanduser().absolute() / name
 
 
 def numbered_notebooks(folder: Path = NOTEBOOKS) -> list[Path]:
