@@ -92,10 +92,11 @@ def command(grid, tmp_path, notebooks):
 
 def finish(job, folder, **metrics):
     """What a run of notebook 01 leaves behind, without the run."""
-    nb = Notebook("01_first", job.preset, job.overrides, folder, job.seed)
-    for name, value in metrics.items():
-        nb.metric(name, value, "perplexity")
-    nb.finish()
+    with contextlib.chdir(job.notebooks):  # where a notebook is run
+        nb = Notebook("01_first", job.preset, job.overrides, folder, job.seed)
+        for name, value in metrics.items():
+            nb.metric(name, value, "perplexity")
+        nb.finish()
     shutil.copy(job.paths[0], folder)
 
 

@@ -41,7 +41,7 @@ ENVIRONMENT = {
 }
 
 
-@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("size", ["small", pytest.param("large", marks=pytest.mark.slow)])
 def test_peaks_are_as_expected(size):
     """10M and 24M parameters in float32; what a stage adds to the weights, measured over expected."""
     command = [sys.executable, str(REPOSITORY / "tests" / "peaks.py"), size]

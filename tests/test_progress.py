@@ -34,7 +34,7 @@ from gqalib.recover import lora as recover_lora
 from gqalib.recover.lora import _Checkpoints, finetune_lora, into_folder
 from gqalib.reference import training
 from gqalib.run import resume, series
-from gqalib.run.notebook import Notebook, progress_dir, read_record
+from gqalib.run.notebook import Notebook, code_used, progress_dir, read_record
 from gqalib.run.presets import load_preset
 from gqalib.run.resume import NOT_KEPT, Progress, digest
 
@@ -384,7 +384,7 @@ def test_a_part_appears_whole_or_not_at_all(kept, tmp_path, monkeypatch):
 
 
 def test_what_takes_a_name_is_on_the_disk_before(tmp_path, tokenizer, monkeypatch):
-    """A checkpoint, its log, a sweep's attempts, a merged model, a notebook: no power cut leaves half of one."""
+    """A checkpoint, its log, a merged model, a notebook: no power cut leaves half of one."""
     on_disk, fsync = set(), os.fsync
     monkeypatch.setattr(resume.os, "fsync", lambda number: (on_disk.add(os.fstat(number).st_ino), fsync(number)))
     (tmp_path / "log.jsonl").write_text('{"tokens": 5}\n{"tokens": 9}\n')
@@ -405,7 +405,7 @@ def test_what_takes_a_name_is_on_the_disk_before(tmp_path, tokenizer, monkeypatc
     monkeypatch.setattr("papermill.execute_notebook", execute)
     job.execute(job.paths[0])
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "notebooks"]
-    names = "model.safetensors optimizers.safetensors state.json log.jsonl attempts.json 01_first.ipynb"
+    names = "model.safetensors optimizers.safetensors state.json log.jsonl 01_first.ipynb"
     assert set(names.split()) <= {path.name for path in files}
     assert not [path for path in files if path.stat().st_ino not in on_disk]
 
@@ -500,9 +500,9 @@ def test_lora_that_ended_is_not_trained_again(lora, monkeypatch, tmp_path):
     assert same(lora("folder"), first)
 
 
-def test_a_new_library_finds_nothing(lora, monkeypatch, counted):
+def test_other_code_finds_nothing(lora, monkeypatch, counted):
     lora("folder")
-    monkeypatch.setattr(recover_lora, "library_hash", lambda: "another")
+    monkeypatch.setattr(recover_lora, "code_hash", lambda _: "another")
     trained = counted(SFTTrainer, "train")
     lora("folder")
     assert len(trained) == 1
@@ -580,7 +580,7 @@ def test_sigkill_in_the_middle_of_a_notebook(tmp_path):
     expected = removal_importance(load.load_model(str(tmp_path / "model"), device="cpu"), torch.arange(60).view(3, 20))
     recorded = read_record(run_dir / "01_slow.json")["metrics"]
     assert [recorded[f"layer_{layer}"]["value"] for layer in range(3)] == expected.tolist()
-    assert not (run_dir / "progress").exists()
+    assert progress_dir(run_dir, "01_slow").exists()  # for a run of which only words or figures have changed
 
 
 # ---------------------------------------------------------------- the notebook's
@@ -595,16 +595,16 @@ def test_progress_of_a_notebook(tmp_path, monkeypatch):
     notebook(tmp_path, "02_second").progress("a").keep("x", 2)
     assert notebook(tmp_path).progress("a").load("x") == 1 and notebook(tmp_path).progress("b").load("x") is None
     notebook(tmp_path).finish()
-    assert notebook(tmp_path).progress("a").load("x") is None
+    assert notebook(tmp_path).progress("a").load("x") == 1
     assert notebook(tmp_path, "02_second").progress("a").load("x") == 2
-    for changes in ({"seed": 1}, {"overrides": {"pruning.alpha": 2.0}}):
+    for changes in ({"seed": 1}, {"overrides": {"dtype": "bfloat16"}}):
         nb = notebook(tmp_path)
         nb.progress("a").keep("x", 1)
         assert notebook(tmp_path, **changes).progress("a").load("x") is None
 
 
 def test_a_training_leaves_its_result_and_no_checkpoint(tmp_path):
-    """A killed one finds its folder; the result stays until the record is written."""
+    """A killed one finds its folder; the result stays, also when the record is written."""
     found = []
 
     def train(folder):
@@ -619,10 +619,10 @@ def test_a_training_leaves_its_result_and_no_checkpoint(tmp_path):
     assert [notebook(tmp_path).trained("a", train) for _ in range(2)] == [{"ratio": 1.5}] * 2
     assert found == [False, True] and not list(tmp_path.rglob("checkpoint"))
     notebook(tmp_path).finish()
-    assert not (tmp_path / "progress").exists()
+    assert notebook(tmp_path).trained("a", train) == {"ratio": 1.5} and len(found) == 2
 
 
-@pytest.mark.parametrize("what", ["library_hash", "fingerprints", "version"])
+@pytest.mark.parametrize("what", ["code_used", "fingerprints", "version"])
 def test_progress_is_of_these_files_and_versions(what, tmp_path, monkeypatch):
     notebook(tmp_path).progress("a").keep("x", 1)
     monkeypatch.setattr(f"gqalib.run.notebook.{what}", lambda *args: "another")
@@ -650,6 +650,6 @@ def test_a_record_says_what_the_results_depend_on(tmp_path):
     nb = notebook(tmp_path)
     nb.finish()
     record = read_record(tmp_path / "01_first.json")
-    assert (
-        json.loads(json.dumps(nb._reasons())).items() <= record.items() and record["library"] == resume.library_hash()
+    assert json.loads(json.dumps(nb._reasons())).items() <= record.items() and record["library"] == code_used(
+        Path("01_first.ipynb")
     )
