@@ -404,7 +404,11 @@ def test_what_takes_a_name_is_on_the_disk_before(tmp_path, tokenizer, monkeypatc
 
     monkeypatch.setattr("papermill.execute_notebook", execute)
     job.execute(job.paths[0])
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "notebooks"]
+    files = [
+        path
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.name != ".lock" and path.parent.name != "notebooks"
+    ]
     names = "model.safetensors optimizers.safetensors state.json log.jsonl 01_first.ipynb"
     assert set(names.split()) <= {path.name for path in files}
     assert not [path for path in files if path.stat().st_ino not in on_disk]
