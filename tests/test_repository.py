@@ -89,7 +89,7 @@ def test_record_beside_notebook(name):
             assert (REPOSITORY / "figures" / "tiny" / artefact.removeprefix("figures/")).stat().st_size > 1000
 
 
-def test_records_are_of_one_run():
+def test_records_agree():
     records = [read_record(RESULTS / f"{name}.json") for name in NAMES if not name.startswith("00")]
     assert not [record["notebook"] for record in records if record["git_commit"].endswith("-dirty")]
     sections = [item for record in records for item in record["parameters"].items()]

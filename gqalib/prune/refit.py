@@ -293,8 +293,8 @@ def through(stream: Tensor, sublayer: Sublayer, current: Sequence[Call]) -> Tens
 
 
 def empty_like(stream: Tensor) -> Tensor:
-    """Room for another stream, pinned if this one is: pinned memory is lent again, fresh pages cost more than the copy
-    into them."""
+    """Room for another stream, pinned if this one is: pinned memory is lent again, and is copied without a
+    detour."""
     return torch.empty_like(stream, pin_memory=stream.is_pinned())
 
 
@@ -567,6 +567,7 @@ def embedded(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
+    """Float32 where it is of fewer bits; else as it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
