@@ -1,10 +1,8 @@
 """The founding document's claims as data, and what the records say of them.
 
 Its numbers are for Llama-3-8B-Instruct (dense perplexity 19.66). On another model a claim can only be tested *in form*:
-as a
-ratio to that model's own dense perplexity. A claim that counting alone decides can be refuted; one about a model that
-is not at
-hand can only fail to be reproduced.
+as a ratio to that model's own dense perplexity. A claim that counting alone decides can be refuted; one about a model
+that is not at hand can only fail to be reproduced.
 """
 
 import math
@@ -100,8 +98,7 @@ def how_far(models: pd.DataFrame, targets: Sequence[float]) -> pd.DataFrame:
 
     Args:
         models: one row per model that was measured: `recovery` (how it was trained, or not), `ratio` (perplexity
-        relative to
-            dense), `backbone_removed_percent`, `parameters_kept_percent`.
+            relative to dense), `backbone_removed_percent`, `parameters_kept_percent`.
         targets: ratios.
 
     Returns:

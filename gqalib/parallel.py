@@ -1,8 +1,7 @@
 """One training in several processes: each takes its share of a step, and what they sum is summed over all.
 
 `torchrun` or `accelerate launch` starts them; where `accelerate` says FSDP 2, `in_shards` splits a model that is
-trained over them.
-Inside one process everything here does nothing.
+trained over them. Inside one process everything here does nothing.
 """
 
 import os
@@ -88,8 +87,7 @@ def in_shards(model: nn.Module, opts: list[torch.optim.Optimizer]) -> list[torch
     """Put a model that is trained where `accelerate launch` says, and give back its optimisers.
 
     In place: in shards over the processes (FSDP 2; the parameters become DTensors), or whole on the device of each. One
-    process' model
-    stays where it is.
+    process' model stays where it is.
 
     Raises:
         InputError: accelerate is told something else.

@@ -1,9 +1,8 @@
 """A model walked layer by layer: batches, the residual stream from any layer on, layers that wait in host memory.
 
 `streamed` is for models that are larger than a card, on forward passes and on the methods that go layer by layer
-(`refit.sweep`,
-`allocate.cost_table`, `scores` with `by_layer`). `device_map="auto"` is the other way: more than one card, every layer
-stays.
+(`refit.sweep`, `allocate.cost_table`, `scores` with `by_layer`). `device_map="auto"` is the other way: more than one
+card, every layer stays.
 """
 
 from collections.abc import Callable, Iterator

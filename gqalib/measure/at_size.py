@@ -1,8 +1,7 @@
 """Cost and pruning of a model too large to run the series on, by its shape alone: `python -m gqalib at-size`.
 
 Weights and words are random, so time, memory and speed are the real model's, and perplexities mean nothing. Three
-steps, each with a
-record of its own that is written as results come, so that a run that is cut off keeps what it has:
+steps, each with a record of its own that is written as results come, so that a run that is cut off keeps what it has:
 
     speed     prefill and decode at every batch size and context, beside the ceilings; widths that
               hardware likes and that it does not

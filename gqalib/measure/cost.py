@@ -1,8 +1,7 @@
 """What a model costs, counted: parameters, FLOPs, bytes, ceilings, money; and the memory that a block of code took.
 
 Units: bytes, FLOPs (not MACs), GB = 1e9 bytes. Shapes are read from the weights, which may be on the meta device, so
-uneven layers
-count right. Speed is measured in `speed`.
+uneven layers count right. Speed is measured in `speed`.
 """
 
 import contextlib
@@ -31,8 +30,7 @@ def count_flops(model: nn.Module, batch_size: int, num_tokens: int) -> int:
     """FLOPs of one forward pass over [batch_size, num_tokens], counted operator by operator.
 
     Attention runs as `eager` for the count: torch's counter silently leaves out the fused CPU kernel. The mask is
-    given, and empty:
-    to make one transformers looks at values, which a model on the meta device does not have.
+    given, and empty: to make one transformers looks at values, which a model on the meta device does not have.
     """
     input_ids = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=model.device)
     mask = torch.zeros(1, 1, num_tokens, num_tokens, dtype=model.dtype, device=model.device)
@@ -45,8 +43,7 @@ def closed_form_flops(model: nn.Module, num_tokens: int) -> int:
     """The same on paper, for n tokens: Σ_l 2n(2·d·h + 2·d·k + 3·d·f) + 4n²h, plus 2·n·d·vocabulary for lm_head.
 
     h, k, f: query, KV and MLP width of layer l; d: hidden size. The full n × n score matrix is counted, as eager
-    attention computes it.
-    Norms, softmax, rotary embedding and activations (no matrix products) are left out by both.
+    attention computes it. Norms, softmax, rotary embedding and activations (no matrix products) are left out by both.
     """
     n, d, head_dim = num_tokens, model.config.hidden_size, model.config.head_dim
     total = 2 * n * d * model.config.vocab_size
@@ -71,8 +68,7 @@ def step_bytes(model: nn.Module, batch_size: int = 1, context: int = 0) -> int:
     """Bytes that one step of decoding reads: every weight once, and the KV cache of `context` tokens of every sequence.
 
     weights − embedding table + batch_size · context · `kv_cache_bytes_per_token`. The table is only looked up, unless
-    it is tied:
-    then it is the lm_head too, and is read in full.
+    it is tied: then it is the lm_head too, and is read in full.
     """
     table = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is table
@@ -101,8 +97,8 @@ def prefill_flops(model: nn.Module, context: int) -> int:
 
 
 def prefill_ceiling(dense: nn.Module, pruned: nn.Module, context: int) -> float:
-    """The largest speed-up of reading a prompt that the arithmetic allows: the ratio of `prefill_flops`. The batch size
-    cancels out."""
+    """The largest speed-up of reading a prompt that the arithmetic allows: the ratio of `prefill_flops`. The batch
+    size cancels out."""
     return prefill_flops(dense, context) / prefill_flops(pruned, context)
 
 
@@ -118,8 +114,7 @@ def prefill_bytes(model: nn.Module, batch_size: int, context: int) -> int:
     """Peak bytes, above the weights, of reading a prompt: the cache, and the activations of the widest layer.
 
     Per token and in units of the dtype: 2d + max_l(3f, 4h + 3k), the residual stream, its norm, and what an MLP (gate,
-    up, their
-    product) or an attention (q, k, v, rotated and not, and the output) holds at once; d, h, k, f as in
+    up, their product) or an attention (q, k, v, rotated and not, and the output) holds at once; d, h, k, f as in
     `closed_form_flops`.
     """
     head_dim, shapes = model.config.head_dim, layer_shapes(model)
@@ -133,8 +128,7 @@ def prefill_bytes(model: nn.Module, batch_size: int, context: int) -> int:
 
 def free_bytes(device: torch.device | str) -> int:
     """What an allocation can still get: on a GPU the driver's free memory and what torch's allocator keeps for reuse,
-    on a CPU what the
-    machine and the control group leave, whose file cache gives way."""
+    on a CPU what the machine and the control group leave, whose file cache gives way."""
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -171,8 +165,7 @@ def measured(device: torch.device | str, every_s: float = 0.005) -> Iterator[Use
     """Wall time and memory of the block, filled in when it ends, by an error or not.
 
     On a GPU the memory is the allocator's, and the host's is left out; on a CPU it is the process' resident set, looked
-    at
-    `every_s` seconds by a thread, so a peak that is shorter can be missed.
+    at `every_s` seconds by a thread, so a peak that is shorter can be missed.
     """
     used, memory, watch = Used(), *(_on_gpu(device) if torch.device(device).type == "cuda" else _on_cpu(every_s))
     before, peak, start = memory(), watch(), time.perf_counter()

@@ -5,9 +5,8 @@
 is as in `peers`; those in `NO_MULTIPLE` have no `multiple`. What a method has to find out first, it finds out within
 the call. What of
 that is the same for every fraction is in `PREPARATIONS`: `frontier` does it once and counts it in every row, so that
-seconds are always
-those of one call alone. Where a peer has a second way that may do better (FLAP by head, LLM-Pruner without protection),
-both are here.
+seconds are always those of one call alone. Where a peer has a second way that may do better (FLAP by head, LLM-Pruner
+without protection), both are here.
 """
 
 import copy
@@ -156,9 +155,8 @@ def try_method(
 
     Returns:
         What was asked and what was removed, perplexity, its ratio to the dense model's with the paired standard error,
-        seconds
-        and peak memory of the pruning, the `losses` of each test window in nats. Where the method cannot do it: NaN and
-        a `note`.
+        seconds and peak memory of the pruning, the `losses` of each test window in nats. Where the method cannot do it:
+        NaN and a `note`.
     """
     model, known = copy.deepcopy(dense), prepared.used if prepared else Used()
     options = {"multiple": multiple} if multiple > 1 and name not in NO_MULTIPLE else {}
@@ -224,8 +222,8 @@ def frontier(
 
 
 def as_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Perplexity / dense in readable numbers, methods down and fractions across: the mean over samples and, of several,
-    their range.
+    """Perplexity / dense in readable numbers, methods down and fractions across: the mean over samples and, of
+    several, their range.
 
     – where a method cannot do it, ∞ where nothing is left of the model; `at` what was removed where that is not what
     was asked.
@@ -260,9 +258,8 @@ def against_peers(rows: pd.DataFrame, own: str = OWN, peers: Sequence[str] = tup
 
     Returns:
         Ratio to dense of both, `own` and `best` (geometric mean over the samples), the name of that `peer`, `times` =
-        own / best with
-        its paired standard error over the test windows, and a `verdict`: ahead or behind by more than two errors, or
-        not told apart.
+        own / best with its paired standard error over the test windows, and a `verdict`: ahead or behind by more than
+        two errors, or not told apart.
     """
     enough = rows["backbone_removed_percent"] > 100 * rows["fraction"] - CLOSE
     done = rows[(rows["note"] == "") & rows["ratio"].notna() & enough]

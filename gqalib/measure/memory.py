@@ -4,15 +4,12 @@
         refit.sweep(model, plan, windows)
 
 Symbols: s bytes per weight; L layers; d hidden size; h query heads; q, k query and KV width, f MLP width of the widest
-layer; V vocabulary; n = num_examples ·
-length calibration tokens; B tokens of a batch (`stream.batches`). Bytes, GB = 1e9. A term is what is there at the
-stage's peak;
-what never is there together is not added up.
+layer; V vocabulary; n = num_examples · length calibration tokens; B tokens of a batch (`stream.batches`). Bytes, GB =
+1e9. A term is what is there at the stage's peak; what never is there together is not added up.
 
 Llama-3-8B in bf16 on a GPU, in GB, by these formulas. Measured on an H200 (data/results/llama3-8b-shape): layer removal
-24.36 of 24.37 at that
-card's larger batches, sequential Taylor 23.84 of 23.82; streamed covariances 5.98 of 5.69, cost table 9.79 of 9.75,
-sweep 11.24 of 10.62:
+24.36 of 24.37 at that card's larger batches, sequential Taylor 23.84 of 23.82; streamed covariances 5.98 of 5.69, cost
+table 9.79 of 9.75, sweep 11.24 of 10.62:
 
     stage                    tokens        resident                                                     layers streamed
     layer removal            50 × 128      18.8 = weights 16.1, logits of 2,048 tokens 2.6               5.2
@@ -30,9 +27,8 @@ Forward passes take larger batches where there is room (`stream.tokens_at_once`)
 is not.
 
 The formulas say what is in use. A process' resident set, the measured peak on a CPU, also has what the C library keeps
-of what was freed:
-up to half as much again in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for more time; the tests
-measure like that.
+of what was freed: up to half as much again in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for
+more time; the tests measure like that.
 """
 
 import contextlib
@@ -100,8 +96,7 @@ class Shape:
         """Bytes per token that a layer keeps for the backward pass.
 
         8d (the streams at both norms, in float32) + s·(2q + 2k) (attention) + 3sf (MLP); and if its weights have
-        gradients
-        s·(2d + q + f), what the projections read.
+        gradients s·(2d + q + f), what the projections read.
         """
         fixed = 8 * self.d + self.s * (2 * self.q + 2 * self.k + 3 * self.f)
         return fixed + trained * self.s * (2 * self.d + self.q + self.f)
@@ -135,8 +130,8 @@ def expected(
 
     Args:
         stage: `layer removal`, `one-shot Taylor`, `all gradients`, `sequential Taylor` (and surgery), `gradient
-        covariances`, `cost table`,
-            `sweep`, `scoring` (against a dense model), `LoRA` or `distillation`; or several that come one after the
+            covariances`, `cost table`, `sweep`, `scoring` (against a dense model), `LoRA` or `distillation`; or several
+            that come one after the
             other: the largest.
         model: any Llama; one on the meta device will do.
         num_examples, length: of the calibration text; for LoRA and distillation what goes through the model at once.
@@ -221,8 +216,7 @@ def _taylor_one_shot(case: _Case) -> Terms:
     scored.
 
     More than one batch: layer by layer; a stream and its gradient, 2n·d·s, the larger of logits and of one layer's
-    activations with its
-    gradients; and in host memory (L + 1) streams.
+    activations with its gradients; and in host memory (L + 1) streams.
     """
     m = case.shape
     if case.batch == case.n and not case.streams:
@@ -274,8 +268,8 @@ def _by_layer(case: _Case, saved: float, gradients: float) -> Terms:
 
 
 def _statistics(case: _Case) -> float:
-    """3·8f² of `down_proj`'s XᵀX, its factor and its inverse (or the matrix of a solve), and 4·8df of YᵀX, weights and
-    solutions."""
+    """3·8f² of `down_proj`'s XᵀX, its factor and its inverse (or the matrix of a solve), and 4·8df of YᵀX, weights
+    and solutions."""
     m = case.shape
     return 8 * (3 * m.f**2 + 4 * m.d * m.f)
 
@@ -298,9 +292,8 @@ def _held(case: _Case) -> Terms:
 
 def _sweep(case: _Case) -> Terms:
     """Five streams in float32; the layer in float32; the larger of `_statistics` and Gauss–Newton's five vectors like
-    gate and up in float64, 5 · 16df, with
-    two in float32, 2 · 8df, and a batch's activations in float32, B·(4 · 4f); on a CPU the weights as they were, for an
-    error."""
+    gate and up in float64, 5 · 16df, with two in float32, 2 · 8df, and a batch's activations in float32, B·(4 · 4f);
+    on a CPU the weights as they were, for an error."""
     m = case.shape
     newton = m.d * m.f * (5 * 16 + 2 * 8) + case.batch * 4 * 4 * m.f
     return {
@@ -321,9 +314,8 @@ def _scoring(case: _Case) -> Terms:
 
 
 def _lora(case: _Case) -> Terms:
-    """r·(inputs + outputs) of all projections, with gradient and AdamW's two moments 4s each; what all layers save for
-    a batch; logits
-    in float32, nine times (loss, entropy and accuracy, as trl takes them)."""
+    """r·(inputs + outputs) of all projections, with gradient and AdamW's two moments 4s each; what all layers save
+    for a batch; logits in float32, nine times (loss, entropy and accuracy, as trl takes them)."""
     m, settings = case.shape, case.settings
     saved = case.n * m.L * m.saved(trained=True) * (1 + (settings.lora_dropout > 0))
     return {**case.weights(), **_adapter(m, settings.lora_r), "activations": saved, "logits": 36 * case.n * m.V}
@@ -334,11 +326,10 @@ def _adapter(m: Shape, r: int) -> Terms:
 
 
 def _distillation(case: _Case) -> Terms:
-    """Gradients; Muon's momentum s per weight of the layers, AdamW's two moments for the rest; or LoRA's adapter; what
-    all layers save for a batch; eleven times the logits in float32. Where products are in bf16, so are the activations,
-    and there are copies of
-    the weights, 2 bytes each. On a CPU also the probabilities of `attention.blocked`: per layer and token h times half
-    of the keys, in float32."""
+    """Gradients; Muon's momentum s per weight of the layers, AdamW's two moments for the rest; or LoRA's adapter;
+    what all layers save for a batch; eleven times the logits in float32. Where products are in bf16, so are the
+    activations, and there are copies of the weights, 2 bytes each. On a CPU also the probabilities of
+    `attention.blocked`: per layer and token h times half of the keys, in float32."""
     m, settings = case.shape, case.settings or Distillation()
     in_bf16, saved = bf16_is_fast(torch.device(case.device)), 8 * m.d + 2 * (2 * m.d + 3 * m.q + 2 * m.k + 4 * m.f)
     keys = min(case.length, (case.length + attention.BLOCK) / 2)
@@ -407,8 +398,8 @@ def stage(
 ) -> Iterator[Peak]:
     """States the peak that `terms` (see `expected`) come to, runs the block, states the peak that it had.
 
-    Of a model that is spread over cards all count. On a GPU the peak is the allocator's; on a CPU the weights and
-    what the process' resident set grew by.
+    Of a model that is spread over cards all count. On a GPU the peak is the allocator's; on a CPU the weights and what
+    the process' resident set grew by.
 
     Args:
         knob: what lowers the need, for the refusal. say: gets each line.

@@ -55,9 +55,8 @@ def ratio_with_error(losses: torch.Tensor, reference: torch.Tensor) -> tuple[flo
     """Perplexity relative to another model's on the same windows, and the standard error of that ratio.
 
     From `window_losses` of both, [count]. The error is that of the paired differences: what makes a window hard is hard
-    for both
-    and cancels. It says how much other windows of the same text would change the ratio, not how much another text
-    would.
+    for both and cancels. It says how much other windows of the same text would change the ratio, not how much another
+    text would.
     """
     difference = losses - reference
     ratio = difference.mean().exp().item()

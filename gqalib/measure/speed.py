@@ -6,8 +6,7 @@ step of
 generation: one token of every sequence, which attends to a cache that holds `context` tokens with it. On a GPU the step
 is captured
 once as a CUDA graph and replayed: without it, launching a thousand kernels takes longer than what a small batch gives
-them to do, and
-hides what pruning saves. What can be counted instead stands in `cost`.
+them to do, and hides what pruning saves. What can be counted instead stands in `cost`.
 """
 
 import contextlib
@@ -60,8 +59,8 @@ class FullLayer(StaticLayer):
 
 
 def full_cache(model: nn.Module, batch_size: int, context: int) -> Cache:
-    """A cache of `context` places for every sequence, filled with noise: zeros would let a GPU draw less power and run
-    faster."""
+    """A cache of `context` places for every sequence, filled with noise: zeros would let a GPU draw less power and
+    run faster."""
     cache = Cache(layers=[FullLayer(context) for _ in decoder_layers(model)])
     kv_heads = layer_shapes(model)["num_key_value_heads"].tolist()
     cache.early_initialization(batch_size, kv_heads, model.config.head_dim, model.dtype, model.device)
@@ -141,14 +140,12 @@ def compare_speed(
     rounds: int = 5,
     phases: Sequence[str] = tuple(PHASES),
 ) -> pd.DataFrame:
-    """Prefill and decode of several models on one device, at every batch size and context; the first is what the others
-    are compared with.
+    """Prefill and decode of several models on one device, at every batch size and context; the first is what the
+    others are compared with.
 
     In each round every model is timed once, one after the other, and the first model's time over this one's is one
-    sample of the
-    speed-up. One call of each before the first round warms up and shows the peak of memory. A point that one of the
-    models has no
-    memory for is not measured for any; this is decided before the first is timed.
+    sample of the speed-up. One call of each before the first round warms up and shows the peak of memory. A point that
+    one of the models has no memory for is not measured for any; this is decided before the first is timed.
 
     Args:
         contexts: tokens; those above the models' `max_position_embeddings` are cut to it.
@@ -156,11 +153,9 @@ def compare_speed(
 
     Returns:
         One row per phase, batch size, context and model: `ms` of a call (median of the rounds), `speedup` (median of
-        the rounds'
-        ratios) with `speedup_low` and `speedup_high` (the lowest and the highest), `tokens_per_s` (read or written),
-        `peak_gb` above
-        what was held before, `kv_cache_gb`, `joules_per_token` where a card reports its energy, `note`: "" or why it
-        was not measured.
+        the rounds' ratios) with `speedup_low` and `speedup_high` (the lowest and the highest), `tokens_per_s` (read or
+        written), `peak_gb` above what was held before, `kv_cache_gb`, `joules_per_token` where a card reports its
+        energy, `note`: "" or why it was not measured.
     """
     longest = min(model.config.max_position_embeddings for model in models.values())
     points = [

@@ -2,8 +2,8 @@
 
 torch's fused CPU kernel is made for head_dim 64 and more; at head_dim 8 it spends most of its time in bookkeeping.
 `blocked` computes the same sums with a few batched matrix products per block of queries, reads only the keys that the
-block may see, and treats the query heads of one KV head as extra rows, so KV heads are never repeated.
-Measured ratios stand in LOG.md. Registered with transformers, so `attn_implementation="blocked"` selects it.
+block may see, and treats the query heads of one KV head as extra rows, so KV heads are never repeated. Measured ratios
+stand in LOG.md. Registered with transformers, so `attn_implementation="blocked"` selects it.
 It knows no padding and no KV cache: it is for training and scoring whole windows.
 """
 

@@ -82,8 +82,8 @@ def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwarg
     """A Llama, pruned or not, ready to be scored: weights in `dtype` on `device`, evaluation mode.
 
     Other arguments (`attn_implementation`, `device_map`, …) go to `from_pretrained`; a shape has no use for a
-    `device_map`. Device `all` is
-    `device_map="auto"`: layers are spread over all cards, and what they cannot hold over the host's memory.
+    `device_map`. Device `all` is `device_map="auto"`: layers are spread over all cards, and what they cannot hold over
+    the host's memory.
 
     Raises:
         InputError: the model cannot be had, is no Llama, or its weights are of another configuration.
@@ -143,8 +143,7 @@ def random_model(
     """A model of this shape with random weights, made on the device in the dtype asked: for time, memory and counting.
 
     The same seed gives the same weights on the same kind of device; torch's own generators are left as they were. On
-    the device
-    `meta` it has shapes only, and takes no memory.
+    the device `meta` it has shapes only, and takes no memory.
     """
     with _at(device):
         device = torch.device(resolve_device(device))

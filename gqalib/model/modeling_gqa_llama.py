@@ -6,10 +6,8 @@ layer, and each decoder layer is built from its own entry of `config.per_layer_c
     {"3": {"num_attention_heads": 24, "num_key_value_heads": 6, "intermediate_size": 336, "o_proj_bias": true}, …}
 
 (transformers ≥ 5.15; layers that are not named have the global shape). `head_dim` is global and explicit. `o_proj_bias`
-and
-`down_proj_bias` give these two projections a bias of their own: Llama's `attention_bias` and `mlp_bias` would give one
-to
-q, k, v, gate and up as well.
+and `down_proj_bias` give these two projections a bias of their own: Llama's `attention_bias` and `mlp_bias` would give
+one to q, k, v, gate and up as well.
 
 This file imports nothing of gqalib: `save_pretrained` puts a copy beside the weights, so that
 `AutoModelForCausalLM.from_pretrained(folder)` works on a machine without gqalib for whoever lets it run that copy.
@@ -51,8 +49,8 @@ class GqaLlamaConfig(LlamaConfig):
 
 
 def build_layer(config: GqaLlamaConfig, index: int) -> LlamaDecoderLayer:
-    """A decoder layer from its own entry of `config.per_layer_config`: Llama's, with output biases where they are asked
-    for."""
+    """A decoder layer from its own entry of `config.per_layer_config`: Llama's, with output biases where they are
+    asked for."""
     layer = LlamaDecoderLayer(config, index)
     for block, name, wanted in (
         (layer.self_attn, "o_proj", config.o_proj_bias),

@@ -37,8 +37,8 @@ def feed(
     index: int,
     see: Mapping[nn.Linear, Callable[[torch.Tensor], object]],
 ) -> torch.Tensor:
-    """Carry the residual stream (None: the embeddings) through one layer, and show the inputs of its projections on the
-    way.
+    """Carry the residual stream (None: the embeddings) through one layer, and show the inputs of its projections on
+    the way.
 
     `see`: {projection: function of its inputs [tokens, features] of one batch, in float64}.
     """

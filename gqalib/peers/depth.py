@@ -28,8 +28,7 @@ def layer_removal(
     LLaMA, 2024).
 
     Choices: measured once on the dense model, as published, by `scores.removal_importance` (`removal`, if it is at
-    hand); as
-    many layers as come nearest to the fraction, at least one.
+    hand); as many layers as come nearest to the fraction, at least one.
     """
     _drop_least(model, removal_importance(model, windows) if removal is None else removal, fraction)
 

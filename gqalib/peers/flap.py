@@ -13,24 +13,19 @@ from gqalib.prune.refit import sublayers
 
 @peer
 def flap(model: nn.Module, windows: torch.Tensor, fraction: float, by_column: bool = True) -> None:
-    """FLAP (An et al., AAAI 2024), metric WIFV, structure AL-AM: one threshold over all layers and modules, and a bias
-    correction.
+    """FLAP (An et al., AAAI 2024), metric WIFV, structure AL-AM: one threshold over all layers and modules, and a
+    bias correction.
 
     A feature's score is the variance of the input times the squared norm of its column, Var(X_j) · ‖W_:,j‖², on the
-    dense
-    model; a head's is the mean of its features'. Scores are standardised within each module, and units are removed from
-    the lowest score up, each at its price in parameters. What the removed features gave on average, W · mean(X),
-    becomes a
-    bias of o_proj or down_proj. Every layer gets both biases, as in FLAP's code, and they count: the budget pays for
-    them.
+    dense model; a head's is the mean of its features'. Scores are standardised within each module, and units are
+    removed from the lowest score up, each at its price in parameters. What the removed features gave on average, W ·
+    mean(X), becomes a bias of o_proj or down_proj. Every layer gets both biases, as in FLAP's code, and they count: the
+    budget pays for them.
 
     Choices: as in FLAP's code, the scores of attention are squared, columns are standardised, then a head's are
-    averaged; without
-    `by_column` heads are averaged first, which the paper leaves open: much worse on the reference model, where it cuts
-    into the
-    first layer, and at some sizes better on stories260K. A module keeps at least its best unit; a unit that no longer
-    fits the
-    budget is passed over for the next.
+    averaged; without `by_column` heads are averaged first, which the paper leaves open: much worse on the reference
+    model, where it cuts into the first layer, and at some sizes better on stories260K. A module keeps at least its best
+    unit; a unit that no longer fits the budget is passed over for the next.
     """
     stream, parts, seen, costs = None, [], [], []
     for index, layer in enumerate(decoder_layers(model)):

@@ -18,13 +18,11 @@ def llm_pruner(
     """LLM-Pruner (Ma et al., NeurIPS 2023): first-order element-wise Taylor, Σ |W ⊙ G|, one shot.
 
     Heads are chosen by its own fold (`view(size, groups).sum(0)`, which credits KV head k with query heads k, k +
-    groups, …),
-    channels by gate, up and down. Its script for Llama-7B prunes layers 4 to 29 of 32: the first eighth and the last
-    sixteenth of the layers stay whole.
+    groups, …), channels by gate, up and down. Its script for Llama-7B prunes layers 4 to 29 of 32: the first eighth and
+    the last sixteenth of the layers stay whole.
 
     Choices: the chosen KV heads go with the query heads that read them; all of `windows` is used, not ten short
-    samples; a budget
-    that the unprotected layers cannot give is taken from all layers, and so is any without `protect`.
+    samples; a budget that the unprotected layers cannot give is taken from all layers, and so is any without `protect`.
     """
     plan = _plan(model, fraction, protect, multiple)
     backward(model, windows)

@@ -16,17 +16,16 @@ ROUNDS = 16  # of swaps at most
 
 @peer
 def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: int = 1) -> None:
-    """OSSCAR (Meng et al., ICML 2024), in compact form: units by least-squares reconstruction error, with local search,
-    and a refit.
+    """OSSCAR (Meng et al., ICML 2024), in compact form: units by least-squares reconstruction error, with local
+    search, and a refit.
 
     Front to back, at a uniform rate. With X the features that the model pruned so far feeds to o_proj or down_proj,
-    units are
-    eliminated greedily by the exact rise of min_V ‖X_S Vᵀ − X Wᵀ‖², then single swaps are made as long as they lower it
-    (`ROUNDS` at most); the projection becomes the minimiser V. Ridge: `RIDGE` of the mean diagonal of XᵀX.
+    units are eliminated greedily by the exact rise of min_V ‖X_S Vᵀ − X Wᵀ‖², then single swaps are made as long as
+    they lower it (`ROUNDS` at most); the projection becomes the minimiser V. Ridge: `RIDGE` of the mean diagonal of
+    XᵀX.
 
     Choices: the target is the dense weight on the pruned stream, as in the paper's formula (the dense model's own
-    output as
-    target did worse on stories260K); channels are eliminated 1/64 of the width at a time.
+    output as target did worse on stories260K); channels are eliminated 1/64 of the width at a time.
 
     Raises:
         InputError: fewer calibration tokens than the widest projection has features, or a Gram matrix that is not

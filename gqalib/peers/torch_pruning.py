@@ -19,16 +19,13 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float, 
     `prune_num_heads=True`).
 
     Inside each group the same number of query heads goes and all KV heads stay, so only q_proj and o_proj shrink, and
-    two
-    query heads of each group must stay (with one, version 1.6.1 takes the layer for MHA, asks for the KV heads as well,
-    and
-    then prunes nothing): the rest of the budget comes from the MLP, on a 2:1 model all of it. On MHA whole heads go.
-    What is
-    left has a smaller `num_key_value_groups` and is an uneven model like any other.
+    two query heads of each group must stay (with one, version 1.6.1 takes the layer for MHA, asks for the KV heads as
+    well, and then prunes nothing): the rest of the budget comes from the MLP, on a 2:1 model all of it. On MHA whole
+    heads go. What is left has a smaller `num_key_value_groups` and is an uneven model like any other.
 
     Choices: the library's `GroupTaylorImportance`, better than the magnitude of its Llama example; the hidden width
-    stays, which
-    that example cuts as well; the heads that go are spread over the layers to come as near to the fraction as they can.
+    stays, which that example cuts as well; the heads that go are spread over the layers to come as near to the fraction
+    as they can.
     """
     import torch_pruning as tp
 

@@ -55,8 +55,7 @@ def traced_without_rotation():
     graph.
 
     With two query heads per KV head torch-pruning 1.6.1 takes its concatenation for one of whole projections and then
-    follows
-    the graph without end. Where the unaltered trace ends, the groups are the same (tested).
+    follows the graph without end. Where the unaltered trace ends, the groups are the same (tested).
     """
     return patch.object(modeling_llama, "rotate_half", lambda x: x)
 
@@ -108,8 +107,8 @@ def pairing(
 ) -> list[tuple[int, int, int]]:
     """(query head, KV head that it reads, KV head that is its own) for every surviving query head, by original numbers.
 
-    What attention does after a cut: the heads that are left are renumbered, and KV head j serves the next
-    len(query) / len(kv) of them.
+    What attention does after a cut: the heads that are left are renumbered, and KV head j serves the next len(query) /
+    len(kv) of them.
 
     Raises:
         InputError: the counts do not divide; attention cannot run then, so nobody reads anything.

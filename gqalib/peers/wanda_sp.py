@@ -13,8 +13,8 @@ from gqalib.stream import advance
 
 @peer
 def wanda_sp(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: int = 1) -> None:
-    """Wanda-sp (An et al., AAAI 2024, from Sun et al., ICLR 2024): |W_ij| · ‖X_j‖ of o_proj and down_proj, summed over
-    a unit.
+    """Wanda-sp (An et al., AAAI 2024, from Sun et al., ICLR 2024): |W_ij| · ‖X_j‖ of o_proj and down_proj, summed
+    over a unit.
 
     The same rate in every layer, front to back: a layer reads what the layers before it, already pruned, give.
 

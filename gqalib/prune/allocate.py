@@ -1,18 +1,15 @@
 """Which module pays for a budget: a table of estimated costs, and the cheapest plan for it.
 
 The estimate. Let e be the error that a pruned and refitted sublayer makes in its output at a token, and g the gradient
-of the
-loss there. To second order, with the covariance of g in the place of the Hessian (Gauss–Newton; Martens & Grosse 2015),
-the loss
-rises by ½ E[(gᵀe)²] = ½ E[eᵀ G e]. That is what the weighted choice in `refit` lowers unit by unit, so one elimination
-of a module
+of the loss there. To second order, with the covariance of g in the place of the Hessian (Gauss–Newton; Martens & Grosse
+2015), the loss rises by ½ E[(gᵀe)²] = ½ E[eᵀ G e]. That is what the weighted choice in `refit` lowers unit by unit, so
+one elimination of a module
 from whole to nothing gives its cost at every level: a table of 2 × layers rows for one pass over the text. That whole
 layers may
 go is one more level: their cost is measured (`scores.removal_importance`, `CostTable.with_layers`).
 
 The plan. `cheapest` picks one level for each layer, exactly, so that the parameters that go reach the budget at the
-least total
-cost; the costs are added up, as if each error stood alone.
+least total cost; the costs are added up, as if each error stood alone.
 """
 
 import dataclasses
@@ -176,9 +173,8 @@ def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: i
     possible; exact.
 
     Dynamic programme over the sum of sizes, in units of their greatest common divisor: best(s) = the least cost of the
-    items so
-    far whose sizes add up to s. `costs` and `sizes` have an array [options] for each item. OutOfReach: nothing comes to
-    the target.
+    items so far whose sizes add up to s. `costs` and `sizes` have an array [options] for each item. OutOfReach: nothing
+    comes to the target.
     """
     unit = math.gcd(*(int(size) for item in sizes for size in item)) or 1
     best, chosen = np.full((target + slack) // unit + 1, np.inf), []

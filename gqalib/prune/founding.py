@@ -41,8 +41,7 @@ class Plan:
 
         Groups are coarse, so what their rounding leaves of the total is spread over the channels of all layers: the
         parameters removed meet Σ rate × size within one channel (or `channel_multiple`), as far as one unit per layer
-        stays.
-        Output biases count in `layer_sizes` but never go; channels go for them.
+        stays. Output biases count in `layer_sizes` but never go; channels go for them.
         """
         shapes = layer_shapes(model)
         kv_heads, widths = (
@@ -91,8 +90,7 @@ def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = (
     """The same rate for every layer that is not protected, so that `fraction` of the backbone goes.
 
     Whole groups come as near to the rate as they can; what their rounding leaves is spread over the channels of the
-    same
-    layers, so the budget is met within one channel. With a `multiple` each of these layers keeps a multiple of it.
+    same layers, so the budget is met within one channel. With a `multiple` each of these layers keeps a multiple of it.
 
     Raises:
         OutOfReach: more would go than layers that keep one group and one channel (or `multiple`) each can lose.
@@ -149,9 +147,8 @@ def prune(
     """Prune a model in place, front to back.
 
     `sequential`: the gradients of a layer are taken on the model pruned so far, as the founding document does; the
-    layers in front of
-    it are frozen, and what they give is kept, so a step costs only the layers from there on. Otherwise all scores come
-    from the dense model in one pass.
+    layers in front of it are frozen, and what they give is kept, so a step costs only the layers from there on.
+    Otherwise all scores come from the dense model in one pass.
 
     Args:
         windows: calibration text, token ids [count, length].
@@ -201,8 +198,8 @@ def prune(
 
 
 def check_plan(plan: Plan, model: nn.Module, whole_layers: bool = False) -> None:
-    """Raises InputError if the plan does not fit the model's layers, or leaves nothing of one (but for layers that may
-    go whole)."""
+    """Raises InputError if the plan does not fit the model's layers, or leaves nothing of one (but for layers that
+    may go whole)."""
     shapes = layer_shapes(model)
     if len(plan.groups) != len(shapes) or len(plan.channels) != len(shapes):
         raise InputError(

@@ -12,9 +12,8 @@ def layer_weights(importance: torch.Tensor, strategy: str = "inverse", alpha: fl
     """What the rates are proportional to, float64 [layers].
 
     inverse: (importance + ε)^−α, the founding document's; proportional: importance^α; uniform: 1. ε is a thousandth of
-    the mean
-    importance. A negative importance (removing the layer helps) counts as zero: the layer is as expendable as one
-    that does nothing, and the clip bounds then say how much of it goes.
+    the mean importance. A negative importance (removing the layer helps) counts as zero: the layer is as expendable as
+    one that does nothing, and the clip bounds then say how much of it goes.
 
     Raises:
         InputError: unknown strategy, or an importance that is not finite.
@@ -33,8 +32,8 @@ def layer_weights(importance: torch.Tensor, strategy: str = "inverse", alpha: fl
 def layer_rates(
     weights: torch.Tensor, sizes: torch.Tensor, mean_rate: float = 0.25, min_rate: float = 0.15, max_rate: float = 0.5
 ) -> torch.Tensor:
-    """Rates in proportion to `weights`, clipped to the bounds, whose size-weighted mean is exactly `mean_rate`; float64
-    [layers].
+    """Rates in proportion to `weights`, clipped to the bounds, whose size-weighted mean is exactly `mean_rate`;
+    float64 [layers].
 
     Water-filling: rate_l(c) = clip(c · w_l, min, max) grows with c, piecewise linearly, so the c that meets the mean is
     found between two breakpoints min/w_l, max/w_l.

@@ -1,28 +1,24 @@
 """Cut and mend: second-order choice of what goes, least-squares repair of what stays, one sweep from front to back.
 
 With X the inputs of `o_proj` or `down_proj` on calibration text, [tokens, features], Y the output that is wanted, W the
-dense
-weight [hidden, features], all sums in float64:
+dense weight [hidden, features], all sums in float64:
 
     H = XᵀX + λI,  B = YᵀX + λW         λ = damping × mean diagonal of XᵀX
     refit       W'_S = B_S H_SS⁻¹       the best weight on the kept features S, drawn towards W
     choice      start from W = B H⁻¹; remove the unit u with the least tr(G W_u (H⁻¹_uu)⁻¹ W_uᵀ),
-                correct W and H⁻¹, repeat
-                (optimal brain surgery, Hassibi & Stork 1993; in whole units: SlimGPT 2024); G is the covariance of the
-                loss'
-                gradient at the output (K-FAC's other factor), or I
+                correct W and H⁻¹, repeat (optimal brain surgery, Hassibi & Stork 1993; in whole units: SlimGPT 2024); G
+                is the covariance of the loss' gradient at the output (K-FAC's other factor), or I
 
 Y is what the dense model's residual stream is after this sublayer, less what the pruned model's stream is before it:
-each
-sublayer also repairs what those in front of it broke. The *input refit* does the same for q, k, v, gate and up before
-the cut: on
-the pruned stream they are to give what they gave on the dense one. After the cut they are refitted together, by
-Gauss–Newton,
-for the one thing that counts, the sublayer's output against Y; that and the refit of the output projection take turns.
+each sublayer also repairs what those in front of it broke. The *input refit* does the same for q, k, v, gate and up
+before
+the cut: on the pruned stream they are to give what they gave on the dense one. After the cut they are refitted
+together, by Gauss–Newton, for the one thing that counts, the sublayer's output against Y; that and the refit of the
+output projection take turns.
 
 Memory is for one sublayer at a time; `memory` has the sums. The weights of the layers done wait in host memory, so that
-an error leaves
-the model as it was. The weighted choice needs `scores.gradient_covariances`, a backward pass without weight gradients.
+an error leaves the model as it was. The weighted choice needs `scores.gradient_covariances`, a backward pass without
+weight gradients.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -293,8 +289,7 @@ def through(stream: Tensor, sublayer: Sublayer, current: Sequence[Call]) -> Tens
 
 
 def empty_like(stream: Tensor) -> Tensor:
-    """Room for another stream, pinned if this one is: pinned memory is lent again, and is copied without a
-    detour."""
+    """Room for another stream, pinned if this one is: pinned memory is lent again, and is copied without a detour."""
     return torch.empty_like(stream, pin_memory=stream.is_pinned())
 
 
@@ -313,8 +308,8 @@ def refit_inputs(sublayer: Sublayer, wanted: Sequence[Call], current: Sequence[C
 
 
 def output_moments(sublayer: Sublayer, current: Sequence[Call], target: Tensor) -> tuple[Moments, float]:
-    """XᵀX and YᵀX at `o_proj` or `down_proj`, Y: the target [count, length, hidden], less the bias if there is one; and
-    Σ‖output − target‖²."""
+    """XᵀX and YᵀX at `o_proj` or `down_proj`, Y: the target [count, length, hidden], less the bias if there is one;
+    and Σ‖output − target‖²."""
     moments, error, seen, bias = Moments(), 0.0, [], 0.0 if sublayer.output.bias is None else sublayer.output.bias
     hook = sublayer.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
@@ -362,12 +357,9 @@ def refit_together(
     """One Gauss–Newton step for q, k, v (or gate, up) together: Σ‖output − target‖² falls, or nothing changes.
 
     The output is linearised in the stacked weights V [rows, hidden], output ≈ output(V) + J·D, and JᵀJ D = Jᵀ(target −
-    output(V))
-    is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + λI of the normalised stream X: nothing
-    larger than V and
-    a batch. JᵀJ is taken from a `share` of the batches, as in Hessian-free optimisation (Martens 2010). A step that
-    does not help is
-    halved, three times at most.
+    output(V)) is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + λI of the normalised stream X:
+    nothing larger than V and a batch. JᵀJ is taken from a `share` of the batches, as in Hessian-free optimisation
+    (Martens 2010). A step that does not help is halved, three times at most.
 
     Returns `output_moments` of what the inputs have become.
     """
@@ -414,8 +406,8 @@ def _pull(
 
 @contextmanager
 def in_tf32(allowed: bool) -> Iterator[None]:
-    """Inside, a GPU may round the factors of float32 products to ten bits, which takes a sixth of the time, or may not.
-    A CPU does not."""
+    """Inside, a GPU may round the factors of float32 products to ten bits, which takes a sixth of the time, or may
+    not. A CPU does not."""
     backend = torch.backends.cuda.matmul
     before, backend.allow_tf32 = backend.allow_tf32, allowed
     try:
@@ -428,8 +420,7 @@ def conjugate_gradients(
     product: Callable[[Tensor], Tensor], residual: Tensor, factor: Tensor, num_steps: int
 ) -> Tensor:
     """D after some steps towards product(D) = residual, [rows, features]; preconditioned by LLᵀ, `factor` = L. All are
-    large: none
-    outlives its use."""
+    large: none outlives its use."""
     direction = torch.cholesky_solve(residual.T, factor).T
     result, size = torch.zeros_like(residual), (residual * direction).sum()
     for _ in range(num_steps):
@@ -560,8 +551,8 @@ def sweep(
 
 
 def embedded(model: nn.Module, windows: Tensor) -> Tensor:
-    """The residual stream before the first layer, in float32: targets are small differences of large numbers; pinned in
-    host memory."""
+    """The residual stream before the first layer, in float32: targets are small differences of large numbers; pinned
+    in host memory."""
     stream = at_least_float32(advance(model, None, windows, 0, 0))
     return stream.pin_memory() if is_streamed(model) and torch.cuda.is_available() else stream
 

@@ -127,15 +127,13 @@ def differentiate(
     by_layer: bool = False,
     divisor: float = 1.0,
 ) -> None:
-    """The gradient of the calibration loss (summed over tokens, over `divisor`), in steps: `each` is called with every
-    one and runs it.
+    """The gradient of the calibration loss (summed over tokens, over `divisor`), in steps: `each` is called with
+    every one and runs it.
 
     All layers at once, batch by batch: the activations of all layers are kept, of one batch. `by_layer`: the last layer
-    on all batches,
-    then the one below it, down to `lowest`. Only one layer's activations and gradients are kept at a time, beside the
-    streams
-    before each layer, [layers, count, length, hidden], in host memory; each layer runs forward twice. The gradients are
-    the same.
+    on all batches, then the one below it, down to `lowest`. Only one layer's activations and gradients are kept at a
+    time, beside the streams before each layer, [layers, count, length, hidden], in host memory; each layer runs forward
+    twice. The gradients are the same.
     """
     if by_layer:
         _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor)
@@ -185,8 +183,8 @@ def _backward_layer(run: Callable[[torch.Tensor], torch.Tensor], stream: torch.T
 
 
 def _one_layer_at_a_time(model: nn.Module, by_layer: bool | None) -> bool:
-    """`by_layer`, or what suits the model: layer by layer where memory is scarcer than time, on a GPU or with streamed
-    layers."""
+    """`by_layer`, or what suits the model: layer by layer where memory is scarcer than time, on a GPU or with
+    streamed layers."""
     return (model.device.type != "cpu" or is_streamed(model)) if by_layer is None else by_layer
 
 
@@ -206,12 +204,10 @@ def taylor_scores(
     together.
 
     As soon as the last gradient of a layer's attention or MLP has come, hooks take its scores and drop it. The gradient
-    is summed over
-    the text before its magnitude is taken, so with more than one batch (and layer) the text goes through layer by
-    layer, see
-    `differentiate`; `by_layer` True or False decides otherwise. Arguments as in `backward` and `group_scores`; no
-    `.grad` is left behind, and
-    the scores are those of `backward` with `group_scores` and `channel_scores`.
+    is summed over the text before its magnitude is taken, so with more than one batch (and layer) the text goes through
+    layer by layer, see `differentiate`; `by_layer` True or False decides otherwise. Arguments as in `backward` and
+    `group_scores`; no `.grad` is left behind, and the scores are those of `backward` with `group_scores` and
+    `channel_scores`.
 
     Raises:
         InputError: the loss or a gradient is not finite.
@@ -280,11 +276,9 @@ def fisher_scores(
     [intermediate_size])}.
 
     A mask of ones multiplies each group at `o_proj`'s input and each channel at `down_proj`'s; the score is the mean
-    over
-    windows of (∂ window's mean loss / ∂ mask)²: the diagonal Fisher information of the mask (Kwon et al. 2022). Other
-    arguments as in `backward` and `differentiate` (`by_layer` None: on a GPU). Activations and their gradients only:
-    the weights' `.grad` is
-    neither made nor touched.
+    over windows of (∂ window's mean loss / ∂ mask)²: the diagonal Fisher information of the mask (Kwon et al. 2022).
+    Other arguments as in `backward` and `differentiate` (`by_layer` None: on a GPU). Activations and their gradients
+    only: the weights' `.grad` is neither made nor touched.
 
     Raises:
         InputError: the loss or a score is not finite.
@@ -340,8 +334,7 @@ def gradient_covariances(
 
     G = mean over tokens of g gᵀ, g = ∂(summed loss) / ∂(output at that token): K-FAC's output factor (Martens & Grosse
     2015), in nats² per squared unit of the residual stream. No weight has a gradient. `by_layer` (default: on a GPU) as
-    in `differentiate`;
-    then the covariances wait in host memory. `progress` keeps them when they are done.
+    in `differentiate`; then the covariances wait in host memory. `progress` keeps them when they are done.
 
     Raises:
         InputError: the loss or a covariance is not finite.
@@ -501,8 +494,7 @@ def removal_importance(
     """Rise of the perplexity when a layer is replaced by the identity, float64 [layers]. It can be negative.
 
     With `cached_prefix` the stream before each layer is kept, so that only the layers above it are run again.
-    `progress` keeps
-    the layers' perplexities.
+    `progress` keeps the layers' perplexities.
     """
     progress, num_layers = progress.of("removal_importance", model, windows, cached_prefix), len(decoder_layers(model))
     perplexities, hidden_states = [], None

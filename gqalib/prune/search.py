@@ -1,12 +1,9 @@
 """Plans that are tried out: an evolution strategy on the cost table, and a search for the largest cut within a target.
 
 The cost table adds its estimates up; errors in different layers act together. An evolution strategy, (1 + 1) with
-Rechenberg's rule for
-the width of its steps, multiplies the table's rows by factors that differ smoothly from layer to layer. Every candidate
-is the cheapest
-plan for its factors, so all are in the budget, and is tried out: pruned by the whole sweep, and scored by KL to the
-dense logits on text
-that the sweep has not seen.
+Rechenberg's rule for the width of its steps, multiplies the table's rows by factors that differ smoothly from layer to
+layer. Every candidate is the cheapest plan for its factors, so all are in the budget, and is tried out: pruned by the
+whole sweep, and scored by KL to the dense logits on text that the sweep has not seen.
 """
 
 import copy
@@ -69,14 +66,12 @@ def evolve(
     """Search the factors of the table's rows for the plan whose model is nearest to the dense one.
 
     The first candidates are the uniform plan and the cheapest one; a step that helps makes the next 1.5 times as wide,
-    one that
-    does not makes it narrower, so that one in five helps.
+    one that does not makes it narrower, so that one in five helps.
 
     Args:
         scoring: windows [count, length] apart from the calibration text. candidates: sweeps in all, at least two.
         progress: keeps each candidate's score. All else, random numbers included, follows from scores and seed, and is
-        made again;
-            so a run with more candidates goes on as well.
+            made again; so a run with more candidates goes on as well.
 
     Raises:
         InputError: a fraction that no plan reaches.
@@ -104,8 +99,8 @@ def evolve(
 
 
 def smooth_noise(generator: np.random.Generator, num_layers: int) -> np.ndarray:
-    """Noise [2, layers] of variance about 1.5 that changes over an eighth of the depth, and moves attention and MLP as
-    a whole."""
+    """Noise [2, layers] of variance about 1.5 that changes over an eighth of the depth, and moves attention and MLP
+    as a whole."""
     length = max(1, num_layers // 8)
     kernel = np.full(length, length**-0.5)
     rows = [np.convolve(generator.standard_normal(num_layers + length - 1), kernel, "valid") for _ in range(2)]
@@ -131,8 +126,8 @@ def prune_to(
         progress: keeps the perplexity of each sweep, and the layers of the one that is `kept`'s.
 
     Returns:
-        One row per sweep: `fraction` of the backbone removed, `perplexity`, infinite where it is more than can go.
-        The model is that of the largest fraction within the target, made by one more sweep; as it was where none is.
+        One row per sweep: `fraction` of the backbone removed, `perplexity`, infinite where it is more than can go. The
+        model is that of the largest fraction within the target, made by one more sweep; as it was where none is.
 
     Raises:
         InputError: not one target but none or two, one not above the dense perplexity, one that no plan reaches, or as
@@ -184,8 +179,7 @@ def _between(low: tuple[float, float], high: tuple[float, float], dense: float, 
     """The next fraction to try, given fractions and their perplexities on both sides of the limit.
 
     The logarithm of the damage in nats grows about linearly with the fraction, so it is interpolated, a tenth of the
-    way off
-    the ends at least; half-way where an end has no damage or an infinite one.
+    way off the ends at least; half-way where an end has no damage or an infinite one.
     """
     damages = [math.log(value / dense) for value in (low[1], limit, high[1])]
     if damages[0] <= 0 or damages[2] == math.inf:

@@ -3,8 +3,7 @@
     loss = alpha · T² · KL(teacher || student) + (1 − alpha) · cross entropy          [nats per predicted token]
 
 with both distributions softened by the temperature T in the first term (Hinton, Vinyals & Dean 2015; T² keeps the size
-of
-the gradients). The loop, its optimisers and its checkpoints are those of `training`.
+of the gradients). The loop, its optimisers and its checkpoints are those of `training`.
 
 `recover` does it from folder to folder, which is `python -m gqalib distill`: alone, under `torchrun` or under
 `accelerate launch`.
@@ -66,16 +65,14 @@ def distill(
     train all weights, load the student in float32: bfloat16 rounds small steps away.
 
     Several processes call it with the same arguments, a teacher each and one `folder` that all see. They share the
-    micro-batches of each
-    step, so a step sees the same tokens as in one process and differs by rounding. Under FSDP 2 the student comes back
-    in shards (and with
-    its adapter): what was trained is in `folder`, from where `trained_student` reads it.
+    micro-batches of each step, so a step sees the same tokens as in one process and differs by rounding. Under FSDP 2
+    the student comes back in shards (and with its adapter): what was trained is in `folder`, from where
+    `trained_student` reads it.
 
     Args:
         teacher: the dense model, which never changes; on any device; it may be None where `alpha` is 0.
         train_batches: token ids [count, length], shuffled anew for each pass; or a function from the number of tokens
-        seen
-            to the next batch, token ids [rows, length] or `input_ids`, `labels` and, with padding on the right,
+            seen to the next batch, token ids [rows, length] or `input_ids`, `labels` and, with padding on the right,
             `attention_mask`. Where `labels` is −100 (a prompt, padding) neither loss is taken. See
             `instruction_batches`.
         micro_tokens: how many tokens go through the models at once: what memory and caches like.
@@ -83,14 +80,12 @@ def distill(
 
     Returns:
         One row per optimiser step: `tokens` seen, `loss`, its terms `kl` (with T²; none at alpha 0) and
-        `cross_entropy`,
-        `learning_rate` (Muon's if it runs), `seconds`.
+        `cross_entropy`, `learning_rate` (Muon's if it runs), `seconds`.
 
     Raises:
         InputError: a teacher is missing or has another vocabulary, there is no text, a matrix has fewer rows than there
-        are shards, or the
-            loss or its gradient became infinite or NaN; then the student is as it was at the last checkpoint, at worst
-            as it came.
+            are shards, or the loss or its gradient became infinite or NaN; then the student is as it was at the last
+            checkpoint, at worst as it came.
     """
     _check(student, teacher, train_batches, settings)
     if settings.num_tokens == 0:
@@ -290,12 +285,11 @@ def _micro_batches(
 
 
 def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
-    """Teach a pruned model with the logits of a preset's model, its text and `distillation`, and save the result, whole
-    or not at all.
+    """Teach a pruned model with the logits of a preset's model, its text and `distillation`, and save the result,
+    whole or not at all.
 
     In several processes every one calls it; the main one writes. The training lives in a folder beside `out` until
-    then, so the same call
-    goes on where a killed run was saved.
+    then, so the same call goes on where a killed run was saved.
 
     Args:
         source: a pruned model's folder.

@@ -1,8 +1,7 @@
 """LoRA recovery: peft adapts, trl trains, the result merges back into a plain model.
 
 `recover` does it from folder to folder, which is `python -m gqalib recover`: alone, under `torchrun` or under
-`accelerate launch`, whose
-settings (plain data parallel, FSDP) reach trl by themselves.
+`accelerate launch`, whose settings (plain data parallel, FSDP) reach trl by themselves.
 """
 
 import dataclasses
@@ -47,15 +46,12 @@ def finetune_lora(
     Every linear module of the layers is adapted (`all-linear`; lm_head never is). The base weights do not change. The
     state
     lives in `folder`: the same call goes on where a killed run was saved, and finds the adapter of one that ended;
-    another
-    run begins there anew.
+    another run begins there anew.
 
     Several processes (`torchrun`, `accelerate launch`) call it with the same arguments and one `folder` that all see.
-    They share the
-    micro-batches of each step, so a step sees the same rows as in one process and differs by rounding (and by the
-    dropout masks, if there
-    is dropout); where a pass ends with fewer micro-batches than processes, the others repeat its first rows. trl's DDP
-    or FSDP wraps the
+    They share the micro-batches of each step, so a step sees the same rows as in one process and differs by rounding
+    (and by the dropout masks, if there is dropout); where a pass ends with fewer micro-batches than processes, the
+    others repeat its first rows. trl's DDP or FSDP wraps the
     model. Under FSDP the model that comes back is in shards: the whole adapter is what `trained_adapter` reads.
 
     Args:
@@ -247,12 +243,11 @@ def trained_adapter(folder: Path) -> dict[str, torch.Tensor] | None:
 
 
 def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
-    """Train an adapter on a model with a preset's instructions and `recovery`, and save the two merged, whole or not at
-    all.
+    """Train an adapter on a model with a preset's instructions and `recovery`, and save the two merged, whole or not
+    at all.
 
     In several processes every one calls it; the main one merges and writes. The training lives in a folder beside `out`
-    until then, so
-    the same call goes on where a killed run was saved.
+    until then, so the same call goes on where a killed run was saved.
 
     Args:
         source: a pruned model's folder.

@@ -128,8 +128,8 @@ def initial_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
 def deepen(model: LlamaForCausalLM, num_hidden_layers: int) -> LlamaForCausalLM:
     """A deeper model that computes nearly the same: each layer becomes k consecutive copies, each adding 1/k of it.
 
-    Growth in depth: Du et al., "Stacking Your Transformers" (NeurIPS 2024); the 1/k reads the residual stream as
-    an Euler scheme with k times the steps, so that the loss does not jump.
+    Growth in depth: Du et al., "Stacking Your Transformers" (NeurIPS 2024); the 1/k reads the residual stream as an
+    Euler scheme with k times the steps, so that the loss does not jump.
     """
     old = model.config.num_hidden_layers
     if num_hidden_layers % old:
@@ -252,8 +252,8 @@ def descend(
     checkpoint_s: float = 300,
     watch: Callable[[nn.Module, int], None] = lambda model, tokens_seen: None,
 ) -> nn.Module:
-    """Optimiser steps until `recipe.num_tokens` are seen; one line of `folder / "log.jsonl"` each, a checkpoint now and
-    then.
+    """Optimiser steps until `recipe.num_tokens` are seen; one line of `folder / "log.jsonl"` each, a checkpoint now
+    and then.
 
     Args:
         recipe: `num_tokens` and what `rate_at` reads.
@@ -339,8 +339,8 @@ def _share(batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the processor has instructions for it: without, as on many a laptop, products in bf16 are 40 times slower
-    than in float32."""
+    """Whether the processor has instructions for it: without, as on many a laptop, products in bf16 are 40 times
+    slower than in float32."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -388,8 +388,8 @@ def _begin(recipe: Recipe, device: str, start_from: Path | None):
 
 
 def save_checkpoint(folder: Path, model: nn.Module, opts, tokens_seen: int) -> None:
-    """What is trained and the optimisers' state. `state.json` is replaced before the last checkpoint goes, so it always
-    names a whole one.
+    """What is trained and the optimisers' state. `state.json` is replaced before the last checkpoint goes, so it
+    always names a whole one.
 
     Every process calls it; the main one writes, whole tensors, so that any number of processes can go on.
     """
@@ -444,8 +444,8 @@ def load_checkpoint(folder: Path, model: nn.Module, opts) -> int:
 
 
 def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A whole tensor as a parameter is: its device, its shards. AdamW's number of steps stays on the CPU, as AdamW has
-    it."""
+    """A whole tensor as a parameter is: its device, its shards. AdamW's number of steps stays on the CPU, as AdamW
+    has it."""
     return as_sharded(value.to(parameter.device), parameter) if value.ndim else value
 
 

@@ -241,8 +241,8 @@ OPTIONS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 a notebook or a run of a grid failed, 2 bad input, 3 a notebook's process was
-    killed, 130 interrupted."""
+    """Returns the exit status: 0 done, 1 a notebook or a run of a grid failed, 2 bad input, 3 a notebook's process
+    was killed, 130 interrupted."""
     options = parser().parse_args(arguments)
     try:
         return int(options.call(options) or 0)

@@ -9,10 +9,9 @@ A corpus name is one of
     random-tokens  words that mean nothing, for runs that measure cost: `shape:` models know them
     file:PATH      anybody's own text, JSON or JSONL (a `text` field)
 
-and every corpus has the splits `train` (calibration and training), `validation` and `test`.
-Documents are plain strings. Separate ones (a module, a story) are encoded one by one; the rows of a running text
-(WikiText-2,
-a file in paragraphs) are first joined by blank lines. `windows` cuts what the model reads.
+and every corpus has the splits `train` (calibration and training), `validation` and `test`. Documents are plain
+strings. Separate ones (a module, a story) are encoded one by one; the rows of a running text (WikiText-2, a file in
+paragraphs) are first joined by blank lines. `windows` cuts what the model reads.
 """
 
 from __future__ import annotations
@@ -181,8 +180,8 @@ def _digest(text: str) -> str:
 
 
 def random_tokens(split: str) -> Iterator[str]:
-    """Documents of `RANDOM_WORDS` words w2, w3, … that are drawn evenly, the eighth a full stop; the same in every run,
-    no two alike."""
+    """Documents of `RANDOM_WORDS` words w2, w3, … that are drawn evenly, the eighth a full stop; the same in every
+    run, no two alike."""
     draw = random.Random(split)
     for _ in range(RANDOM_DOCUMENTS):
         words = [f"w{number}" for number in draw.choices(range(2, RANDOM_VOCABULARY), k=RANDOM_WORDS)]
@@ -226,8 +225,7 @@ def token_ids(documents: Iterator[str], tokenizer, num_tokens: int | None = None
     """Token ids of separate documents, one after the other, int64 of shape [tokens]; stops after `num_tokens`.
 
     Each is encoded with the marks that the tokenizer itself puts around a text (`<s>` for Llama); where it puts none,
-    the
-    end-of-text token follows each document.
+    the end-of-text token follows each document.
     """
     marked = bool(_encode(tokenizer, "", add_special_tokens=True))
     end = [] if marked else [tokenizer.eos_token_id]
@@ -302,8 +300,7 @@ def evaluation_windows(
     window of this one.
 
     They are spread over `SPREAD` times as much text: neighbouring windows are of one document, and a sample of few
-    documents says
-    little about the others.
+    documents says little about the others.
 
     Raises:
         InputError: the split has not enough tokens for one window, or for another sample.
@@ -314,8 +311,8 @@ def evaluation_windows(
 
 
 def training_windows(corpus: str, tokenizer, length: int, num_tokens: int) -> torch.Tensor:
-    """Windows [count, length] of the training split, `num_tokens` in all (fewer if the text is shorter), one after the
-    other.
+    """Windows [count, length] of the training split, `num_tokens` in all (fewer if the text is shorter), one after
+    the other.
 
     Raises:
         InputError: the split has not enough tokens for one window.
@@ -328,9 +325,9 @@ def training_windows(corpus: str, tokenizer, length: int, num_tokens: int) -> to
 def instructions(name: str, split: str, corpus: str, num_rows: int | None = None) -> list[dict[str, str]]:
     """Rows of `prompt` and `completion` to learn from.
 
-    `python-docs`: "Describe `package.module.name`." and its docstring; `alpaca-cleaned`;
-    `file:PATH`: JSON or JSONL rows of instruction, input, output; `corpus`: documents of the preset's own corpus,
-    each to be continued from its first sentence.
+    `python-docs`: "Describe `package.module.name`." and its docstring; `alpaca-cleaned`; `file:PATH`: JSON or JSONL
+    rows of instruction, input, output; `corpus`: documents of the preset's own corpus, each to be continued from its
+    first sentence.
     """
     if name == "python-docs":
         rows = _described(split)

@@ -1,11 +1,10 @@
-"""A grid of presets × overrides × seeds, checked before anything starts; Ray Tune runs it, and one table and one figure
-say what came of it.
+"""A grid of presets × overrides × seeds, checked before anything starts; Ray Tune runs it, and one table and one
+figure say what came of it.
 
 Every run is `python -m gqalib run` in a process and a folder of its own, so that a grid that is started again keeps
-what is finished.
-On a cluster the project, its environment and the grid's folder must lie at the same place on every machine; `ray start`
-wants
-RAY_process_group_cleanup_enabled=1, and a cluster that asks for a token is reached with RAY_AUTH_MODE=token.
+what is finished. On a cluster the project, its environment and the grid's folder must lie at the same place on every
+machine; `ray start` wants RAY_process_group_cleanup_enabled=1, and a cluster that asks for a token is reached with
+RAY_AUTH_MODE=token.
 """
 
 import contextlib
@@ -250,8 +249,8 @@ def tune_all(jobs: list[Series], grid: Grid, address: str | None = None) -> None
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[Any]:
-    """Ray on this machine, in a folder that goes with it, or on a running cluster; yields Tune, and the machines there
-    are."""
+    """Ray on this machine, in a folder that goes with it, or on a running cluster; yields Tune, and the machines
+    there are."""
     os.environ.update(ENVIRONMENT)
     if not address:  # a password for this grid alone; Ray would leave one in the home folder
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -2,8 +2,7 @@
 
 A notebook holds one `Notebook`: it reads the preset, finds upstream records, collects metrics, tables and figures, and
 writes everything at the very end, atomically. A notebook that was killed leaves no record, but it does leave its
-progress, from
-which the next run goes on.
+progress, from which the next run goes on.
 """
 
 import contextlib
@@ -148,8 +147,8 @@ def seconds_of(name: str, preset: str) -> float:
 
 
 def code_used(path: Path) -> str:
-    """`code_hash` of a notebook, which stands in the working folder or in the repository; of the whole library where it
-    is in neither."""
+    """`code_hash` of a notebook, which stands in the working folder or in the repository; of the whole library where
+    it is in neither."""
     place = next((p for p in (path, NOTEBOOKS / path.name) if p.is_file()), None)
     cells = nbformat.read(place, as_version=4).cells if place else []
     return code_hash(
@@ -159,8 +158,8 @@ def code_used(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(run_dir: Path, shared: bool = False) -> Iterator[None]:
-    """One runner at a time in a folder, or notebooks that are open (`shared`); the lock goes with the process, however
-    it ends."""
+    """One runner at a time in a folder, or notebooks that are open (`shared`); the lock goes with the process,
+    however it ends."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("w")
@@ -241,8 +240,8 @@ class Notebook:
         return read_record(path)
 
     def made(self, model: str, notebook: str) -> Path:
-        """The folder of a model that an earlier notebook made, in this run or the preset's plain one; if it is missing,
-        that is made up for."""
+        """The folder of a model that an earlier notebook made, in this run or the preset's plain one; if it is
+        missing, that is made up for."""
         for folder in dict.fromkeys((self.run_dir, default_run_dir(self.parameters["name"]))):
             with contextlib.suppress(InputError):
                 stands_for(read_record(folder / f"{notebook}.json"), self.parameters, self.seed)
@@ -271,8 +270,8 @@ class Notebook:
         of: Sequence[str] = (),
         **options: Any,
     ) -> Iterator[memory.Peak]:
-        """A long step: states the memory that it needs before it begins, or refuses; states what it took, and lists it
-        in the record.
+        """A long step: states the memory that it needs before it begins, or refuses; states what it took, and lists
+        it in the record.
 
         Args:
             name: one of `memory.STAGES`, or anything if it consists of several: `of`. shape: (windows, length) that go

@@ -1,8 +1,7 @@
 """Presets: everything that a run depends on, as data, checked once where it enters.
 
 A preset is a YAML file in `gqalib/run/presets/`; an override is a dotted name and a value, `{"pruning.mean_rate":
-0.5}`.
-Unknown names, wrong types and impossible values are errors that name value and fix.
+0.5}`. Unknown names, wrong types and impossible values are errors that name value and fix.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables, the
-report."""
+"""What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables,
+the report."""
 
 import re
 import shutil
@@ -36,14 +36,14 @@ def results_table(record: dict[str, Any]) -> pd.DataFrame:
 
 
 def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Perplexity relative to dense, methods down and fractions of the backbone removed across, as 08_frontier recorded
-    it."""
+    """Perplexity relative to dense, methods down and fractions of the backbone removed across, as 08_frontier
+    recorded it."""
     return frontier.as_table(pd.DataFrame(record["tables"]["frontier"])).reset_index()
 
 
 def cost_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as `at_size` recorded
-    it."""
+    """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as `at_size`
+    recorded it."""
     table = pd.DataFrame(record["tables"]["speed"])
     table = table[table["model"] != "dense"]
     measured = [

@@ -4,12 +4,9 @@
     loss = progress.once("layer-3", lambda: perplexity(model, windows))    # computed, or read from an earlier run
 
 A *part* is what JSON can say (numbers come back bit for bit, infinite ones too) or a dict of tensors (safetensors). It
-appears
-whole or not at all. A resumed run reads the parts that are there and computes the others, so its result is that of a
-run that
-was never interrupted, as long as whoever computes a part leaves nothing else behind; where random numbers are drawn,
-the
-generator's state belongs into the part.
+appears whole or not at all. A resumed run reads the parts that are there and computes the others, so its result is that
+of a run that was never interrupted, as long as whoever computes a part leaves nothing else behind; where random numbers
+are drawn, the generator's state belongs into the part.
 """
 
 import ast
@@ -169,8 +166,8 @@ def _bare(source: str) -> str:
 
 
 def digest(*things: Any) -> str:
-    """A hash of models (configuration, parameters), tensors, arrays, dataclasses, numbers, text, and lists and dicts of
-    them.
+    """A hash of models (configuration, parameters), tensors, arrays, dataclasses, numbers, text, and lists and dicts
+    of them.
 
     Raises:
         TypeError: something else; two of those could not be told apart.
