@@ -6,7 +6,7 @@ import torch
 
 from gqalib import InputError
 from gqalib.model import load
-from gqalib.run import corpora
+from gqalib.run import corpora, instructions, python_docs
 
 
 class Words:
@@ -23,7 +23,7 @@ class Words:
 
 def test_docstrings_with_their_signatures():
     source = '"""Top."""\nclass A:\n    """About A."""\n    def f(self, x, *, y=1):\n        """Do f.\n\n        More.\n        """\ndef g(): pass\n'
-    assert list(corpora.docstrings(source)) == [
+    assert list(python_docs.docstrings(source)) == [
         ("", "Top."),
         ("class A", "About A."),
         ("A.f(self, x, y)", "Do f.\n\nMore."),
@@ -31,25 +31,25 @@ def test_docstrings_with_their_signatures():
 
 
 def test_splits_are_fixed_disjoint_and_cover_everything():
-    names = [name for name, _ in corpora.source_files()]
+    names = [name for name, _ in python_docs.source_files()]
     assert len(names) > 2000 and len(set(names)) == len(names)
-    splits = {split: {n for n in names if corpora.split_of(n) == split} for split in corpora.SPLITS}
+    splits = {split: {n for n in names if python_docs.split_of(n) == split} for split in corpora.SPLITS}
     assert sum(map(len, splits.values())) == len(names)
     assert 0.02 < len(splits["test"]) / len(names) < 0.06
-    assert corpora.split_of("numpy/__init__.py") == corpora.split_of("numpy/__init__.py")
+    assert python_docs.split_of("numpy/__init__.py") == python_docs.split_of("numpy/__init__.py")
 
 
 def test_no_test_paragraph_is_in_the_training_text(monkeypatch):
-    files = corpora.source_files()
-    held = [f for f in files if corpora.split_of(f[0]) != "train"][:60]
-    trained = [f for f in files if corpora.split_of(f[0]) == "train"][:400]
-    monkeypatch.setattr(corpora, "source_files", lambda: held + trained)
-    test = {p.strip() for d in corpora.python_docs("test") for p in d.split("\n\n") if len(p) > 60}
-    train = [p.strip() for d in corpora.python_docs("train") for p in d.split("\n\n")]
+    files = python_docs.source_files()
+    held = [f for f in files if python_docs.split_of(f[0]) != "train"][:60]
+    trained = [f for f in files if python_docs.split_of(f[0]) == "train"][:400]
+    monkeypatch.setattr(python_docs, "source_files", lambda: held + trained)
+    test = {p.strip() for d in python_docs.python_docs("test") for p in d.split("\n\n") if len(p) > 60}
+    train = [p.strip() for d in python_docs.python_docs("train") for p in d.split("\n\n")]
     assert len(test) > 50 and len(train) > 500
     assert not test.intersection(train)
     docstrings = [
-        p for d in corpora.python_docs("train") if d not in set(corpora.language_reference()) for p in d.split("\n\n")
+        p for d in python_docs.python_docs("train") if d not in set(python_docs.language_reference()) for p in d.split("\n\n")
     ]
     assert len([p for p in docstrings if len(p) > 200]) == len({p for p in docstrings if len(p) > 200})
 
@@ -95,8 +95,8 @@ def test_running_text_is_encoded_in_one_piece(tmp_path):
 
 @pytest.mark.parametrize(("word", "most"), [("four", 6), ("a word of many letters".replace(" ", ""), 24)])
 def test_no_more_of_a_running_text_is_encoded_than_its_tokens_need(word, most, monkeypatch):
-    encoded, encode = [], corpora._encode
-    monkeypatch.setattr(corpora, "_encode", lambda _, text, **how: encoded.append(len(text)) or encode(_, text, **how))
+    encoded, encode = [], corpora.encode
+    monkeypatch.setattr(corpora, "encode", lambda _, text, **how: encoded.append(len(text)) or encode(_, text, **how))
     ids = corpora.running_text_ids(iter([f"{word} {word}"] * 9999), Words(99), 1000)
     assert ids.tolist() == [99] + [1 + len(word)] * 999 and max(encoded) < 1.3 * most * 1000
 
@@ -128,14 +128,14 @@ def test_json_corpora(tmp_path, suffix, dump):
 def test_alpaca_rows(tmp_path):
     path = tmp_path / "alpaca.json"
     path.write_text(json.dumps([{"instruction": "Add.", "input": "1 1", "output": "2"}] * 10))
-    row = corpora.instructions(f"file:{path}", "train", "", 1)[0]
+    row = instructions.instructions(f"file:{path}", "train", "", 1)[0]
     assert row == {"prompt": "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n", "completion": "2"}
 
 
 def test_instructions_from_the_corpus_itself(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("<|endoftext|>".join(["One day. Tom ran away.", "No end"] * 10))
-    rows = corpora.instructions("corpus", "train", f"file:{path}")
+    rows = instructions.instructions("corpus", "train", f"file:{path}")
     assert rows[0] == {"prompt": "One day. ", "completion": "Tom ran away."} and len(rows) == 8
 
 
@@ -183,7 +183,7 @@ def test_a_text_that_cannot_be_read_is_one_sentence(name, content, says, tmp_pat
 def test_instructions_need_instructions(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "a"}')
     with pytest.raises(InputError, match="must hold rows with text in the fields instruction and output"):
-        corpora.instructions(f"file:{tmp_path / 't.jsonl'}", "train", "")
+        instructions.instructions(f"file:{tmp_path / 't.jsonl'}", "train", "")
 
 
 def test_a_missing_text_is_one_sentence():
@@ -206,7 +206,7 @@ def test_a_hub_that_breaks_off_is_one_sentence(monkeypatch):
     with pytest.raises(InputError, match="corpus allenai/c4" + says):
         list(corpora.read_corpus("c4", "train"))
     with pytest.raises(InputError, match="instructions yahma/alpaca-cleaned" + says):
-        corpora.instructions("alpaca-cleaned", "train", "")
+        instructions.instructions("alpaca-cleaned", "train", "")
 
 
 def test_samples_share_no_row():
@@ -233,7 +233,7 @@ def test_random_tokens_are_words_of_every_shape_and_the_same_each_time():
     windows = corpora.evaluation_windows("random-tokens", "test", tokenizer, 64, 640)
     counts = windows.flatten().bincount(minlength=512)
     assert windows.shape == (10, 64) and windows.max() < 512 and (counts[:2] <= 10).all() and (counts > 0).sum() > 300
-    (row,) = corpora.instructions("corpus", "train", "random-tokens", 1)
+    (row,) = instructions.instructions("corpus", "train", "random-tokens", 1)
     assert (
         len(tokenizer(row["prompt"])["input_ids"]) == 8
         and row["prompt"].strip().endswith(".")

@@ -31,7 +31,7 @@ from gqalib.model.load import (
     to_device,
 )
 from gqalib.recover import lora
-from gqalib.run import corpora
+from gqalib.run import corpora, instructions
 
 
 @pytest.fixture
@@ -350,7 +350,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_rows(tokenizer, tmp_path)
         with pytest.raises(InputError, match=says):
             encode(iter(["a", "a[PAD]"]), loaded)
     with pytest.raises(InputError, match=says):
-        corpora.examples([{"prompt": "a", "completion": "[PAD]"}], loaded, 9)
+        instructions.examples([{"prompt": "a", "completion": "[PAD]"}], loaded, 9)
     for mark in ("[PAD]", None):
         tokenizer.eos_token = mark
         tokenizer.save_pretrained(tmp_path)

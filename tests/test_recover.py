@@ -19,7 +19,8 @@ from gqalib.model import surgery
 from gqalib.model.load import REPOSITORY, load_model, load_tokenizer, save_model
 from gqalib.recover import lora
 from gqalib.run.cli import main, overrides
-from gqalib.run.corpora import END_OF_DOCUMENT, instructions, training_windows
+from gqalib.run.corpora import END_OF_DOCUMENT, training_windows
+from gqalib.run.instructions import instructions
 from gqalib.run.presets import load_preset
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}

@@ -1,6 +1,7 @@
 """Llamas in a .gguf file, which becomes a plain folder of safetensors once; transformers dequantises it."""
 
-import json
+import hashlib
+import os
 import tempfile
 from pathlib import Path
 
@@ -19,8 +20,7 @@ def gguf_folder(file: Path) -> Path:
     Raises:
         InputError: the file is no Llama, of a quantisation that transformers cannot read, or broken.
     """
-    stat = file.stat()
-    folder = MODELS / f"{file.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    folder = MODELS / f"{file.stem}-{_mark(file)}"
     if folder.is_dir():
         return folder
     print(f"making a folder of safetensors of {file.name}: {folder.relative_to(REPOSITORY)}", flush=True)
@@ -32,6 +32,16 @@ def gguf_folder(file: Path) -> Path:
         if not folder.is_dir():
             whole.rename(folder)
     return folder
+
+
+def _mark(file: Path) -> str:
+    """A hash of the file's beginning (metadata and shapes), its end (weights) and its size: all of it takes too long."""
+    with file.open("rb") as data:
+        size = data.seek(0, os.SEEK_END)
+        data.seek(max(0, size - 2**20))
+        end = data.read()
+        data.seek(0)
+        return hashlib.sha256(data.read(2**20) + end + str(size).encode()).hexdigest()[:12]
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -48,4 +58,3 @@ def _convert(file: Path, folder: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    (folder / "source.json").write_text(json.dumps({"file": file.name, "bytes": file.stat().st_size}))

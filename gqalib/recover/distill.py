@@ -38,7 +38,8 @@ from gqalib.parallel import in_shards, is_in_shards, is_one_of_several, processe
 from gqalib.recover.lora import into_folder, lora_config, merge, summary
 from gqalib.reference import training
 from gqalib.reference.training import Batch, as_inputs
-from gqalib.run.corpora import examples, training_windows
+from gqalib.run.corpora import training_windows
+from gqalib.run.instructions import examples
 from gqalib.run.presets import Distillation, Preset
 from gqalib.run.resume import code_hash, digest
 

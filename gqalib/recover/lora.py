@@ -27,7 +27,7 @@ from gqalib.errors import InputError, new_folder
 from gqalib.measure import memory
 from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.parallel import is_one_of_several, total_over_ranks
-from gqalib.run.corpora import examples, instructions
+from gqalib.run.instructions import examples, instructions
 from gqalib.run.presets import Preset, Recovery
 from gqalib.run.resume import Progress, code_hash, digest, replacing
 

