@@ -139,16 +139,15 @@ import accelerate.accelerator
 accelerate.accelerator.fsdp2_prepare_model = report
 """
 STOP_AFTER_SIX_STEPS = """
-from gqalib.reference import training
-
-def step(*args):
-    steps.append(args)
-    if len(steps) > 6:
+def step(self, *args, **options):
+    if self.state.global_step == 6:
         raise KeyboardInterrupt
-    return whole_step(*args)
+    return whole_step(self, *args, **options)
 
-steps, whole_step, training.step = [], training.step, step
-training.total_over_ranks = lambda number: 1  # a checkpoint is due after every step
+if "LOCAL_RANK" in os.environ:  # not in the launcher
+    import transformers
+
+    whole_step, transformers.Trainer.training_step = transformers.Trainer.training_step, step
 """
 
 
@@ -162,6 +161,8 @@ def in_shards(arguments, site, folder, more="", succeeds=True):
     said = in_two(
         arguments, site, folder, "--config_file", str(config), succeeds=succeeds, ACCELERATE_TORCH_DEVICE="cpu"
     )
+    if not succeeds:
+        return said
     shares = [float((site / f"share{rank}").read_text()) for rank in range(2)]
     assert sum(shares) == pytest.approx(1) and max(shares) < 0.6
     return said
@@ -219,7 +220,7 @@ def test_accumulation_is_shared():
 
 # ---------------------------------------------------------------- distill
 
-TEACHING = ["num_tokens=1200", "batch_tokens=100", "warmup_steps=1", "muon_lr=0.01", "adamw_lr=1e-2"]
+TEACHING = ["num_tokens=960", "batch_tokens=80", "warmup_steps=1", "muon_lr=0.01", "adamw_lr=1e-2"]
 
 
 @pytest.fixture
@@ -259,7 +260,7 @@ def test_shards_are_taught_as_one_also_when_they_are_stopped(lessons, site, tmp_
     two = [*lessons, "--out", str(tmp_path / "two")]
     assert main([*lessons, "--out", str(tmp_path / "one")]) == 0
     assert "the same command goes on" in in_shards(two, site, tmp_path, STOP_AFTER_SIX_STEPS, succeeds=False)
-    assert json.loads((tmp_path / "two.training" / "state.json").read_text())["tokens_seen"] == 600
+    assert [path.name for path in (tmp_path / "two.training").glob("checkpoint-*")] == ["checkpoint-6"]
     in_shards(two, site, tmp_path)
     check_taught(tmp_path, 1e-5)
 

@@ -43,7 +43,7 @@ from gqalib.errors import InputError
 from gqalib.measure.cost import Used, free_bytes, measured, weight_bytes
 from gqalib.model import attention
 from gqalib.model.shapes import decoder_layers, layer_shapes
-from gqalib.reference.training import bf16_is_fast
+from gqalib.device import bf16_is_fast
 from gqalib.run.presets import Distillation, Recovery
 from gqalib.stream import is_streamed
 
@@ -327,11 +327,12 @@ def _adapter(m: Shape, r: int) -> Terms:
 
 def _distillation(case: _Case) -> Terms:
     """Gradients; Muon's momentum s per weight of the layers, AdamW's two moments for the rest; or LoRA's adapter;
-    what all layers save for a batch; eleven times the logits in float32. Where products are in bf16, so are the
+    what all layers save for a batch; student's and teacher's logits. Where products are in bf16, so are the
     activations, and there are copies of the weights, 2 bytes each. On a CPU also the probabilities of
     `attention.blocked`: per layer and token h times half of the keys, in float32."""
     m, settings = case.shape, case.settings or Distillation()
-    in_bf16, saved = bf16_is_fast(torch.device(case.device)), 8 * m.d + 2 * (2 * m.d + 3 * m.q + 2 * m.k + 4 * m.f)
+    in_bf16 = settings.dtype == "bfloat16" or settings.dtype == "auto" and bf16_is_fast(torch.device(case.device))
+    saved = 8 * m.d + 2 * (2 * m.d + 3 * m.q + 2 * m.k + 4 * m.f)
     keys = min(case.length, (case.length + attention.BLOCK) / 2)
     probabilities = case.in_host * m.h * keys * (4 + 2 * in_bf16)  # and in bf16
     by_muon = m.L * m.layer * m.s if settings.muon_lr else 0
@@ -341,7 +342,7 @@ def _distillation(case: _Case) -> Terms:
         **(_adapter(m, settings.lora_r) if settings.lora_r else learning),
         "weights in bf16": m.weights / 2 if in_bf16 and m.s == 4 else 0,
         "activations": case.n * m.L * ((saved if in_bf16 else m.saved(trained=True)) + probabilities),
-        "logits": 44 * case.n * m.V,
+        "logits": 2 * (2 if in_bf16 else 4) * case.n * m.V,
     }
 
 
