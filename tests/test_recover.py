@@ -17,7 +17,7 @@ from gqalib.measure import memory
 from gqalib.measure.perplexity import kl_to
 from gqalib.model import surgery
 from gqalib.model.load import REPOSITORY, load_model, load_tokenizer, save_model
-from gqalib.recover import lora
+from gqalib.recover import lora, trainer
 from gqalib.run.cli import main, overrides
 from gqalib.run.corpora import END_OF_DOCUMENT, instructions, training_windows
 from gqalib.run.presets import load_preset
@@ -188,7 +188,7 @@ def test_merged_is_what_was_trained(pairs, arguments, tmp_path):
 def test_a_killed_merge_leaves_nothing_and_is_done_again(arguments, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(lora, "save_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(trainer, "save_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main([*arguments, *out]) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.json", "out.training"}
     monkeypatch.setattr(lora.SFTTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
@@ -207,15 +207,6 @@ def test_what_cannot_be(arguments, tmp_path, capsys):
         error = capsys.readouterr().err
         assert reason in error and error.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.json"}
-
-
-def test_accumulation_is_shared():
-    assert [lora._share(16, processes) for processes in (1, 2, 8)] == [16, 8, 2]
-    with pytest.raises(
-        InputError,
-        match="gradient_accumulation_steps 16 cannot be shared by 3 processes: start a number that divides it",
-    ):
-        lora._share(16, 3)
 
 
 # ---------------------------------------------------------------- distill

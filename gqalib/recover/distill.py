@@ -38,7 +38,7 @@ from gqalib.run.resume import Progress, code_hash, digest
 
 COLUMNS = ["tokens", "loss", "kl", "cross_entropy", "learning_rate", "seconds"]
 AT_ONCE = {"cpu": 2048, "cuda": 16_384}  # tokens that go through student and teacher together
-PIECE = {"cpu": 2**17, "cuda": 2**26}  # logits of a piece of the divergence: what caches like, and what fills a card
+PIECE = {"cpu": 2**17, "cuda": 2**25}  # logits of a piece of the divergence: what caches like, and what fills a card
 Rows = torch.Tensor | Sequence[dict[str, list[int]]]
 
 
@@ -277,7 +277,7 @@ def _piece(z, t, y, alpha: float, temperature: float, scale: float) -> torch.Ten
         kl = temperature**2 * (torch.linalg.vecdot(p, teacher.sub_(student)) - log_sum_p + log_sum).sum()
         gradient = torch.sub(q_soft, p, out=p).mul_(scale * alpha * temperature)
     if alpha < 1:
-        q[torch.arange(len(y)), y] -= 1
+        q[torch.arange(len(y), device=y.device), y] -= 1
         gradient = q.mul_(scale * (1 - alpha)).add_(0 if gradient is None else gradient)
     z.copy_(gradient)
     return torch.stack([kl, cross_entropy])
