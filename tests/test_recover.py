@@ -13,6 +13,7 @@ import trl
 from conftest import small_model
 
 from gqalib import InputError
+from gqalib.device import is_one_of_several
 from gqalib.measure import memory
 from gqalib.measure.perplexity import kl_to
 from gqalib.model import surgery
@@ -305,3 +306,10 @@ def test_a_row_for_each_shard(lessons, tokenizer, site, tmp_path):
         in said
     )
     assert not (tmp_path / "two").exists()
+
+
+def test_more_processes_than_cards(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="the process has no card cuda:2: start as many processes as there are cards"):
+        is_one_of_several()

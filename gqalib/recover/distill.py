@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import nll_loss, pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Subset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gqalib.device import bf16_is_fast, is_one_of_several
 from gqalib.errors import InputError
@@ -49,6 +49,7 @@ def distill(
     settings: Distillation,
     folder: Path,
     micro_tokens: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> pd.DataFrame:
     """Teach a pruned model, in place, until `settings.num_tokens` are seen (the last step is a whole one).
 
@@ -67,6 +68,7 @@ def distill(
             −100 (a prompt) neither loss is taken. Shuffled anew for each pass. As many go into a step as
             `settings.batch_tokens` holds of the longest.
         micro_tokens: how many go through the models at once (default: `AT_ONCE`).
+        callbacks: for Trainer; what they add to the log comes back as columns.
 
     Returns:
         One row per optimiser step: `tokens` seen, `loss`, its terms `kl` (with T²; none at alpha 0) and
@@ -88,11 +90,12 @@ def distill(
     on_cpu = [model for model in (student, teacher) if model is not None and args.device.type == "cpu"]
     narrow_heads = attention_implementation("blocked", *on_cpu)
     with narrow_heads, trainer.quiet(), trainer.unchanged(student.config), _trained(student, settings) as trained:
-        weights, log = trainer.result(Distiller(trained, teacher, lessons, settings, args), state)
+        weights, log = trainer.result(Distiller(trained, teacher, lessons, settings, args, callbacks), state)
         if not is_one_of_several():
             trainer.put(weights, trained)
-    log = [{**entry, "tokens": lessons.tokens_seen[entry["step"]]} for entry in log]
-    return pd.DataFrame(log).reindex(columns=COLUMNS)
+    log = pd.DataFrame([{**entry, "tokens": lessons.tokens_seen[entry["step"]]} for entry in log])
+    more = [name for name in log if name not in (*COLUMNS, "step", "epoch", "grad_norm")]
+    return log.reindex(columns=COLUMNS + more)
 
 
 # ---------------------------------------------------------------- what is learned from, and in which order
@@ -167,10 +170,10 @@ class Distiller(Trainer):
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the predicted tokens of a whole step
 
-    def __init__(self, student, teacher, lessons: Lessons, settings: Distillation, args: TrainingArguments):
+    def __init__(self, student, teacher, lessons: Lessons, settings: Distillation, args, callbacks=()):
         muon = f"distillation.muon_lr from {settings.muon_lr} or " if settings.muon_lr else ""
         watch = trainer.Watch(f"{muon}distillation.adamw_lr from {settings.adamw_lr}")
-        super().__init__(student, args, _batch, lessons.rows, callbacks=[watch])
+        super().__init__(student, args, _batch, lessons.rows, callbacks=[watch, *callbacks])
         self.model_accepts_loss_kwargs = True  # so that those tokens are counted, over all processes
         self.teacher = teacher.to(args.device) if teacher is not None and args.world_size > 1 else teacher
         self.settings, self.lessons = settings, lessons
