@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import small_model
 from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
 from test_series import write_notebook
 from torch import nn
 from trl import SFTTrainer
@@ -32,7 +33,7 @@ from gqalib.prune import scores as prune_scores
 from gqalib.prune.scores import gradient_covariances, removal_importance, unit_scores
 from gqalib.recover import lora as recover_lora
 from gqalib.recover.lora import finetune_lora
-from gqalib.recover.trainer import Watch, into_folder
+from gqalib.recover.trainer import Watch, finish, place_of
 from gqalib.run import resume, series
 from gqalib.run.notebook import Notebook, code_used, progress_dir, read_record
 from gqalib.run.presets import load_preset
@@ -387,9 +388,11 @@ def test_what_takes_a_name_is_on_the_disk_before(tmp_path, tokenizer, monkeypatc
     """A merged model, a notebook: no power cut leaves half of one."""
     on_disk, fsync = set(), os.fsync
     monkeypatch.setattr(resume.os, "fsync", lambda number: (on_disk.add(os.fstat(number).st_ino), fsync(number)))
-    training_folder, save = into_folder(tmp_path / "out")
+    training_folder = place_of(tmp_path / "out")
     training_folder.mkdir()
-    save(small_model(), tokenizer)
+    save_file(dict(small_model().named_parameters()), training_folder / "weights.safetensors")
+    log = pd.DataFrame({"tokens": [1], "loss": [1.0]})
+    finish(tmp_path / "out", small_model(), tokenizer, log, "float32")
     (tmp_path / "notebooks").mkdir()
     write_notebook(tmp_path / "notebooks", "01_first")
     run_dir, overrides = tmp_path / "run", {"model": str(tmp_path / "out")}

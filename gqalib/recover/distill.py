@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.nn.functional import nll_loss, pad
 from torch.nn.utils.rnn import pad_sequence
@@ -60,7 +59,7 @@ def distill(
 
     Several processes (`torchrun`, `accelerate launch`) call it with the same arguments and one `folder` that all see.
     They share the rows of each step, so a step sees the same tokens as in one process and differs by rounding. The
-    student is then of no use: what was trained is what `trained_student` reads.
+    student is then of no use: what was trained is in `folder`.
 
     Args:
         teacher: the dense model, which never changes; on any device; it may be None where `alpha` is 0.
@@ -89,7 +88,7 @@ def distill(
         state = Progress(folder, {"settings": dataclasses.asdict(settings), "start": start, "library": code})
     on_cpu = [model for model in (student, teacher) if model is not None and args.device.type == "cpu"]
     narrow_heads = attention_implementation("blocked", *on_cpu)
-    with narrow_heads, trainer.quiet(), trainer.unchanged(student.config), _trained(student, settings) as trained:
+    with narrow_heads, trainer.quiet(student.config), _trained(student, settings) as trained:
         weights, log = trainer.result(Distiller(trained, teacher, lessons, settings, args, callbacks), state)
         if not is_one_of_several():
             trainer.put(weights, trained)
@@ -344,30 +343,14 @@ def _check_shards(distiller: Distiller) -> None:
 @contextmanager
 def _trained(student: nn.Module, settings: Distillation) -> Iterator[nn.Module]:
     """What the optimiser sees: the student with all its weights, or an adapter that is merged into it at the end."""
-    student.requires_grad_(True)
-    model = _adapted(student, settings)
+    model = trainer.adapted(student.requires_grad_(True), settings.lora_r, settings.lora_alpha, settings.seed)
     try:
         yield model
     finally:
-        if model is not student and not is_one_of_several():
+        if not is_one_of_several():
             trainer.merge(model)
-        student.requires_grad_(True)
+        student.requires_grad_(True).eval()
         student.zero_grad(set_to_none=True)
-        student.eval()
-
-
-def _adapted(student: nn.Module, settings: Distillation) -> nn.Module:
-    if not settings.lora_r:
-        return student
-    return trainer.adapted(student, settings.lora_r, settings.lora_alpha, settings.seed)
-
-
-def trained_student(student: nn.Module, settings: Distillation, folder: Path) -> nn.Module:
-    """A student as it came to `distill`, changed in place to what the run in `folder` made of it, its adapter
-    merged."""
-    model = _adapted(student, settings)
-    trainer.put(trainer.trained_weights(folder), model)
-    return student if model is student else trainer.merge(model)
 
 
 def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
@@ -387,26 +370,18 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     settings = dataclasses.replace(preset.distillation, seed=preset.distillation.seed + seed)
     if not settings.num_tokens:
         raise InputError("distillation.num_tokens is 0, so there is nothing to learn: give a number of tokens")
-    folder, save = trainer.into_folder(out)
+    folder = trainer.place_of(out)
     several = is_one_of_several()  # then the trainer places the models, as the launcher's settings say
     device, dtype = "cpu" if several else preset.device, preset.dtype if settings.lora_r else "float32"
     student, teacher = load_model(source, dtype, device), load_model(preset.model, preset.dtype, device)
     tokenizer = load_tokenizer(source)
     length = min(preset.frontier.calibration.length, student.config.max_position_embeddings)
     text = training_windows(preset.corpus, tokenizer, length, settings.num_tokens)
-    with nullcontext() if several else stage(student, teacher, length, settings):
-        log = distill(student, teacher, text, settings, folder)
-    state = PartialState()
-    state.destroy_process_group()
-    if state.is_main_process:
-        trained = trained_student(load_model(source, dtype, "cpu"), settings, folder)
-        save(trained.to(getattr(torch, preset.dtype)), tokenizer)
-        print(trainer.summary(log))
-
-
-def stage(student: nn.Module, teacher: nn.Module, length: int, settings: Distillation):
-    """States what memory is needed, both models being there already, or refuses; see `memory.stage`."""
     terms = memory.expected("distillation", student, *at_once(settings, length, student.device), settings=settings)
-    terms["weights"] += weight_bytes(teacher)
+    terms["weights"] += weight_bytes(teacher)  # both models are there already
     knob = "lower distillation.batch_tokens, or take more cards (see README)"
-    return memory.stage("distillation", terms, student, knob)
+    with nullcontext() if several else memory.stage("distillation", terms, student, knob):
+        log = distill(student, teacher, text, settings, folder)
+    if trainer.end_processes():
+        model = trainer.adapted(load_model(source, dtype, "cpu"), settings.lora_r, settings.lora_alpha)
+        trainer.finish(out, model, tokenizer, log, preset.dtype)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -47,8 +46,8 @@ def finetune_lora(
     Several processes (`torchrun`, `accelerate launch`) call it with the same arguments and one `folder` that all see.
     They share the micro-batches of each step, so a step sees the same rows as in one process and differs by rounding
     (and by the dropout masks, if there is dropout); where a pass ends with fewer micro-batches than processes, the
-    others repeat its first rows. trl's DDP or FSDP wraps the model. The whole adapter is then what
-    `trainer.trained_weights` reads.
+    others repeat its first rows. trl's DDP or FSDP wraps the model. The whole adapter is then in
+    `folder`.
 
     Returns:
         The model with its adapter, and the training log: `step`, `tokens`, `loss` (nats per token), `learning_rate`,
@@ -67,7 +66,7 @@ def finetune_lora(
     what = {"settings": dataclasses.asdict(settings), "seed": seed, "processes": args.world_size}
     with args.main_process_first(local=False):
         state = Progress(folder, what | {"start": start, "library": code})
-    with trainer.quiet(), trainer.unchanged(model.config, model.generation_config):
+    with trainer.quiet(model.config, model.generation_config):
         sft = SFTTrainer(
             model=model,
             args=args,
@@ -120,17 +119,13 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
         InputError: `out` is there, its parent is not, the model cannot be had, too little memory (one process only), or
         as `finetune_lora`.
     """
-    folder, save = trainer.into_folder(out)
-    several, settings = is_one_of_several(), preset.recovery  # several: the trainer places the model
+    folder, settings = trainer.place_of(out), preset.recovery
+    several = is_one_of_several()  # then the trainer places the model, as the launcher's settings say
     model, tokenizer = load_model(source, preset.dtype, "cpu" if several else preset.device), load_tokenizer(source)
     rows = instructions(preset.instructions, "train", preset.corpus, settings.num_examples)
     terms = memory.expected("LoRA", model, settings.batch_size, settings.max_length, settings=settings)
     with nullcontext() if several else memory.stage("LoRA", terms, model, "lower recovery.batch_size"):
         _, log = finetune_lora(model, tokenizer, rows, settings, folder, seed)
-    state = PartialState()
-    state.destroy_process_group()
-    if state.is_main_process:
+    if trainer.end_processes():
         model = trainer.adapted(load_model(source, preset.dtype, "cpu"), settings.lora_r, settings.lora_alpha)
-        trainer.put(trainer.trained_weights(folder), model)
-        save(merge(model), tokenizer)
-        print(trainer.summary(log))
+        trainer.finish(out, model, tokenizer, log, preset.dtype)

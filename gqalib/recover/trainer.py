@@ -4,24 +4,18 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from gqalib.device import is_one_of_several
@@ -34,6 +28,7 @@ Weights = dict[str, torch.Tensor]
 
 def arguments(folder: Path, device: torch.device, cls: type = TrainingArguments, **changes: Any) -> TrainingArguments:
     """Arguments of a training whose state lives in `folder`: ten checkpoints in all, of which the last one stays."""
+    logging.disable_progress_bar()  # one for each checkpoint
     args = cls(**{
         "output_dir": str(folder),
         "use_cpu": not torch.cuda.is_available() or (device.type == "cpu" and not is_one_of_several()),
@@ -121,11 +116,6 @@ def _last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def trained_weights(folder: Path) -> Weights:
-    """What a training that ended in this folder came to, on the CPU: all weights, or an adapter by peft's names."""
-    return load_file(folder / "weights.safetensors")
-
-
 # ---------------------------------------------------------------- adapters
 
 
@@ -134,16 +124,18 @@ def lora_config(r: int, alpha: int, dropout: float = 0.0) -> LoraConfig:
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def adapted(model: nn.Module, r: int, alpha: int, seed: int = 0) -> PeftModel:
-    """A model with a new adapter, as `lora_config` says."""
+def adapted(model: nn.Module, r: int, alpha: int, seed: int = 0) -> nn.Module:
+    """A model with a new adapter, as `lora_config` says; with `r` 0 the model itself."""
+    if not r:
+        return model
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, lora_config(r, alpha))
 
 
-def merge(model: PeftModel) -> nn.Module:
-    """Fold the adapter into the weights: a plain model again, with the same logits, that saves and loads as before."""
-    return model.merge_and_unload()
+def merge(model: nn.Module) -> nn.Module:
+    """Fold an adapter into the weights: a plain model again, with the same logits, that saves and loads as before."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def put(weights: Weights, model: nn.Module) -> None:
@@ -158,50 +150,44 @@ def put(weights: Weights, model: nn.Module) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without a warning of trl's and peft's about transformers, and without a bar for each checkpoint."""
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def quiet(*configs: object) -> Iterator[None]:
+    """Without a warning of trl's and peft's about transformers. Afterwards the configurations are as they came:
+    trainers write into them, and transformers saves odd ones only if nobody has."""
+    before = [dict(vars(config)) for config in configs]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         try:
             yield
         finally:
-            (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+            for config, values in zip(configs, before, strict=True):
+                vars(config).clear()
+                vars(config).update(values)
 
 
-@contextmanager
-def unchanged(*configs: object) -> Iterator[None]:
-    """Afterwards they are as they came: trainers write into them, and transformers saves odd ones only if nobody
-    has."""
-    before = [dict(vars(config)) for config in configs]
-    try:
-        yield
-    finally:
-        for config, values in zip(configs, before, strict=True):
-            vars(config).clear()
-            vars(config).update(values)
-
-
-def into_folder(out: Path) -> tuple[Path, Callable[[nn.Module, PreTrainedTokenizerBase], None]]:
-    """Where a training lives that ends as a model in `out`, and what saves that model there, whole or not at all, and
-    ends the training.
+def place_of(out: Path) -> Path:
+    """Where a training lives that ends as a model in `out`: a folder beside it.
 
     Raises:
         InputError: as `new_folder`.
     """
     out = new_folder(out)
-    training = out.with_name(f"{out.name}.training")
-
-    def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        with replacing(out) as folder:
-            save_model(model, tokenizer, folder)
-        shutil.rmtree(training)
-
-    return training, save
+    return out.with_name(f"{out.name}.training")
 
 
-def summary(log: pd.DataFrame) -> str:
-    """One line about a training that is done."""
+def finish(out: Path, model: nn.Module, tokenizer, log: pd.DataFrame, dtype: str) -> None:
+    """Put what was trained into a model like the one that came, merge an adapter, save it to `out`, whole or not at
+    all, and end the training."""
+    training = place_of(out)
+    put(load_file(training / "weights.safetensors"), model)
+    with replacing(new_folder(out)) as folder:
+        save_model(merge(model).to(getattr(torch, dtype)), tokenizer, folder)
+    shutil.rmtree(training)
     first, last = log["loss"].iloc[[0, -1]]
-    return f"{len(log)} steps, {log['tokens'].iloc[-1]:,.0f} tokens: loss {first:.4f} → {last:.4f} nats per token"
+    print(f"{len(log)} steps, {log['tokens'].iloc[-1]:,.0f} tokens: loss {first:.4f} → {last:.4f} nats per token")
+
+
+def end_processes() -> bool:
+    """Afterwards the processes do not know each other. Returns whether this is the main one."""
+    state = PartialState()
+    state.destroy_process_group()
+    return state.is_main_process
