@@ -100,7 +100,7 @@ def measure(size):
         ("distillation, adapter", {}, 8),
     ):
         student, teacher = random_model(size, **shape), random_model(size, **shape)
-        settings = Distillation(num_tokens=512, batch_tokens=512, lora_r=r)
+        settings = Distillation(num_tokens=1024, batch_tokens=512, lora_r=r)
         with tempfile.TemporaryDirectory() as folder:
             run = partial(distill.distill, student, teacher, settings=settings, folder=Path(folder))
             ratios[name] = ratio("distillation", student, 4, run, settings=settings)

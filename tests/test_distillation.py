@@ -1,27 +1,35 @@
 """Distillation: the loss by hand, what is trained and what never is, and that an interruption changes nothing."""
 
 import dataclasses
-import json
 import warnings
 
 import pytest
 import torch
 from conftest import small_model
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gqalib import InputError
 from gqalib.measure.perplexity import kl_divergence
 from gqalib.model import load, shapes, surgery
+from gqalib.model.names import NO_LABEL
 from gqalib.prune import founding
-from gqalib.recover.distill import COLUMNS, distill, distillation_loss, instruction_batches, prune_and_recover, rows_at
-from gqalib.reference import training
+from gqalib.recover import distill as module
+from gqalib.recover import optimizer, trainer
+from gqalib.recover.distill import COLUMNS, Distiller, Divergence, Lessons, distill, prune_and_recover
+from gqalib.run.instructions import examples
 from gqalib.run.presets import Distillation
 
 FULL = Distillation(num_tokens=600, batch_tokens=60, muon_lr=0.02, adamw_lr=1e-3, warmup_steps=1)
 ADAMW = dataclasses.replace(FULL, muon_lr=0.0, adamw_lr=3e-3)
 LORA = dataclasses.replace(ADAMW, adamw_lr=1e-2, lora_r=2, lora_alpha=4)
+
+
+@pytest.fixture(params=[(4, True), (2, False)], ids=["2:1-tied", "4:1"])
+def model(request):
+    return small_model(num_key_value_heads=request.param[0], tie_word_embeddings=request.param[1])
 
 
 @pytest.fixture
@@ -44,15 +52,18 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def killed_at(count, monkeypatch):
-    step, calls = training.step, iter(range(1000))
+def steps_of(monkeypatch, killed_at=None):
+    """The micro-batches that are trained on, with one row in each step of these tests; a kill before one of them."""
+    trained, step = [], Distiller.training_step
 
-    def killed(*arguments):
-        if next(calls) == count:
+    def noted(self, *arguments, **options):
+        if len(trained) == killed_at:
             raise KeyboardInterrupt
-        return step(*arguments)
+        trained.append(arguments[1])
+        return step(self, *arguments, **options)
 
-    monkeypatch.setattr(training, "step", killed)
+    monkeypatch.setattr(Distiller, "training_step", noted)
+    return trained
 
 
 # ---------------------------------------------------------------- the loss
@@ -82,56 +93,90 @@ def test_gradient_of_equal_logits_is_exactly_zero(logits):
     assert kl.abs().max() == 0 and equal.grad.abs().max() == 0
 
 
-def test_mixture_by_hand(student, teacher, windows, logits_of):
-    labels = windows.clone()
-    labels[:, :8] = training.NO_LABEL  # a prompt
-    terms = distillation_loss(teacher, alpha=0.3, temperature=2.0)(student, {"input_ids": windows, "labels": labels})
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_divergence_is_what_autograd_makes_of_its_definition(logits, alpha, temperature, monkeypatch):
+    """In pieces of two tokens; the gradient takes the place of the logits."""
+    monkeypatch.setitem(module.PIECE, "cpu", 2 * 61)
+    labels, (given, target) = torch.arange(7), logits
+    ours, theirs = (given.clone().requires_grad_(True) for _ in range(2))
+    loss, (kl, nll) = Divergence.apply(ours * 1, target if alpha else None, labels, alpha, temperature, 0.25)
+    expected_nll = cross_entropy(theirs, labels, reduction="sum") / 4
+    expected_kl = temperature**2 * kl_divergence(theirs / temperature, target / temperature).sum() / 4
+    expected = alpha * expected_kl + (1 - alpha) * expected_nll
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and nll.item() == pytest.approx(expected_nll.item())
+    assert kl.item() == pytest.approx(expected_kl.item() if alpha else 0, rel=1e-5)
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+
+
+def test_divergence_of_equal_logits_is_exactly_zero(logits):
+    equal = logits[0].clone().requires_grad_(True)
+    loss, _ = Divergence.apply(equal * 1, logits[0].clone(), torch.arange(7), 1.0, 1.0, 1.0)
+    loss.backward()
+    assert loss == 0 and equal.grad.abs().max() == 0
+
+
+def test_mixture_by_hand(student, teacher, windows, logits_of, tmp_path):
+    rows = [{"input_ids": w, "labels": [NO_LABEL] * 8 + w[8:]} for w in windows.tolist()]  # a prompt
     log_q, log_p = (logits_of(m)[:, 7:-1].double() for m in (student, teacher))
     nll = -log_q.log_softmax(-1).gather(-1, windows[:, 8:, None]).mean()
     soft_q, soft_p = (log_q / 2).log_softmax(-1), (log_p / 2).log_softmax(-1)
     kl = 4 * (soft_p.exp() * (soft_p - soft_q)).sum(-1).mean()
-    assert terms["cross_entropy"].item() == pytest.approx(nll.item(), rel=1e-5)
-    assert terms["kl"].item() == pytest.approx(kl.item(), rel=1e-4)
-    assert terms["loss"].item() == pytest.approx((0.3 * kl + 0.7 * nll).item(), rel=1e-5)
+    step = dataclasses.replace(FULL, num_tokens=1, batch_tokens=120, alpha=0.3, temperature=2.0, dtype="float32")
+    found = distill(student, teacher, rows, step, tmp_path).iloc[0]
+    assert found["cross_entropy"] == pytest.approx(nll.item(), rel=1e-4)
+    assert found["kl"] == pytest.approx(kl.item(), rel=1e-4)
+    assert found["loss"] == pytest.approx((0.3 * kl + 0.7 * nll).item(), rel=1e-4)
 
 
-def test_alpha_zero_is_the_language_model_loss(student, windows):
-    terms = distillation_loss(None, alpha=0.0, temperature=1.0)(student, windows)
-    assert terms.keys() == {"loss", "cross_entropy"}
-    assert terms["loss"].item() == pytest.approx(
-        training.language_model_loss(student, windows)["loss"].item(), rel=1e-6
-    )
+def test_lm_head_reads_what_is_predicted(student, teacher, windows, tmp_path):
+    rows, seen = [{"input_ids": w, "labels": [NO_LABEL] * 15 + w[15:]} for w in windows.tolist()], []
+    for model in (student, teacher):
+        model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
+    distill(student, teacher, rows, dataclasses.replace(FULL, num_tokens=1, batch_tokens=120), tmp_path)
+    assert seen == [(6 * 5, 61)] * 2
+
+
+def test_alpha_zero_is_the_language_model_loss(student, windows, tmp_path):
+    with torch.no_grad():
+        expected = student(windows, labels=windows).loss.item()
+    step = dataclasses.replace(FULL, num_tokens=1, batch_tokens=120, alpha=0.0, dtype="float32")
+    log = distill(student, None, windows, step, tmp_path)
+    assert log["loss"][0] == log["cross_entropy"][0] == pytest.approx(expected, rel=1e-5) and log["kl"].isna().all()
 
 
 def test_micro_batches_are_weighted_by_their_labels(student, teacher, windows, clone, tmp_path):
-    labels = windows.clone()
-    labels[0, 3:] = labels[4, 9:] = training.NO_LABEL
-    one_step = dataclasses.replace(FULL, num_tokens=1)
-    losses = [
-        distill(
-            clone(student),
-            teacher,
-            lambda _: {"input_ids": windows, "labels": labels},
-            one_step,
-            tmp_path / f"{micro}",
-            micro,
-        )["loss"][0]
-        for micro in (20, 120)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # products in bf16
-    unweighted = sum(distillation_loss(teacher, 1.0, 1.0)(student, w[None])["loss"].item() for w in windows) / 6
-    assert abs(unweighted - losses[1]) > 5e-3 * losses[1]
+    """And shorter rows change nothing but their own share; products are in float32, here."""
+    rows = [{"input_ids": w, "labels": list(w)} for w in windows.tolist()]
+    rows[0] = {key: row[:11] for key, row in rows[0].items()}
+    rows[4]["labels"][9:] = [NO_LABEL] * 11
+    one_step = dataclasses.replace(FULL, num_tokens=1, batch_tokens=120, dtype="float32")
+    logs = [distill(clone(student), teacher, rows, one_step, tmp_path / f"{micro}", micro) for micro in (20, 120)]
+    assert logs[0]["loss"][0] == pytest.approx(logs[1]["loss"][0], rel=1e-5)
+    assert [log["tokens"].tolist() for log in logs] == [[111], [111]]
 
 
-def test_padding_on_the_right_changes_nothing(student, teacher, windows, clone, tmp_path):
-    padded = {"input_ids": torch.cat([windows, torch.zeros(6, 5, dtype=torch.long)], 1)}
-    padded["attention_mask"] = (padded["input_ids"] > 0).long()
-    padded["labels"] = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, training.NO_LABEL)
-    settings = dataclasses.replace(ADAMW, num_tokens=120, alpha=0.5)
-    plain = distill(clone(student), teacher, lambda _: windows, settings, tmp_path / "plain")
-    log = distill(student, teacher, lambda _: padded, settings, tmp_path / "padded")
-    assert log["tokens"].tolist() == plain["tokens"].tolist() == [120]
-    assert log["loss"].tolist() == pytest.approx(plain["loss"].tolist(), rel=2e-3)
+@pytest.mark.parametrize(("dtype", "fast"), [("auto", True), ("auto", False), ("bfloat16", False), ("float32", True)])
+def test_products_are_in_the_dtype_that_was_asked_for(dtype, fast, student, teacher, windows, tmp_path, monkeypatch):
+    """On a CPU without instructions for it neither the model's products nor Muon's are in bf16, unless told so."""
+    for place in (module, optimizer):
+        monkeypatch.setattr(place, "bf16_is_fast", lambda device: fast)
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.update((function.overloadpacket, x.dtype) for x in args if isinstance(x, torch.Tensor))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        distill(student, teacher, windows, dataclasses.replace(FULL, num_tokens=60, dtype=dtype), tmp_path)
+    products = {dtype for operation, dtype in seen if operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)}
+    in_bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
+    assert products == {torch.bfloat16 if in_bf16 else torch.float32}
+    assert ((torch.ops.aten.addmm, torch.bfloat16) in seen) == fast  # Newton and Schulz
+    assert all(p.dtype == torch.float32 for p in student.parameters())
 
 
 # ---------------------------------------------------------------- what is trained
@@ -182,9 +227,7 @@ def test_lora_trains_an_adapter_and_merges_it(student, teacher, windows, logits_
             assert torch.linalg.matrix_rank((tensor - before[name]).double(), rtol=1e-4) == LORA.lora_r, name
         else:
             assert torch.equal(tensor, before[name]), name
-    checkpoint = json.loads((tmp_path / "run" / "state.json").read_text())["checkpoint"]
-    with safe_open(tmp_path / "run" / checkpoint / "model.safetensors", "pt") as file:
-        assert all("lora_" in key for key in file.keys())  # noqa: SIM118 (no mapping)
+    assert all("lora_" in key for key in load_file(tmp_path / "run" / "weights.safetensors"))
     student.save_pretrained(tmp_path / "model")
     assert torch.equal(logits_of(load.load_model(tmp_path / "model", device="cpu")), logits_of(student))
 
@@ -202,20 +245,23 @@ def test_an_adapter_warns_of_nothing(student, teacher, windows, tmp_path):
 def test_interrupted_equals_uninterrupted(student, teacher, windows, clone, settings, tmp_path, monkeypatch):
     start, whole = clone(student), clone(student)
     expected = distill(whole, teacher, windows, settings, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        killed_at(7, patch)
-        with pytest.raises(KeyboardInterrupt):
-            distill(student, teacher, windows, settings, tmp_path / "killed", checkpoint_s=0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        steps_of(patch, killed_at=7)
+        distill(student, teacher, windows, settings, tmp_path / "killed")
     assert weights(student).keys() == weights(whole).keys() and not same(weights(student), weights(whole))
-    (tmp_path / "killed" / "log.jsonl").open("a").write('{"tokens": 480, "lo')  # a line that the kill cut short
-    resumed, steps = clone(start), []
-    monkeypatch.setattr(training, "step", lambda *a, step=training.step: steps.append(a) or step(*a))
+    torn = tmp_path / "killed" / "checkpoint-8"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"epoch": 0.')
+    resumed, steps = clone(start), steps_of(monkeypatch)
     log = distill(resumed, teacher, windows, settings, tmp_path / "killed")
     assert len(steps) == 3 and same(weights(resumed), weights(whole))
     assert log.drop(columns="seconds").equals(expected.drop(columns="seconds"))
     again = clone(start)
     distill(again, teacher, windows, settings, tmp_path / "killed")
     assert len(steps) == 3 and same(weights(again), weights(whole))  # complete: nothing more is done
+    assert {path.name for path in (tmp_path / "killed").iterdir() if path.suffix != ".md"} == {
+        "key.json", "log.json", "weights.safetensors",
+    }  # fmt: skip
 
 
 def test_another_run_begins_anew(student, teacher, windows, clone, tmp_path):
@@ -229,36 +275,24 @@ def test_another_run_begins_anew(student, teacher, windows, clone, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [FULL, ADAMW, LORA], ids=["muon", "adamw", "lora"])
-@pytest.mark.parametrize("checkpoint_s", [0, 300])
-def test_a_loss_that_is_not_finite(student, teacher, windows, settings, checkpoint_s, tmp_path):
-    start, at_checkpoint = weights(student), {}
+def test_a_loss_that_is_not_finite(student, teacher, windows, settings, tmp_path, monkeypatch):
+    names, step, muon = weights(student).keys(), Distiller.training_step, "muon_lr from 0.02 or distillation."
 
-    def batches(tokens_seen):
-        if tokens_seen == 180:
-            at_checkpoint.update(weights(student))
+    def spoilt(self, *arguments, **options):
+        if self.state.global_step == 3:
             teacher.model.norm.weight.data.fill_(float("nan"))
-        return rows_at(windows, tokens_seen, settings.batch_tokens, settings.seed)
+        return step(self, *arguments, **options)
 
-    knob = (
-        "muon_lr from 0.02 or distillation.adamw_lr from 0.001"
-        if settings.muon_lr
-        else f"adamw_lr from {settings.adamw_lr}"
-    )
+    monkeypatch.setattr(Distiller, "training_step", spoilt)
+    knob = f"{muon if settings.muon_lr else ''}adamw_lr from {settings.adamw_lr}"
     with pytest.raises(InputError, match=f"not finite: lower distillation.{knob}"):
-        distill(student, teacher, batches, settings, tmp_path, checkpoint_s=checkpoint_s)
-    if checkpoint_s:
-        assert same(weights(student), start)
-    elif not settings.lora_r:
-        assert same(weights(student), at_checkpoint) and not same(weights(student), start)
-    else:  # merged: changed in the layers, but whole
-        assert weights(student).keys() == start.keys() and not same(weights(student), start)
+        distill(student, teacher, windows, settings, tmp_path)
+    assert weights(student).keys() == names and (tmp_path / "checkpoint-3").exists()
 
 
 def test_a_learning_rate_far_too_high(student, teacher, windows, tmp_path):
-    start = weights(student)
     with pytest.raises(InputError, match="lower distillation.muon_lr from 1e\\+30"):
         distill(student, teacher, windows, dataclasses.replace(FULL, muon_lr=1e30), tmp_path)
-    assert same(weights(student), start) and all(p.grad is None for p in student.parameters())
 
 
 def test_impossible_input(student, windows, clone, tmp_path):
@@ -269,7 +303,7 @@ def test_impossible_input(student, windows, clone, tmp_path):
         distill(student, small_model(vocab_size=50), windows, FULL, tmp_path)
     with pytest.raises(InputError, match=r"has shape \[0, 20\]"):
         distill(student, clone(student), windows[:0], FULL, tmp_path)
-    with pytest.raises(InputError, match="no token to learn from"):
+    with pytest.raises(InputError, match=r"has shape \[6, 1\].* length at least 2"):
         distill(student, clone(student), windows[:, :1], FULL, tmp_path)
     assert same(weights(student), start)
 
@@ -279,10 +313,24 @@ def test_impossible_input(student, windows, clone, tmp_path):
 
 def test_rows_cover_a_pass_once_and_then_differ():
     windows = torch.arange(7 * 4).view(7, 4)
-    rows = torch.cat([rows_at(windows, seen, 12, 0) for seen in range(0, 7 * 4 * 3, 12)])
-    passes = rows[:, 0].view(3, 7)
+    lessons = Lessons.of(windows, Distillation(num_tokens=7 * 4 * 3, batch_tokens=12))
+    passes = torch.stack(list(lessons.rows))[:, 0].view(3, 7)
     assert (passes.sort(1).values == windows[:, 0]).all() and not torch.equal(passes[0], passes[1])
-    assert torch.equal(rows_at(windows, 24, 12, 0), rows[6:9]) and len(rows_at(windows, 0, 80, 0)) == 20
+    assert lessons.per_step == 3 and lessons.tokens_seen == list(range(0, 85, 12))
+    assert Lessons.of(windows, Distillation(num_tokens=1, batch_tokens=80)).tokens_seen == [0, 80]
+
+
+@pytest.mark.parametrize(("processes", "micro_tokens", "expected"), [(1, 40, (2, 3)), (2, 40, (1, 3)), (3, 99, (2, 1))])
+def test_a_step_is_shared(processes, micro_tokens, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.TrainingArguments, "world_size", processes)
+    lessons = Lessons.of(torch.ones(9, 20, dtype=torch.long), FULL := Distillation(num_tokens=500, batch_tokens=120))
+    args = module._arguments(lessons, FULL, tmp_path, torch.device("cpu"), micro_tokens)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
+
+
+def test_what_cannot_be_shared():
+    with pytest.raises(InputError, match="rows 16 cannot be shared by 3 processes: start a number that divides it"):
+        trainer.shared(16, 3, "rows")
 
 
 ROWS = [
@@ -292,23 +340,18 @@ ROWS = [
 ]
 
 
-def test_instruction_batches(tokenizer):
-    batch_at = instruction_batches(ROWS, tokenizer, max_length=6, batch_size=3)
-    batch, none = batch_at(0), training.NO_LABEL
-    rows = sorted(zip(*(batch[name].tolist() for name in ("input_ids", "labels", "attention_mask")), strict=True))
-    assert rows == [
-        ([2, 2, 2, 2, 9, 0], [none] * 4 + [9, 0], [1] * 6),
-        ([2, 3, 4, 5, 6, 7], [none] * 2 + [4, 5, 6, 7], [1] * 6),
-        ([8, 9, 0, 0, 0, 0], [none, 9, 0, none, none, none], [1] * 3 + [0] * 3),
+def test_rows_of_different_lengths(tokenizer):
+    rows, none = examples(ROWS, tokenizer, 6), NO_LABEL
+    batch = module._batch(rows)
+    assert sorted(zip(*(tensor.tolist() for tensor in batch.values()), strict=True)) == [
+        ([2, 2, 2, 2, 9, 0], [none] * 4 + [9, 0]),
+        ([2, 3, 4, 5, 6, 7], [none] * 2 + [4, 5, 6, 7]),
+        ([8, 9, 0, 0, 0, 0], [none, 9, 0, none, none, none]),
     ]
-    assert training.num_tokens_of(batch) == 15
-    single = instruction_batches(ROWS, tokenizer, max_length=6, batch_size=1)
-    seen = [0]
-    while len(seen) < 7:
-        seen.append(seen[-1] + training.num_tokens_of(single(seen[-1])))
-    assert seen[3] == 15 and seen[6] == 30 and torch.equal(single(seen[1])["input_ids"], single(seen[4])["input_ids"])
+    lessons = Lessons.of(rows, Distillation(num_tokens=30, batch_tokens=6))
+    assert lessons.per_step == 1 and lessons.tokens_seen[3] == 15 and lessons.tokens_seen[6] == 30
     with pytest.raises(InputError, match="within max_length = 1"):
-        instruction_batches(ROWS, tokenizer, max_length=1, batch_size=1)
+        examples(ROWS, tokenizer, 1)
 
 
 def marked(tokenizer):
@@ -319,15 +362,14 @@ def marked(tokenizer):
 
 
 def test_an_end_mark_stands_at_the_end_alone(tokenizer):
-    batch = instruction_batches(ROWS[:2], marked(tokenizer), max_length=8, batch_size=2)(0)
-    none = training.NO_LABEL
+    batch, none = module._batch(examples(ROWS[:2], marked(tokenizer), 8)), NO_LABEL
     assert sorted(batch["input_ids"].tolist()) == [[1, 2, 3, 4, 5, 6, 7, 0], [1, 8, 9, 0, 0, 0, 0, 0]]
     assert sorted(batch["labels"].tolist()) == [[none] * 3 + [4, 5, 6, 7, 0], [none] * 2 + [9, 0] + [none] * 4]
 
 
 def test_distils_on_instructions(tokenizer, teacher, student, tmp_path):
-    rows = instruction_batches(ROWS, tokenizer, max_length=8, batch_size=2)
-    log = distill(student, teacher, rows, dataclasses.replace(LORA, num_tokens=160, alpha=0.5), tmp_path)
+    settings = dataclasses.replace(LORA, num_tokens=160, batch_tokens=16, alpha=0.5)
+    log = distill(student, teacher, examples(ROWS, tokenizer, 8), settings, tmp_path)
     assert log["tokens"].iloc[-1] >= 160 and log["loss"].iloc[-2:].mean() < log["loss"].iloc[:2].mean()
 
 

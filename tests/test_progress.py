@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import small_model
 from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
 from test_series import write_notebook
 from torch import nn
 from trl import SFTTrainer
@@ -31,8 +32,8 @@ from gqalib.prune import allocate, founding, refit, search
 from gqalib.prune import scores as prune_scores
 from gqalib.prune.scores import gradient_covariances, removal_importance, unit_scores
 from gqalib.recover import lora as recover_lora
-from gqalib.recover.lora import _Checkpoints, finetune_lora, into_folder
-from gqalib.reference import training
+from gqalib.recover.lora import finetune_lora
+from gqalib.recover.trainer import Watch, finish, place_of
 from gqalib.run import resume, series
 from gqalib.run.notebook import Notebook, code_used, progress_dir, read_record
 from gqalib.run.presets import load_preset
@@ -384,15 +385,14 @@ def test_a_part_appears_whole_or_not_at_all(kept, tmp_path, monkeypatch):
 
 
 def test_what_takes_a_name_is_on_the_disk_before(tmp_path, tokenizer, monkeypatch):
-    """A checkpoint, its log, a merged model, a notebook: no power cut leaves half of one."""
+    """A merged model, a notebook: no power cut leaves half of one."""
     on_disk, fsync = set(), os.fsync
     monkeypatch.setattr(resume.os, "fsync", lambda number: (on_disk.add(os.fstat(number).st_ino), fsync(number)))
-    (tmp_path / "log.jsonl").write_text('{"tokens": 5}\n{"tokens": 9}\n')
-    training.save_checkpoint(tmp_path, small_model(), [], 5)
-    training._forget_after(tmp_path, 5)
-    training_folder, save = into_folder(tmp_path / "out")
+    training_folder = place_of(tmp_path / "out")
     training_folder.mkdir()
-    save(small_model(), tokenizer)
+    save_file(dict(small_model().named_parameters()), training_folder / "weights.safetensors")
+    log = pd.DataFrame({"tokens": [1], "loss": [1.0]})
+    finish(tmp_path / "out", small_model(), tokenizer, log, "float32")
     (tmp_path / "notebooks").mkdir()
     write_notebook(tmp_path / "notebooks", "01_first")
     run_dir, overrides = tmp_path / "run", {"model": str(tmp_path / "out")}
@@ -409,8 +409,7 @@ def test_what_takes_a_name_is_on_the_disk_before(tmp_path, tokenizer, monkeypatc
         for path in tmp_path.rglob("*")
         if path.is_file() and path.name != ".lock" and path.parent.name != "notebooks"
     ]
-    names = "model.safetensors optimizers.safetensors state.json log.jsonl 01_first.ipynb"
-    assert set(names.split()) <= {path.name for path in files}
+    assert {"model.safetensors", "01_first.ipynb"} <= {path.name for path in files}
     assert not [path for path in files if path.stat().st_ino not in on_disk]
 
 
@@ -462,7 +461,7 @@ def lora(tokenizer, tmp_path):
 
     def train(name, seed=0, **changes):
         how = dataclasses.replace(settings, **changes)
-        adapted, log = finetune_lora(small_model(), tokenizer, examples, how, tmp_path / name, seed, checkpoint_s=0)
+        adapted, log = finetune_lora(small_model(), tokenizer, examples, how, tmp_path / name, seed)
         return [*get_peft_model_state_dict(adapted).values()], log.drop(columns="seconds")
 
     return train
@@ -470,32 +469,29 @@ def lora(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("num_steps", [3, 7])  # an epoch has three
 def test_lora_goes_on(num_steps, lora, counted, monkeypatch, tmp_path):
-    expected, saves, original = lora("whole"), [], _Checkpoints.on_save
+    expected = lora("whole")
     assert len(expected[1]) == 9
 
-    def die(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        saves.append(args)
-        if len(saves) == num_steps:
+    def die(self, args, state, *_, **__):
+        if state.global_step == num_steps:
             raise Killed
 
-    monkeypatch.setattr(_Checkpoints, "on_save", die)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Watch, "on_save", die)
         lora("killed")
-    monkeypatch.setattr(_Checkpoints, "on_save", original)
-    last = tmp_path / "killed" / "state" / f"checkpoint-{num_steps}"
+    last = tmp_path / "killed" / f"checkpoint-{num_steps}"
     torn = last.with_name(f"checkpoint-{num_steps + 1}")
     torn.mkdir()
     (torn / "trainer_state.json").write_bytes((last / "trainer_state.json").read_bytes()[:100])
-    steps = counted(_Checkpoints, "on_step_begin")
+    steps = counted(Watch, "on_step_begin")
     assert same(lora("killed"), expected) and len(steps) == 9 - num_steps
-    assert {file.name for file in (tmp_path / "killed" / "state").iterdir() if file.suffix != ".md"} == {
-        "key.json", "adapter.safetensors", "log.json",
+    assert {file.name for file in (tmp_path / "killed").iterdir() if file.suffix != ".md"} == {
+        "key.json", "weights.safetensors", "log.json",
     }  # fmt: skip
 
 
 def test_lora_that_ended_is_not_trained_again(lora, monkeypatch, tmp_path):
-    first, left = lora("folder"), tmp_path / "folder" / "state" / "checkpoint-9"
+    first, left = lora("folder"), tmp_path / "folder" / "checkpoint-9"
     left.mkdir()  # by a kill between the result and the tidying
     with monkeypatch.context() as patch:
         patch.setattr(SFTTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))

@@ -47,6 +47,13 @@ def test_trains_and_merges(uneven, logits_of, tokenizer, settings, tmp_path):
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt"))
 
 
+def test_a_loss_that_is_not_finite(tokenizer, settings, tmp_path):
+    model = small_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite: lower recovery.learning_rate from 0.01"):
+        lora.finetune_lora(model, tokenizer, ROWS, settings, tmp_path)
+
+
 def test_every_linear_module_of_the_layers_is_adapted(tokenizer, settings, tmp_path):
     adapted, _ = lora.finetune_lora(small_model(), tokenizer, ROWS, settings, tmp_path)
     names = {n.split(".lora_A")[0].split(".")[-1] for n, _ in adapted.named_parameters() if "lora_A" in n}
@@ -93,9 +100,9 @@ def test_what_came_in_odd_goes_out_as_it_came(tokenizer, settings, tmp_path):
 
 def test_an_end_mark_stands_at_the_end_alone(tokenizer, settings, tmp_path, monkeypatch):
     seen, one_end = [], {"input_ids": [1, 2, 3, 4, 5, 6, 7, 0], "labels": [-100] * 3 + [4, 5, 6, 7, 0]}
-    monkeypatch.setattr(lora, "_go_on", lambda trainer: seen.extend(trainer.train_dataset))
-    monkeypatch.setattr(lora, "_log", lambda trainer: [])
-    lora.finetune_lora(small_model(), marked(tokenizer), ROWS, settings, tmp_path)
+    monkeypatch.setattr(lora.SFTTrainer, "train", lambda self, **_: seen.extend(self.train_dataset) or (1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        lora.finetune_lora(small_model(), marked(tokenizer), ROWS, settings, tmp_path)
     assert [{key: row[key] for key in one_end} for row in seen] == [one_end] * 16
 
 

@@ -3,32 +3,16 @@
     with memory.stage("sweep", memory.expected("sweep", model, 128, 2048), model) as used:
         refit.sweep(model, plan, windows)
 
-Symbols: s bytes per weight; L layers; d hidden size; h query heads; q, k query and KV width, f MLP width of the widest
-layer; V vocabulary; n = num_examples · length calibration tokens; B tokens of a batch (`stream.batches`). Bytes, GB =
-1e9. A term is what is there at the stage's peak; what never is there together is not added up.
-
-Llama-3-8B in bf16 on a GPU, in GB, by these formulas. Measured on an H200 (data/results/llama3-8b-shape): layer removal
-24.36 of 24.37 at that card's larger batches, sequential Taylor 23.84 of 23.82; streamed covariances 5.98 of 5.69, cost
-table 9.79 of 9.75, sweep 11.24 of 10.62:
-
-    stage                    tokens        resident                                                     layers streamed
-    layer removal            50 × 128      18.8 = weights 16.1, logits of 2,048 tokens 2.6               5.2
-    one-shot Taylor          10 × 128      25.9 = weights, activations 7.9, gradients 2.0
-    one-shot Taylor         128 × 2048     23.5 = weights, stream and its gradient 4.3, logits 3.2       5.7, 33 × 2.1 in host
-    all gradients            10 × 128      40.0 = weights, activations 7.9, gradients 14.0, logits 2.0
-    sequential Taylor        10 × 128      23.8 = weights, activations 5.8, gradients 2.0
-    gradient covariances    128 × 2048     23.5 = as the Taylor scores                                   5.7, likewise
-    cost table              128 × 2048     36.2 = weights, three streams 12.9, statistics 6.8, …         9.8
-    sweep                   128 × 2048     45.7 = weights, five streams 21.5, statistics 6.8, …         10.6
-    LoRA, r 8                16 × 256      85.6 = weights, activations 50.5, logits 18.9;  33.6 with a batch of 4
-    distillation              1 × 2048    156.9 = float32 weights 32.1, gradients 32.1, optimisers 36.3, teacher 16.1, …
+A need is the sum of a few terms: weights, streams of the calibration text, what a batch holds, statistics, and what a
+training remembers; `_terms` is their table. A term is what is there at the stage's peak; what never is there together
+is not added up. Bytes; GB = 1e9. Expected and measured on an H200 (Llama-3-8B's shape, data/results/llama3-8b-shape):
+layer removal 24.37 and 24.36 at that card's larger batches, sequential Taylor 23.82 and 23.84; streamed covariances
+5.69 and 5.98, cost table 9.75 and 9.79, sweep 10.62 and 11.24.
 
 Forward passes take larger batches where there is room (`stream.tokens_at_once`): then the peak is higher and the need
-is not.
-
-The formulas say what is in use. A process' resident set, the measured peak on a CPU, also has what the C library keeps
-of what was freed: up to half as much again in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for
-more time; the tests measure like that.
+is not. A process' resident set, the measured peak on a CPU, also has what the C library keeps of what was freed: up to
+half as much again in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for more time; the tests measure
+like that.
 """
 
 import contextlib
@@ -39,81 +23,15 @@ import torch
 from torch import nn
 
 from gqalib import stream
+from gqalib.device import bf16_is_fast
 from gqalib.errors import InputError
 from gqalib.measure.cost import Used, free_bytes, measured, weight_bytes
 from gqalib.model import attention
 from gqalib.model.shapes import decoder_layers, layer_shapes
-from gqalib.reference.training import bf16_is_fast
 from gqalib.run.presets import Distillation, Recovery
 from gqalib.stream import is_streamed
 
 Terms = dict[str, int]  # bytes by what they are for; `weights` are there before the stage begins
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the formulas read off a model."""
-
-    s: int
-    L: int
-    d: int
-    h: int
-    q: int
-    k: int
-    f: int
-    V: int
-    weights: int  # bytes, all of them
-    layer: int  # parameters of the widest layer
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Shape":
-        shapes, layers, config = layer_shapes(model), decoder_layers(model), model.config
-        heads, kv_heads, width = (
-            int(shapes[name].max()) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        )
-        layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-        s = next(layers.parameters()).element_size()
-        hidden, head_dim = config.hidden_size, config.head_dim
-        return cls(
-            s,
-            len(layers),
-            hidden,
-            heads,
-            heads * head_dim,
-            kv_heads * head_dim,
-            width,
-            config.vocab_size,
-            weight_bytes(model),
-            layer,
-        )
-
-    @property
-    def not_streamed(self) -> int:
-        """Bytes of embedding, lm_head and norm (and, roughly, of layers narrower than the widest)."""
-        return max(0, self.weights - self.L * self.layer * self.s)
-
-    def saved(self, trained: bool) -> int:
-        """Bytes per token that a layer keeps for the backward pass.
-
-        8d (the streams at both norms, in float32) + s·(2q + 2k) (attention) + 3sf (MLP); and if its weights have
-        gradients s·(2d + q + f), what the projections read.
-        """
-        fixed = 8 * self.d + self.s * (2 * self.q + 2 * self.k + 3 * self.f)
-        return fixed + trained * self.s * (2 * self.d + self.q + self.f)
-
-    @property
-    def forward(self) -> int:
-        """Bytes per token of a layer at work without a backward pass: s·3f of the MLP, s·2d + 8d of stream and norm."""
-        return self.s * (3 * self.f + 2 * self.d) + 8 * self.d
-
-    def logits(self, backward: bool) -> int:
-        """Bytes per token of the logits: themselves and up to twice in float32, V·(4 + s or 8); 12·V with a backward
-        pass."""
-        return self.V * (12 if backward else 8 if self.s == 4 else self.s + 8)
-
-    def gradients(self, size: int) -> int:
-        """3·df of `size` bytes, the MLP's weights' gradients, and 17·df to 20·df while one of them is scored."""
-        return self.d * self.f * (3 * size + 16 + size)
 
 
 def expected(
@@ -126,13 +44,10 @@ def expected(
     streams: bool | None = None,
     settings: Recovery | Distillation | None = None,
 ) -> Terms:
-    """Bytes that a stage needs at its peak, by term; one formula per stage, in its function in `STAGES`.
+    """Bytes that a stage needs at its peak, by term.
 
     Args:
-        stage: `layer removal`, `one-shot Taylor`, `all gradients`, `sequential Taylor` (and surgery), `gradient
-            covariances`, `cost table`, `sweep`, `scoring` (against a dense model), `LoRA` or `distillation`; or several
-            that come one after the
-            other: the largest.
+        stage: one of `_terms`' names, or several that come one after the other: the largest.
         model: any Llama; one on the meta device will do.
         num_examples, length: of the calibration text; for LoRA and distillation what goes through the model at once.
         device: what it will run on (default: where it is). On a CPU, what waits in host memory counts too.
@@ -142,221 +57,123 @@ def expected(
     Raises:
         InputError: an unknown stage.
     """
+    on, streams = torch.device(device or model.device), is_streamed(model) if streams is None else streams
+    table = _terms(_Sizes(model, num_examples, length, on, streams), settings)
     stages = [stage] if isinstance(stage, str) else stage
-    for unknown in (name for name in stages if name not in STAGES):
-        raise InputError(f"unknown stage {unknown!r}: use one of {', '.join(STAGES)}")
-    streams = is_streamed(model) if streams is None else streams
-    at_once = stream.tokens_at_once(model)
-    on = torch.device(device or model.device).type
-    case = _Case(Shape.of(model), num_examples, length, on, streams, at_once, settings)
-    terms = max((STAGES[name](case) for name in stages), key=lambda terms: sum(terms.values()))
+    for unknown in (name for name in stages if name not in table):
+        raise InputError(f"unknown stage {unknown!r}: use one of {', '.join(table)}")
+    terms = max((table[name] for name in stages), key=lambda terms: sum(terms.values()))
     return {name: int(size) for name, size in terms.items() if size}
 
 
-@dataclass(frozen=True)
-class _Case:
-    shape: Shape
-    num_examples: int
-    length: int
-    device: str
-    streams: bool
-    at_once: int  # tokens of a batch that goes forward only; on a GPU more than the least, where there is room
-    settings: Recovery | Distillation | None
+class _Sizes:
+    """What the terms are made of. s bytes per weight; L layers; d hidden size; h query heads; q, k query and KV width,
+    f MLP width of the widest layer; V vocabulary; n tokens of the text, B of a batch, F of one that only goes forward.
+    """
 
-    @property
-    def n(self) -> int:
-        return self.num_examples * self.length
+    def __init__(self, model: nn.Module, num_examples: int, length: int, device: torch.device, streams: bool):
+        shapes, layers, config = layer_shapes(model), decoder_layers(model), model.config
+        names = "num_attention_heads", "num_key_value_heads", "intermediate_size"
+        self.h, heads, self.f = (int(shapes[name].max()) for name in names)
+        self.L, self.d, self.V = len(layers), config.hidden_size, config.vocab_size
+        self.s = next(layers.parameters()).element_size()
+        self.q, self.k = self.h * config.head_dim, heads * config.head_dim
+        self.layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)  # parameters of the widest
+        self.all, self.length, self.n = weight_bytes(model), length, num_examples * length
+        self.B, self.F = (self.windows(size) for size in (stream.BATCH_TOKENS, stream.tokens_at_once(model)))
+        self.device, self.in_host, self.streams = device, int(device.type == "cpu"), streams
+        self.elsewhere = streams and not self.in_host  # layers and streams are in host memory, which does not count
 
-    @property
-    def batch(self) -> int:
-        return self.tokens(stream.BATCH_TOKENS)
-
-    @property
-    def gradient(self) -> int:
-        """Bytes of one gradient: float32 where batches are summed."""
-        return 4 if self.n > self.batch else self.shape.s
-
-    def tokens(self, at_once: int) -> int:
-        """Of a batch: whole windows."""
-        return min(self.n, max(1, at_once // self.length) * self.length)
-
-    @property
-    def in_host(self) -> int:
-        """1 if what waits in host memory counts: on a CPU."""
-        return int(self.device == "cpu")
-
-    @property
-    def by_layer(self) -> bool:
-        return self.streams or not self.in_host
-
-    def buffers(self, count: float, itemsize: int = 0) -> float:
-        """Streams of n·d·s bytes (or itemsize instead of s); of a streamed model they are in host memory."""
-        return 0 if self.streams and not self.in_host else count * self.n * self.shape.d * (itemsize or self.shape.s)
+    def windows(self, tokens: int) -> int:
+        """Tokens of a batch: whole windows."""
+        return min(self.n, max(1, tokens // self.length) * self.length)
 
     def weights(self) -> Terms:
-        """All weights; of a streamed model embedding, norm and lm_head, and one layer."""
-        m = self.shape
-        if self.streams and not self.in_host:
-            return {"weights": m.not_streamed, "layer at work": m.layer * m.s}
-        return {"weights": m.weights}
+        """All of them; of a streamed model embedding, norm and lm_head, and one layer."""
+        if not self.elsewhere:
+            return {"weights": self.all}
+        return {"weights": max(0, self.all - self.L * self.layer * self.s), "layer at work": self.layer * self.s}
+
+    def buffers(self, count: int, itemsize: int) -> Terms:
+        """So many streams [n, d]."""
+        return {"streams": 0 if self.elsewhere else count * self.n * self.d * itemsize}
+
+    def kept(self, trained: bool) -> int:
+        """What a layer keeps of a token for the backward pass: the streams at both norms in float32, 8d, of attention
+        s·(2q + 2k) and of the MLP 3sf; if its weights have gradients what the projections read, s·(2d + q + f)."""
+        fixed = 8 * self.d + self.s * (2 * self.q + 2 * self.k + 3 * self.f)
+        return fixed + trained * self.s * (2 * self.d + self.q + self.f)
 
 
-def _layer_removal(case: _Case) -> Terms:
-    """Two streams of n·d·s; the larger of logits, B·V·(s + 8), and a layer at work."""
-    m = case.shape
-    return {
-        **case.weights(),
-        "streams": case.buffers(2),
-        "batch": case.tokens(case.at_once) * max(m.logits(False), m.forward),
-    }
+def _terms(c: _Sizes, settings: Recovery | Distillation | None) -> dict[str, Terms]:
+    """Each stage's terms."""
+    s, d, f, L, V = c.s, c.d, c.f, c.L, c.V
+    size = 4 if c.n > c.B else s  # of a gradient: float32 where batches are summed
+    scored = d * f * (4 * size + 16)  # gradients of one layer's MLP, and the largest of them while it is scored
+    by_layer = c.streams or not c.in_host
+    statistics = 8 * (3 * f * f + 4 * d * f)  # of down_proj: XᵀX, its factor, its inverse; YᵀX, weights, solutions
+    newton = d * f * (5 * 16 + 2 * 8) + c.B * 16 * f  # five vectors like gate and up in float64, two in float32
+    covariance = {"covariance at work": 3 * 8 * d * d}
+    forward = max(V * (8 if s == 4 else s + 8), s * (3 * f + 2 * d) + 8 * d)  # of a token: its logits, or a layer
+
+    def backward(by_layer: bool, trained: float, others: float, gradients: float) -> Terms:
+        """A pass over a batch, in which so many layers keep what training needs, and so many what it does not; logits
+        are gone before the first gradients come. Or one for each layer, between which the streams wait."""
+        kept, logits = c.B * (trained * c.kept(True) + others * c.kept(False)), 12 * c.B * V
+        if not by_layer:
+            return {"activations": kept, "logits or gradients": max(logits, gradients)}
+        waiting = {"streams kept in host memory": c.in_host * (L + 1) * c.n * d * s}
+        return {**c.buffers(2, s), **waiting, "batch": max(logits, kept / L + gradients)}
+
+    table = {
+        "layer removal": {**c.buffers(2, s), "batch": c.F * forward},
+        "one-shot Taylor": backward(c.streams or c.B < c.n, L, 0, scored),
+        "all gradients": {**backward(False, L, 0, 0), "gradients": L * c.layer * size},
+        "sequential Taylor": {**backward(False, 1, L - 1, scored + c.layer * size), **c.buffers(2, s)},
+        "gradient covariances": {
+            **backward(by_layer, 0, L, 3 * 8 * d * d if by_layer else 0), "covariances": c.in_host * 2 * L * 8 * d * d,
+        },
+        "cost table": {
+            **c.buffers(3, 4), **covariance, "statistics": max(statistics, 16 * f * f + c.B * f * (4 * s + 4)),
+        },
+        "sweep": {
+            **c.buffers(5, 4), **covariance, "layer in float32": 4 * c.layer * (s != 4),
+            "statistics or Gauss-Newton": max(statistics, newton),
+            "weights before the cut": c.in_host * L * c.layer * s,
+        },
+        "scoring": {"logits": c.F * V * (2 * s + 8 * 4)},  # of two models, and eight times in float32
+        "LoRA": {  # logits nine times in float32: loss, entropy and accuracy, as trl takes them
+            **_adapter(c, settings), "logits": 36 * c.n * V,
+            "activations": c.n * L * c.kept(True) * (1 + (getattr(settings, "lora_dropout", 0) > 0)),
+        },
+        "distillation": _distillation(c, settings or Distillation()),
+    }  # fmt: skip
+    return {name: {**c.weights(), **terms} for name, terms in table.items()}
 
 
-def _taylor_one_shot(case: _Case) -> Terms:
-    """One batch: what all L layers save for it, logits 12·B·V, and the gradients of one layer's MLP while they are
-    scored.
-
-    More than one batch: layer by layer; a stream and its gradient, 2n·d·s, the larger of logits and of one layer's
-    activations with its gradients; and in host memory (L + 1) streams.
-    """
-    m = case.shape
-    if case.batch == case.n and not case.streams:
-        return _whole_pass(case, case.batch * m.L * m.saved(trained=True), gradients=m.gradients(m.s))
-    return _by_layer(case, case.batch * m.saved(trained=True), m.gradients(case.gradient))
+def _adapter(c: _Sizes, settings: Recovery | Distillation | None) -> Terms:
+    """r·(inputs + outputs) of all projections, with gradient and AdamW's two moments."""
+    widths = 2 * (c.d + c.q) + 2 * (c.d + c.k) + 3 * (c.d + c.f)
+    return {"adapter": 4 * c.s * getattr(settings, "lora_r", 0) * c.L * widths}
 
 
-def _all_gradients(case: _Case) -> Terms:
-    """One batch at a time, and the gradients of all weights: how LLM-Pruner and torch-pruning score. Layers are not
-    streamed."""
-    m = case.shape
-    passed = _whole_pass(case, case.batch * m.L * m.saved(trained=True), 0)
-    return {**passed, "gradients": m.L * m.layer * case.gradient}
-
-
-def _taylor_sequential(case: _Case) -> Terms:
-    """As one batch of the one-shot scores, but only the layer in work saves what its weights' gradients need; two
-    streams more."""
-    m = case.shape
-    saved = case.batch * (m.saved(trained=True) + (m.L - 1) * m.saved(trained=False))
-    gradients = m.gradients(case.gradient) + m.layer * case.gradient
-    return {**_whole_pass(case, saved, gradients), "streams": case.buffers(2)}
-
-
-def _gradient_covariances(case: _Case) -> Terms:
-    """On a CPU one pass per batch: what all layers save, logits, and 2L covariances of 8d²; on a GPU (or streamed)
-    layer by layer."""
-    m = case.shape
-    if not case.by_layer:
-        return {**_whole_pass(case, case.batch * m.L * m.saved(trained=False), 0), "covariances": _covariances(case)}
-    return {**_by_layer(case, case.batch * m.saved(trained=False), 3 * 8 * m.d**2), "covariances": _covariances(case)}
-
-
-def _covariances(case: _Case) -> int:
-    return case.in_host * 2 * case.shape.L * 8 * case.shape.d**2
-
-
-def _whole_pass(case: _Case, saved: float, gradients: float) -> Terms:
-    """Logits are gone before the first gradients of weights come."""
-    m = case.shape
-    return {**case.weights(), "activations": saved, "logits or gradients": max(case.batch * m.logits(True), gradients)}
-
-
-def _by_layer(case: _Case, saved: float, gradients: float) -> Terms:
-    m = case.shape
-    work = max(case.batch * m.logits(True), saved + gradients)
-    kept = case.in_host * (m.L + 1) * case.n * m.d * m.s
-    return {**case.weights(), "streams": case.buffers(2), "streams kept in host memory": kept, "batch": work}
-
-
-def _statistics(case: _Case) -> float:
-    """3·8f² of `down_proj`'s XᵀX, its factor and its inverse (or the matrix of a solve), and 4·8df of YᵀX, weights
-    and solutions."""
-    m = case.shape
-    return 8 * (3 * m.f**2 + 4 * m.d * m.f)
-
-
-def _cost_table(case: _Case) -> Terms:
-    """Three streams in float32; `_statistics` of one sublayer; a batch of `down_proj`'s inputs, B·f·(4s + 4)."""
-    m = case.shape
-    batch = case.batch * m.f * (4 * m.s + 4)
-    return {
-        **case.weights(),
-        "streams": case.buffers(3, 4),
-        "statistics": max(_statistics(case), 8 * 2 * m.f**2 + batch),
-        **_held(case),
-    }
-
-
-def _held(case: _Case) -> Terms:
-    return {"covariance at work": 3 * 8 * case.shape.d**2}
-
-
-def _sweep(case: _Case) -> Terms:
-    """Five streams in float32; the layer in float32; the larger of `_statistics` and Gauss–Newton's five vectors like
-    gate and up in float64, 5 · 16df, with two in float32, 2 · 8df, and a batch's activations in float32, B·(4 · 4f);
-    on a CPU the weights as they were, for an error."""
-    m = case.shape
-    newton = m.d * m.f * (5 * 16 + 2 * 8) + case.batch * 4 * 4 * m.f
-    return {
-        **case.weights(),
-        "layer in float32": 4 * m.layer if m.s != 4 else 0,
-        "streams": case.buffers(5, 4),
-        "statistics or Gauss-Newton": max(_statistics(case), newton),
-        "weights before the cut": case.in_host * m.L * m.layer * m.s,
-        **_held(case),
-    }
-
-
-def _scoring(case: _Case) -> Terms:
-    """Logits of two models, and eight times a batch of them in float32: two log-softmaxes, two exponentials, and what
-    KL makes of them."""
-    m = case.shape
-    return {**case.weights(), "logits": case.tokens(case.at_once) * m.V * (2 * m.s + 8 * 4)}
-
-
-def _lora(case: _Case) -> Terms:
-    """r·(inputs + outputs) of all projections, with gradient and AdamW's two moments 4s each; what all layers save
-    for a batch; logits in float32, nine times (loss, entropy and accuracy, as trl takes them)."""
-    m, settings = case.shape, case.settings
-    saved = case.n * m.L * m.saved(trained=True) * (1 + (settings.lora_dropout > 0))
-    return {**case.weights(), **_adapter(m, settings.lora_r), "activations": saved, "logits": 36 * case.n * m.V}
-
-
-def _adapter(m: Shape, r: int) -> Terms:
-    return {"adapter": 4 * m.s * r * m.L * (2 * (m.d + m.q) + 2 * (m.d + m.k) + 3 * (m.d + m.f))}
-
-
-def _distillation(case: _Case) -> Terms:
-    """Gradients; Muon's momentum s per weight of the layers, AdamW's two moments for the rest; or LoRA's adapter;
-    what all layers save for a batch; eleven times the logits in float32. Where products are in bf16, so are the
-    activations, and there are copies of the weights, 2 bytes each. On a CPU also the probabilities of
-    `attention.blocked`: per layer and token h times half of the keys, in float32."""
-    m, settings = case.shape, case.settings or Distillation()
-    in_bf16, saved = bf16_is_fast(torch.device(case.device)), 8 * m.d + 2 * (2 * m.d + 3 * m.q + 2 * m.k + 4 * m.f)
-    keys = min(case.length, (case.length + attention.BLOCK) / 2)
-    probabilities = case.in_host * m.h * keys * (4 + 2 * in_bf16)  # and in bf16
-    by_muon = m.L * m.layer * m.s if settings.muon_lr else 0
-    learning = {"gradients": m.weights, "optimisers": by_muon + 2 * (m.weights - by_muon)}
-    return {
-        **case.weights(),
-        **(_adapter(m, settings.lora_r) if settings.lora_r else learning),
-        "weights in bf16": m.weights / 2 if in_bf16 and m.s == 4 else 0,
-        "activations": case.n * m.L * ((saved if in_bf16 else m.saved(trained=True)) + probabilities),
-        "logits": 44 * case.n * m.V,
-    }
-
-
-STAGES: dict[str, Callable[[_Case], Terms]] = {
-    "layer removal": _layer_removal,
-    "one-shot Taylor": _taylor_one_shot,
-    "all gradients": _all_gradients,
-    "sequential Taylor": _taylor_sequential,
-    "gradient covariances": _gradient_covariances,
-    "cost table": _cost_table,
-    "sweep": _sweep,
-    "scoring": _scoring,
-    "LoRA": _lora,
-    "distillation": _distillation,
-}
+def _distillation(c: _Sizes, settings: Recovery | Distillation) -> Terms:
+    """Muon's momentum, AdamW's two moments, and gradients; or LoRA's adapter. Before most gradients are there: what
+    all layers keep, and logits of student and teacher with lm_head's gradient. Where products are in bf16, so are
+    activations, and there are copies of the weights. On a CPU also the probabilities of `attention.blocked`: per layer
+    and token h times half of the keys, in float32 (and in bf16)."""
+    dtype = getattr(settings, "dtype", "auto")
+    in_bf16 = dtype == "bfloat16" or (dtype == "auto" and bf16_is_fast(c.device))
+    keys = min(c.length, (c.length + attention.BLOCK) / 2)
+    probabilities = c.in_host * c.h * keys * (4 + 2 * in_bf16)
+    kept = 8 * c.d + 2 * (2 * c.d + 3 * c.q + 2 * c.k + 4 * c.f) if in_bf16 else c.kept(True)
+    work = c.n * c.L * (kept + probabilities) + 2 * (2 if in_bf16 else 4) * c.n * c.V
+    copies = {"weights in bf16": c.all / 2 if in_bf16 and c.s == 4 else 0}
+    if getattr(settings, "lora_r", 0):
+        return {**_adapter(c, settings), **copies, "activations and logits": work}
+    by_muon = c.L * c.layer * c.s if getattr(settings, "muon_lr", 0) else 0
+    work = {"activations, logits, gradients": max(c.all, work + c.d * c.V * c.s)}
+    return {"optimisers": by_muon + 2 * (c.all - by_muon), **copies, **work}
 
 
 # ---------------------------------------------------------------- before and after

@@ -15,8 +15,8 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from gqalib.errors import InputError, one_sentence, reason
 from gqalib.model import attention  # noqa: F401  (registers itself with transformers, as the next one does)
-from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
 from gqalib.model.gguf import gguf_folder
+from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
 from gqalib.model.names import GGUF, PACKAGE, REPOSITORY, SHAPE, check_config, check_model, shape_widths  # noqa: F401
 from gqalib.packages import package_folder
 

@@ -3,181 +3,301 @@
     loss = alpha · T² · KL(teacher || student) + (1 − alpha) · cross entropy          [nats per predicted token]
 
 with both distributions softened by the temperature T in the first term (Hinton, Vinyals & Dean 2015; T² keeps the size
-of the gradients). The loop, its optimisers and its checkpoints are those of `training`.
+of the gradients). transformers' Trainer trains; ours are the loss, the optimiser and the order of the text.
 
 `recover` does it from folder to folder, which is `python -m gqalib distill`: alone, under `torchrun` or under
 `accelerate launch`.
 """
 
-import bisect
 import dataclasses
-import itertools
-import json
-import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pandas as pd
 import torch
-from peft import get_peft_model
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import Subset
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from gqalib.device import bf16_is_fast, is_one_of_several
 from gqalib.errors import InputError
 from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
-from gqalib.measure.perplexity import kl_divergence
 from gqalib.model.attention import attention_implementation
-from gqalib.model.load import load_model, load_tokenizer, resolve_device, to_device
+from gqalib.model.load import load_model, load_tokenizer
 from gqalib.model.names import NO_LABEL
-from gqalib.parallel import in_shards, is_in_shards, is_one_of_several, processes, rank_and_size, wait_for_all
-from gqalib.recover.lora import into_folder, lora_config, merge, summary
-from gqalib.reference import training
-from gqalib.reference.training import Batch, as_inputs
+from gqalib.recover import trainer
+from gqalib.recover.optimizer import MuonAdamW, rate_at
 from gqalib.run.corpora import training_windows
-from gqalib.run.instructions import examples
 from gqalib.run.presets import Distillation, Preset
-from gqalib.run.resume import code_hash, digest
+from gqalib.run.resume import Progress, code_hash, digest
 
 COLUMNS = ["tokens", "loss", "kl", "cross_entropy", "learning_rate", "seconds"]
-MICRO_TOKENS = 2048  # that go through student and teacher at once
-Batches = torch.Tensor | Callable[[int], Batch]
+AT_ONCE = {"cpu": 2048, "cuda": 16_384}  # tokens that go through student and teacher together
+PIECE = {"cpu": 2**17, "cuda": 2**24}  # logits of a piece of the divergence: what caches like, and what fills a card
+Rows = torch.Tensor | Sequence[dict[str, list[int]]]
 
 
 def distill(
     student: nn.Module,
     teacher: nn.Module | None,
-    train_batches: Batches,
+    rows: Rows,
     settings: Distillation,
     folder: Path,
-    micro_tokens: int = MICRO_TOKENS,
-    checkpoint_s: float = 300,
+    micro_tokens: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> pd.DataFrame:
     """Teach a pruned model, in place, until `settings.num_tokens` are seen (the last step is a whole one).
 
     With `lora_r` only an adapter is trained, and merged at the end, so the student is a plain model again. The state
-    lives
-    in `folder`: the same call on the same student goes on where a killed run was saved; another run begins there anew.
-    To
-    train all weights, load the student in float32: bfloat16 rounds small steps away.
+    lives in `folder`: the same call on the same student goes on from the last of ten checkpoints, or finds what a run
+    that ended came to; another run begins there anew. To train all weights, load the student in float32: bfloat16
+    rounds small steps away. The teacher may well be in bfloat16.
 
-    Several processes call it with the same arguments, a teacher each and one `folder` that all see. They share the
-    micro-batches of each step, so a step sees the same tokens as in one process and differs by rounding. Under FSDP 2
-    the student comes back in shards (and with its adapter): what was trained is in `folder`, from where
-    `trained_student` reads it.
+    Several processes (`torchrun`, `accelerate launch`) call it with the same arguments and one `folder` that all see.
+    They share the rows of each step, so a step sees the same tokens as in one process and differs by rounding. The
+    student is then of no use: what was trained is in `folder`.
 
     Args:
         teacher: the dense model, which never changes; on any device; it may be None where `alpha` is 0.
-        train_batches: token ids [count, length], shuffled anew for each pass; or a function from the number of tokens
-            seen to the next batch, token ids [rows, length] or `input_ids`, `labels` and, with padding on the right,
-            `attention_mask`. Where `labels` is −100 (a prompt, padding) neither loss is taken. See
-            `instruction_batches`.
-        micro_tokens: how many tokens go through the models at once: what memory and caches like.
-        checkpoint_s: seconds between two checkpoints.
+        rows: token ids [count, length], or rows of `input_ids` and `labels` (see `instructions.examples`); where a label is
+            −100 (a prompt) neither loss is taken. Shuffled anew for each pass. As many go into a step as
+            `settings.batch_tokens` holds of the longest.
+        micro_tokens: how many go through the models at once (default: `AT_ONCE`).
+        callbacks: for Trainer; what they add to the log comes back as columns.
 
     Returns:
         One row per optimiser step: `tokens` seen, `loss`, its terms `kl` (with T²; none at alpha 0) and
         `cross_entropy`, `learning_rate` (Muon's if it runs), `seconds`.
 
     Raises:
-        InputError: a teacher is missing or has another vocabulary, there is no text, a matrix has fewer rows than there
-            are shards, or the loss or its gradient became infinite or NaN; then the student is as it was at the last
-            checkpoint, at worst as it came.
+        InputError: a teacher is missing or has another vocabulary, there is no text, the processes cannot share a
+            step's rows, or the loss or its gradient became infinite or NaN; then the student is of no use, and the
+            last checkpoint is from before.
     """
-    _check(student, teacher, train_batches, settings)
+    _check(student, teacher, rows, settings)
     if settings.num_tokens == 0:
         return pd.DataFrame(columns=COLUMNS, dtype=float)
-    text = train_batches if isinstance(train_batches, torch.Tensor) else None  # a function's text is not seen
-    run = {
-        "settings": dataclasses.asdict(settings),
-        "start": digest(student, teacher, text),
-        "library": code_hash(Path(__file__).read_text(encoding="utf-8")),
-    }
-    loss_of = distillation_loss(teacher, settings.alpha, settings.temperature)
-    with _trained(student, settings) as trained:
-        opts = in_shards(trained, training.optimizers(trained, settings))
-        _check_shards(trained, settings)
-        on_cpu = [model for model in (student, teacher) if model is not None and model.device.type == "cpu"]
-        tokens_seen = _resume(folder, trained, opts, run)
-
-        def prepare(model, opts, tokens_seen):
-            return model, opts, _micro_batches(train_batches, tokens_seen, settings, micro_tokens, student.device)
-
-        try:
-            with attention_implementation("blocked", *on_cpu):
-                training.descend(trained, opts, tokens_seen, settings, folder, prepare, loss_of, checkpoint_s)
-        except FloatingPointError as error:
-            rates = f"distillation.adamw_lr from {settings.adamw_lr}"
-            rates = f"distillation.muon_lr from {settings.muon_lr} or {rates}" if settings.muon_lr else rates
-            raise InputError(f"the loss or its gradient is not finite: lower {rates}") from error
-        finally:  # what stands in the folder is what the student is, whatever ended the run
-            training.load_checkpoint(folder, trained, opts)
-            trained.zero_grad(set_to_none=True)
-    return pd.read_json(folder / "log.jsonl", lines=True).reindex(columns=COLUMNS)
+    lessons = Lessons.of(rows, settings)
+    args = _arguments(lessons, settings, folder, student.device, micro_tokens)
+    start, code = digest(student, teacher, lessons.tokens()), code_hash(Path(__file__).read_text(encoding="utf-8"))
+    with args.main_process_first(local=False):
+        state = Progress(folder, {"settings": dataclasses.asdict(settings), "start": start, "library": code})
+    on_cpu = [model for model in (student, teacher) if model is not None and args.device.type == "cpu"]
+    narrow_heads = attention_implementation("blocked", *on_cpu)
+    with narrow_heads, trainer.quiet(student.config), _trained(student, settings) as trained:
+        weights, log = trainer.result(Distiller(trained, teacher, lessons, settings, args, callbacks), state)
+        if not is_one_of_several():
+            trainer.put(weights, trained)
+    log = pd.DataFrame([{**entry, "tokens": lessons.tokens_seen[entry["step"]]} for entry in log])
+    more = [name for name in log if name not in (*COLUMNS, "step", "epoch", "grad_norm")]
+    return log.reindex(columns=COLUMNS + more)
 
 
-def distillation_loss(teacher: nn.Module | None, alpha: float, temperature: float) -> Callable:
-    """The loss above as (model, batch) → `loss` and its terms, means over the batch's predicted tokens."""
-
-    def loss_of(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        inputs = as_inputs(batch)
-        labels = inputs["labels"][:, 1:]
-        predicted = labels != NO_LABEL
-        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1][predicted].float()
-        terms = {"cross_entropy": (1 - alpha, cross_entropy(logits, labels[predicted]))}
-        if alpha:
-            with torch.no_grad():
-                target = teacher(input_ids=inputs["input_ids"].to(teacher.device), use_cache=False).logits
-            target = target[:, :-1].to(logits.device)[predicted].float()
-            terms["kl"] = (alpha, temperature**2 * kl_divergence(logits / temperature, target / temperature).mean())
-        loss = sum(weight * term for weight, term in terms.values() if weight)
-        return {"loss": loss, **{name: term for name, (_, term) in terms.items()}}
-
-    return loss_of
+# ---------------------------------------------------------------- what is learned from, and in which order
 
 
-def rows_at(windows: torch.Tensor, tokens_seen: int, batch_tokens: int, seed: int) -> torch.Tensor:
-    """The windows [rows, length] that belong to a position in the run; each pass over [count, length] is shuffled
-    anew."""
-    count, length = windows.shape
-    first, rows = tokens_seen // length, max(1, batch_tokens // length)
-    orders = [
-        torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000 + epoch))
-        for epoch in range(first // count, (first + rows - 1) // count + 1)
-    ]
-    return windows[torch.cat(orders)[first % count :][:rows]]
+@dataclasses.dataclass
+class Lessons:
+    """All rows of a run, one after the other, as they go into its steps."""
+
+    rows: Subset
+    per_step: int  # rows
+    length: int  # tokens of the longest row
+    tokens_seen: list[int]  # before the first step, and after each
+
+    @classmethod
+    def of(cls, rows: Rows, settings: Distillation) -> "Lessons":
+        """Each pass over the rows is shuffled anew; a step may take its rows from two passes."""
+        lengths = torch.tensor([len(_input_ids(row)) for row in rows])
+        per_step = max(1, settings.batch_tokens // int(lengths.max()))
+        passes = settings.num_tokens // int(lengths.sum()) + per_step // len(lengths) + 2
+        seeds = (torch.Generator().manual_seed(settings.seed * 1000 + number) for number in range(passes))
+        order = torch.cat([torch.randperm(len(lengths), generator=seed) for seed in seeds])
+        seen = lengths[order].cumsum(0)[per_step - 1 :: per_step]
+        seen = [0, *seen[: int((seen < settings.num_tokens).sum()) + 1].tolist()]
+        return cls(Subset(rows, order[: per_step * (len(seen) - 1)].tolist()), per_step, int(lengths.max()), seen)
+
+    def tokens(self) -> list[torch.Tensor]:
+        """What a run depends on, for `digest`."""
+        rows = self.rows.dataset
+        return [rows] if isinstance(rows, torch.Tensor) else list(_batch(rows).values())
 
 
-def instruction_batches(
-    rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int, seed: int = 0
-) -> Callable[[int], Batch]:
-    """Batches of `prompt` / `completion` rows for `distill`: shuffled once, labels on completion and end of text only.
+def _input_ids(row: torch.Tensor | dict[str, list[int]]) -> Sequence[int]:
+    return row["input_ids"] if isinstance(row, dict) else row
 
-    Raises:
-        InputError: no row has a prompt of less than `max_length` tokens.
+
+def _batch(rows: Sequence[torch.Tensor | dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """`input_ids` and `labels` [rows, length], filled on the right with what no loss sees; the first token of a row has
+    no label, because nothing predicts it."""
+    rows = [row if isinstance(row, dict) else {"input_ids": row, "labels": row} for row in rows]
+    filling = {"input_ids": 0, "labels": NO_LABEL}.items()
+    batch = {key: pad_sequence([torch.as_tensor(row[key]) for row in rows], True, value) for key, value in filling}
+    batch["labels"][:, 0] = NO_LABEL
+    return batch
+
+
+def at_once(settings: Distillation, length: int, device: torch.device, most: int | None = None) -> tuple[int, int]:
+    """Rows of this length that go through the models together, and their length: what memory is needed for."""
+    most = most or AT_ONCE.get(device.type, AT_ONCE["cuda"])
+    return max(1, min(settings.batch_tokens, most) // length), length
+
+
+def _arguments(
+    lessons: Lessons, settings: Distillation, folder: Path, device: torch.device, micro_tokens: int | None
+) -> TrainingArguments:
+    args = trainer.arguments(
+        folder, device, seed=settings.seed, max_steps=len(lessons.tokens_seen) - 1, remove_unused_columns=False,
+        train_sampling_strategy="sequential", ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    each = trainer.shared(lessons.per_step, args.world_size, "the rows of a step (distillation.batch_tokens / length)")
+    most = at_once(settings, lessons.length, args.device, micro_tokens)[0]
+    args.per_device_train_batch_size = max(rows for rows in range(1, min(each, most) + 1) if each % rows == 0)
+    args.gradient_accumulation_steps = each // args.per_device_train_batch_size
+    return args
+
+
+# ---------------------------------------------------------------- the loss
+
+
+class Distiller(Trainer):
+    """Trainer with the loss above, Muon and AdamW, and rates by tokens seen."""
+
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the predicted tokens of a whole step
+
+    def __init__(self, student, teacher, lessons: Lessons, settings: Distillation, args, callbacks=()):
+        muon = f"distillation.muon_lr from {settings.muon_lr} or " if settings.muon_lr else ""
+        watch = trainer.Watch(f"{muon}distillation.adamw_lr from {settings.adamw_lr}")
+        super().__init__(student, args, _batch, lessons.rows, callbacks=[watch, *callbacks])
+        self.model_accepts_loss_kwargs = True  # so that those tokens are counted, over all processes
+        self.teacher = teacher.to(args.device) if teacher is not None and args.world_size > 1 else teacher
+        self.settings, self.lessons = settings, lessons
+        self.terms = torch.zeros(2, device=args.device)
+        _check_shards(self)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        s = self.settings
+        self.optimizer = MuonAdamW(self.model, s.muon_lr, s.adamw_lr, s.weight_decay, s.muon_rounds)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
+        rates = [rate_at(self.settings, tokens) for tokens in self.lessons.tokens_seen]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rates[step])
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
+        s, ids, labels = self.settings, inputs["input_ids"], inputs["labels"]
+        at = pad(labels[:, 1:] != NO_LABEL, (0, 1))  # the tokens that predict one with a label
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=in_bf16(s, ids.device)):
+            logits, target = logits_at(model, self.model, ids, at), None
+            if s.alpha:
+                with torch.no_grad():
+                    target = logits_at(self.teacher, self.teacher, ids.to(self.teacher.device), at).to(ids.device)
+        scale = self.accelerator.num_processes / num_items_in_batch.item()
+        loss, terms = Divergence.apply(logits, target, labels[:, 1:][at[:, :-1]], s.alpha, s.temperature, scale)
+        self.terms += terms
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            kl, logs["cross_entropy"] = self.accelerator.reduce(self.terms, "mean").tolist()
+            logs |= {"kl": kl} if self.settings.alpha else {}
+            self.terms.zero_()
+        super().log(logs, start_time)
+
+
+def in_bf16(settings: Distillation, device: torch.device) -> bool:
+    """Whether matrix products are in bf16 there; the weights that are trained stay in their dtype."""
+    return settings.dtype == "bfloat16" or (settings.dtype == "auto" and bf16_is_fast(device))
+
+
+def logits_at(model: nn.Module, inner: nn.Module, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Logits [n, vocabulary] of the n tokens that `at` [rows, length] marks; lm_head reads no others.
+
+    Args:
+        inner: the model without what a launcher has wrapped it in.
     """
-    found = examples(rows, tokenizer, max_length)
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).split(batch_size)
-    batches = [_pad([found[i] for i in numbers]) for numbers in order]
-    ends = list(itertools.accumulate(map(training.num_tokens_of, batches)))
-    return lambda tokens_seen: batches[bisect.bisect_right(ends, tokens_seen % ends[-1])]
+
+    def chosen(head: nn.Module, hidden_states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (hidden_states[0][at.to(hidden_states[0].device)],)
+
+    hook = inner.get_output_embeddings().register_forward_pre_hook(chosen)
+    try:
+        return model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
 
 
-def _pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Rows of unequal length in one batch, filled on the right with what no loss and no token count sees."""
-    rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
-    filling = {"input_ids": 0, "labels": NO_LABEL, "attention_mask": 0}
-    return {key: pad_sequence([torch.tensor(row[key]) for row in rows], True, value) for key, value in filling.items()}
+class Divergence(torch.autograd.Function):
+    """The loss above and its terms, a few tokens at a time in float32; the gradient is found on the way.
+
+    What stays for the backward pass is the gradient, in the logits' own memory and dtype: nobody reads those again.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target, labels, alpha: float, temperature: float, scale: float):
+        """Sums over tokens, times `scale`.
+
+        Args:
+            logits, target: of student and teacher [tokens, vocabulary]; labels: [tokens].
+
+        Returns:
+            The loss, and its terms [2]: KL with T², cross entropy.
+        """
+        terms, ctx.gradient = torch.zeros(2, device=logits.device), logits.detach()
+        rows = max(1, PIECE.get(logits.device.type, PIECE["cuda"]) // logits.shape[-1])
+        pieces = (tensor.split(rows) for tensor in (ctx.gradient, logits if target is None else target, labels))
+        for z, t, y in zip(*pieces, strict=True):
+            terms += scale * _piece(z, t, y, alpha, temperature, scale)
+        ctx.mark_non_differentiable(terms)
+        return alpha * terms[0] + (1 - alpha) * terms[1], terms
+
+    @staticmethod
+    def backward(ctx, loss_gradient, _):
+        return ctx.gradient.mul_(loss_gradient), None, None, None, None, None
+
+
+def _piece(z, t, y, alpha: float, temperature: float, scale: float) -> torch.Tensor:
+    """The terms of a few tokens; logits `z` become their gradient.
+
+    Where student and teacher agree the gradient is exactly zero; Muon and Adam would blow a rounding error up to a
+    whole step.
+    """
+    student, kl, gradient = z.float(), z.new_zeros((), dtype=torch.float32), None
+    q, log_sum = _softmax(student)
+    cross_entropy = (log_sum - student.gather(1, y[:, None])[:, 0]).sum()
+    if alpha:
+        if temperature != 1:
+            student = student / temperature
+        q_soft, log_sum = (q, log_sum) if temperature == 1 else _softmax(student)
+        teacher = t.float() / temperature
+        p, log_sum_p = _softmax(teacher)
+        kl = temperature**2 * (torch.linalg.vecdot(p, teacher.sub_(student)) - log_sum_p + log_sum).sum()
+        gradient = torch.sub(q_soft, p, out=p).mul_(scale * alpha * temperature)
+    if alpha < 1:
+        q[torch.arange(len(y), device=y.device), y] -= 1
+        gradient = q.mul_(scale * (1 - alpha)).add_(0 if gradient is None else gradient)
+    z.copy_(gradient)
+    return torch.stack([kl, cross_entropy])
+
+
+def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities, and the logarithm of the sum that normalises them, from the largest of each: one exponential."""
+    probabilities = logits.softmax(-1)
+    return probabilities, logits.amax(-1) - probabilities.amax(-1).log()
+
+
+# ---------------------------------------------------------------- around it
 
 
 def prune_and_recover(
     model: nn.Module,
     cut: Callable[[nn.Module, int], None],
-    train_batches: Batches,
+    rows: Rows,
     settings: Distillation,
     steps: int,
     teacher: nn.Module,
@@ -196,93 +316,41 @@ def prune_and_recover(
     for step in range(1, steps + 1):
         cut(model, step)
         share = dataclasses.replace(settings, num_tokens=settings.num_tokens // steps, seed=settings.seed + step - 1)
-        logs.append(distill(model, teacher, train_batches, share, folder / f"step-{step}").assign(step=step))
+        logs.append(distill(model, teacher, rows, share, folder / f"step-{step}").assign(step=step))
     return pd.concat(logs, ignore_index=True)
 
 
-def _check(student: nn.Module, teacher: nn.Module | None, train_batches: Batches, settings: Distillation) -> None:
+def _check(student: nn.Module, teacher: nn.Module | None, rows: Rows, settings: Distillation) -> None:
     if settings.alpha and teacher is None:
         raise InputError(f"distillation.alpha = {settings.alpha} needs a teacher: give the dense model, or alpha 0")
     if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
         sizes = f"{teacher.config.vocab_size} tokens, the student's {student.config.vocab_size}"
         raise InputError(f"the teacher's vocabulary has {sizes}: give the dense model that the student was cut from")
-    if isinstance(train_batches, torch.Tensor) and (train_batches.ndim != 2 or len(train_batches) == 0):
-        raise InputError(
-            f"the text to learn from has shape {list(train_batches.shape)}: give token ids [count, length]"
-        )
+    if isinstance(rows, torch.Tensor) and (rows.ndim != 2 or len(rows) == 0 or rows.shape[1] < 2):
+        shape = list(rows.shape)
+        raise InputError(f"the text to learn from has shape {shape}: give token ids [count, length], length at least 2")
 
 
-def _check_shards(student: nn.Module, settings: Distillation) -> None:
+def _check_shards(distiller: Distiller) -> None:
     """torch cannot orthogonalise what some processes have no row of."""
-    size = rank_and_size()[1]
-    rows = min(
-        p.shape[0] for name, p in student.named_parameters() if p.requires_grad and ".layers." in name and p.ndim == 2
-    )
-    if is_in_shards(student) and settings.muon_lr and rows < size:
+    size, named = distiller.args.world_size, distiller.model.named_parameters()
+    rows = min(p.shape[0] for name, p in named if p.requires_grad and ".layers." in name and p.ndim == 2)
+    if distiller.is_fsdp_enabled and distiller.settings.muon_lr and rows < size:
         fewer = f"start at most {rows} processes, or set distillation.muon_lr=0"
         raise InputError(f"Muon cannot work on a matrix of {rows} rows in {size} shards: {fewer}")
 
 
 @contextmanager
 def _trained(student: nn.Module, settings: Distillation) -> Iterator[nn.Module]:
-    """What the optimisers see: the student with all its weights, or an adapter that is merged into it at the end."""
-    student.requires_grad_(True)
-    if not settings.lora_r:
-        yield student
-        return
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft's, about transformers
-        torch.manual_seed(settings.seed)
-        adapted = get_peft_model(student, lora_config(settings.lora_r, settings.lora_alpha))
+    """What the optimiser sees: the student with all its weights, or an adapter that is merged into it at the end."""
+    model = trainer.adapted(student.requires_grad_(True), settings.lora_r, settings.lora_alpha, settings.seed)
     try:
-        yield adapted
+        yield model
     finally:
-        if not is_in_shards(adapted):
-            merge(adapted)
-            student.requires_grad_(True)
-
-
-def trained_student(student: nn.Module, settings: Distillation, folder: Path) -> nn.Module:
-    """A student as it came to `distill`, changed in place to what the run in `folder` made of it, its adapter
-    merged."""
-    with _trained(student, settings) as trained:
-        training.load_checkpoint(folder, trained, [])
-    return student
-
-
-def _resume(folder: Path, model: nn.Module, opts: list[torch.optim.Optimizer], run: dict) -> int:
-    """Tokens seen by the run that `folder` holds, its state loaded; a run that is described otherwise is dropped and
-    begun anew."""
-    if rank_and_size()[0] == 0:
-        _forget_others(folder, json.dumps(run, indent=1))
-    wait_for_all()
-    is_new = not (folder / "state.json").exists()
-    wait_for_all()  # until all have looked
-    if is_new:
-        training.save_checkpoint(folder, model, opts, 0)
-    return training.load_checkpoint(folder, model, opts)
-
-
-def _forget_others(folder: Path, description: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "run.json").exists() or (folder / "run.json").read_text() != description:
-        for stale in ("state.json", "log.jsonl"):
-            (folder / stale).unlink(missing_ok=True)
-        (folder / "run.json").write_text(description)
-
-
-def _micro_batches(
-    train_batches: Batches, tokens_seen: int, settings: Distillation, micro_tokens: int, device
-) -> list[dict]:
-    if isinstance(train_batches, torch.Tensor):
-        batch = rows_at(train_batches, tokens_seen, settings.batch_tokens, settings.seed)
-    else:
-        batch = train_batches(tokens_seen)
-    inputs = {name: tensor.to(device) for name, tensor in as_inputs(batch).items()}
-    count, length = inputs["input_ids"].shape
-    rows = max(1, min(micro_tokens // length, math.ceil(count / rank_and_size()[1])))  # no process goes without
-    parts = [tensor.split(rows) for tensor in inputs.values()]
-    return [dict(zip(inputs, part, strict=True)) for part in zip(*parts, strict=True)]
+        if not is_one_of_several():
+            trainer.merge(model)
+        student.requires_grad_(True).eval()
+        student.zero_grad(set_to_none=True)
 
 
 def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
@@ -302,33 +370,18 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     settings = dataclasses.replace(preset.distillation, seed=preset.distillation.seed + seed)
     if not settings.num_tokens:
         raise InputError("distillation.num_tokens is 0, so there is nothing to learn: give a number of tokens")
-    folder, save = into_folder(out)
-    several = is_one_of_several()
-    device, dtype = (
-        "cpu" if several else preset.device,
-        preset.dtype if settings.lora_r else "float32",
-    )  # peft's adapter is float32
-    # before the processes know each other: for FSDP, transformers would read the weights in one of them only
+    folder = trainer.place_of(out)
+    several = is_one_of_several()  # then the trainer places the models, as the launcher's settings say
+    device, dtype = "cpu" if several else preset.device, preset.dtype if settings.lora_r else "float32"
     student, teacher = load_model(source, dtype, device), load_model(preset.model, preset.dtype, device)
     tokenizer = load_tokenizer(source)
     length = min(preset.frontier.calibration.length, student.config.max_position_embeddings)
     text = training_windows(preset.corpus, tokenizer, length, settings.num_tokens)
-    with (
-        processes(resolve_device(preset.device)) as place,
-        nullcontext() if several else _stage(student, teacher, length, settings),
-    ):
-        is_main = rank_and_size()[0] == 0
-        log = distill(student, to_device(teacher, place) if several else teacher, text, settings, folder)
-    if is_main:
-        trained = trained_student(load_model(source, dtype, "cpu"), settings, folder)
-        save(trained.to(getattr(torch, preset.dtype)), tokenizer)
-        print(summary(log))
-
-
-def _stage(student: nn.Module, teacher: nn.Module, length: int, settings: Distillation) -> AbstractContextManager:
-    """Both models are there already."""
-    rows = max(1, min(settings.batch_tokens, MICRO_TOKENS) // length)
-    terms = memory.expected("distillation", student, rows, length, settings=settings)
-    terms["weights"] += weight_bytes(teacher)
+    terms = memory.expected("distillation", student, *at_once(settings, length, student.device), settings=settings)
+    terms["weights"] += weight_bytes(teacher)  # both models are there already
     knob = "lower distillation.batch_tokens, or take more cards (see README)"
-    return memory.stage("distillation", terms, student, knob)
+    with nullcontext() if several else memory.stage("distillation", terms, student, knob):
+        log = distill(student, teacher, text, settings, folder)
+    if trainer.end_processes():
+        model = trainer.adapted(load_model(source, dtype, "cpu"), settings.lora_r, settings.lora_alpha)
+        trainer.finish(out, model, tokenizer, log, preset.dtype)

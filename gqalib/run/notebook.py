@@ -274,7 +274,7 @@ class Notebook:
         it in the record.
 
         Args:
-            name: one of `memory.STAGES`, or anything if it consists of several: `of`. shape: (windows, length) that go
+            name: as in `memory.expected`, or anything if it consists of several: `of`. shape: (windows, length) that go
             through it.
             knob: the parameter that lowers the need. copies: of the model that it makes. options: as in
             `memory.expected`.

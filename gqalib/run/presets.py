@@ -120,6 +120,7 @@ class Distillation:
     alpha: UpToOne = 1.0  # weight of the teacher's logits; 1 - alpha is that of the text's (or answer's) own tokens
     temperature: PositiveFloat = 1.0  # divides the logits of both before they are compared
     muon_lr: NonNegativeFloat = 0.01  # matrices of the layers; 0: AdamW takes them too
+    muon_rounds: PositiveInt = 5  # of Newton and Schulz; fewer are faster and less exact
     adamw_lr: PositiveFloat = 1e-3  # embedding, norms, lm_head
     weight_decay: NonNegativeFloat = 0.0  # Muon's, towards zero
     warmup_steps: PositiveInt = 10  # optimiser steps
@@ -128,6 +129,7 @@ class Distillation:
     lora_r: NonNegativeInt = 0  # rank of a LoRA adapter; 0: all weights are trained
     lora_alpha: PositiveInt = 16
     seed: NonNegativeInt = 0  # order of the text, and the adapter's start
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 where that is fast
 
     @property
     def decay_tokens(self) -> float:
