@@ -48,14 +48,18 @@ HELD = "GQALIB_LOCKED"  # in the environment of the notebooks that a runner star
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
 
 
-def default_run_dir(preset: str, overrides: dict[str, Any] | None = None, seed: int = 0) -> Path:
-    """`runs/<preset>` in the repository, or under `$GQALIB_RUNS`; other parameters have a folder of their own,
-    `<preset>+recovery.lora_r=16`."""
-    changes = sorted((overrides or {}).items()) + [("seed", seed)] * bool(seed)
+def run_name(preset: str, overrides: dict[str, Any], seed: int) -> str:
+    """A folder's name that says what a run is, `tiny+recovery.lora_r=16+seed=1`; a long one ends in a hash of it."""
+    changes = sorted(overrides.items()) + [("seed", seed)] * bool(seed)
     name = quote("+".join([preset, *(f"{key}={value}" for key, value in changes)]), safe=" ,+=[]")  # one folder
-    if len(name) > 120:  # file systems end at 255 bytes
-        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return Path(os.environ.get("GQALIB_RUNS", REPOSITORY / "runs")).expanduser().absolute() / name
+    return name if len(name) <= 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def default_run_dir(preset: str, overrides: dict[str, Any] | None = None, seed: int = 0) -> Path:
+    """`run_name` in the repository's `runs`, or under `$GQALIB_RUNS`."""
+    return Path(os.environ.get("GQALIB_RUNS", REPOSITORY / "runs")).expanduser().absolute() / run_name(
+        preset, overrides or {}, seed
+    )
 
 
 def numbered_notebooks(folder: Path = NOTEBOOKS) -> list[Path]:
