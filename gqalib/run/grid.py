@@ -87,7 +87,7 @@ class Grid:
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], *Some] = field(default_factory=lambda: [0])
     overrides: dict[str, Annotated[list[Value], *Some]] = field(default_factory=dict)  # dotted name → values to try
     num_cpus: PositiveInt = 1  # of one run: cores reserved, and torch's threads
-    num_gpus: Annotated[NonNegativeFloat, AfterValidator(_cards)] = 0  # below 1 several share a card, with 0 none is seen
+    num_gpus: Annotated[NonNegativeFloat, AfterValidator(_cards)] = 0  # of one run; below 1 shared, with 0 none is seen
     max_retries: NonNegativeInt = 2  # of a run whose process or worker was killed
 
 
@@ -304,16 +304,16 @@ def attempts(job: Series) -> list[tuple[str, str]]:
 
 def _end(said: str) -> str:
     """Of a run that failed by itself the sentence after `error:` or `failed:`; of a traceback the last line."""
-    said, exited, status = said.rstrip().rpartition("exit status ")
-    if not exited:
+    if not (exited := re.search(r"^exit status (-?\d+)\s*\Z", said, re.MULTILINE)):
         return "its worker died"
-    if status == "0":
+    if (status := int(exited[1])) == 0:
         return "finished"
-    if int(status) < 0 or int(status) == KERNEL_DIED:
+    if status < 0 or status == KERNEL_DIED:
         return "its process was killed"
+    said = said[: exited.start()].rstrip()
     if told := re.search(r"^(?:error|failed): (.*)\n+(.*)", said, re.MULTILINE):
         return ": ".join(filter(None, told.groups()))
-    return said.rstrip().rpartition("\n")[2] or "it said nothing"
+    return said.rpartition("\n")[2].strip() or "it said nothing"
 
 
 def what_failed(job: Series) -> str | None:
