@@ -9,7 +9,6 @@ a small batch gives them to do, and hides what pruning saves. What can be counte
 
 import contextlib
 import copy
-import gc
 import itertools
 import statistics
 import time
@@ -147,7 +146,7 @@ def compare_speed(
     points = itertools.product(phases, batch_sizes, sorted({min(context, longest) for context in contexts}))
     free, rows = cost.free_bytes(_device(models)), []
     needed = {point: max(PHASES[point[0]][1](model, *point[1:]) for model in models.values()) for point in points}
-    with _old_objects_left_alone():
+    with cost.old_objects_left_alone():
         for point, size in needed.items():
             note, found = "", ({}, {}, {})
             try:
@@ -158,18 +157,6 @@ def compare_speed(
                 note = f"not measured: needs {size / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
             rows += [_row(point, name, models, *found, note) for name in models]
     return pd.DataFrame(rows)
-
-
-@contextlib.contextmanager
-def _old_objects_left_alone() -> Iterator[None]:
-    """Inside, the garbage collector passes over what is there already: all of transformers, a tenth of a second each
-    time."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _device(models: dict[str, nn.Module]) -> torch.device:
