@@ -465,33 +465,32 @@ def lora(tokenizer, tmp_path):
     return train
 
 
-@pytest.mark.parametrize("num_steps", [3, 7])  # an epoch has three
-def test_lora_goes_on(num_steps, lora, counted, monkeypatch, tmp_path):
-    expected, saves, original = lora("whole"), [], _Checkpoints.on_save
+def test_lora_goes_on(lora, counted, monkeypatch, tmp_path):
+    expected, original = lora("whole"), _Checkpoints.on_save
     assert len(expected[1]) == 9
+    for num_steps in (3, 7):  # an epoch has three
+        saves = []
 
-    def die(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        saves.append(args)
-        if len(saves) == num_steps:
-            raise Killed
+        def die(self, *args, num_steps=num_steps, saves=saves, **kwargs):
+            original(self, *args, **kwargs)
+            saves.append(args)
+            if len(saves) == num_steps:
+                raise Killed
 
-    monkeypatch.setattr(_Checkpoints, "on_save", die)
-    with pytest.raises(Killed):
-        lora("killed")
-    monkeypatch.setattr(_Checkpoints, "on_save", original)
-    last = tmp_path / "killed" / "state" / f"checkpoint-{num_steps}"
-    torn = last.with_name(f"checkpoint-{num_steps + 1}")
-    torn.mkdir()
-    (torn / "trainer_state.json").write_bytes((last / "trainer_state.json").read_bytes()[:100])
-    steps = counted(_Checkpoints, "on_step_begin")
-    assert same(lora("killed"), expected) and len(steps) == 9 - num_steps
-    assert {file.name for file in (tmp_path / "killed" / "state").iterdir() if file.suffix != ".md"} == {
-        "key.json", "adapter.safetensors", "log.json",
-    }  # fmt: skip
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(_Checkpoints, "on_save", die)
+            lora(f"killed {num_steps}")
+        state = tmp_path / f"killed {num_steps}" / "state"
+        last, torn = (state / f"checkpoint-{step}" for step in (num_steps, num_steps + 1))
+        torn.mkdir()
+        (torn / "trainer_state.json").write_bytes((last / "trainer_state.json").read_bytes()[:100])
+        steps = counted(_Checkpoints, "on_step_begin")
+        assert same(lora(f"killed {num_steps}"), expected) and len(steps) == 9 - num_steps
+        left = {file.name for file in state.iterdir() if file.suffix != ".md"}
+        assert left == {"key.json", "adapter.safetensors", "log.json"}
 
 
-def test_lora_that_ended_is_not_trained_again(lora, monkeypatch, tmp_path):
+def test_lora_that_ended_is_not_trained_again(lora, counted, monkeypatch, tmp_path):
     first, left = lora("folder"), tmp_path / "folder" / "state" / "checkpoint-9"
     left.mkdir()  # by a kill between the result and the tidying
     with monkeypatch.context() as patch:
@@ -499,14 +498,10 @@ def test_lora_that_ended_is_not_trained_again(lora, monkeypatch, tmp_path):
         assert same(lora("folder"), first) and not left.exists()
     assert not same(lora("folder", learning_rate=1e-3)[0], first[0])
     assert same(lora("folder"), first)
-
-
-def test_other_code_finds_nothing(lora, monkeypatch, counted):
-    lora("folder")
-    monkeypatch.setattr(recover_lora, "code_hash", lambda _: "another")
     trained = counted(SFTTrainer, "train")
+    monkeypatch.setattr(recover_lora, "code_hash", lambda _: "another")
     lora("folder")
-    assert len(trained) == 1
+    assert len(trained) == 1  # other code finds nothing
 
 
 # ---------------------------------------------------------------- the notebook's
