@@ -25,10 +25,9 @@ def run(options: Namespace) -> int:
     preset(options)
     from gqalib.run import series
 
-    job = series.Series(
-        options.preset, overrides(options.overrides), options.run_dir, options.seed, options.first, options.only,
-        options.notebooks_dir,
-    )  # fmt: skip
+    where = {"run_dir": options.run_dir, "notebooks": options.notebooks_dir}
+    which = {"seed": options.seed, "first": options.first, "only": options.only}
+    job = series.Series(options.preset, overrides(options.overrides), **where, **which)
     try:
         job.run(options.force)
     except series.NotebookFailed as error:
