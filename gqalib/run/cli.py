@@ -88,7 +88,8 @@ def report(options: Namespace) -> None:
 
 def prune(options: Namespace) -> None:
     """Make a model smaller: any Llama, from folder or hub into a folder, without a preset."""
-    _check(options)
+    _check(options.corpus, options.model)
+    new_folder(options.out)
     from gqalib.run import front
 
     how = {name: value for name, value in vars(options).items() if name not in ("command", "call", "model", "out")}
@@ -99,45 +100,41 @@ def prune(options: Namespace) -> None:
 
 def evaluate(options: Namespace) -> None:
     """Perplexity and size of a model, alone or against another one on the same text."""
-    _check(options)
+    _check(options.corpus, options.model, *filter(None, [options.against]))
     from gqalib.run import front
 
-    sources = [source for source in (options.model, options.against) if source]
-    model, against = [*(front.load_model(source, options.dtype, options.device) for source in sources), None][:2]
-    tokenizer = front.load_tokenizer(options.model)
+    model, tokenizer = front.load_model(options.model, options.dtype, options.device), front.load_tokenizer(options.model)
+    against = options.against and front.load_model(options.against, options.dtype, options.device)
     found = front.evaluate(model, tokenizer, against=against, corpus=options.corpus, tokens=options.tokens)
     for name, value in found.items():
         print(f"{name:16s} {value:{',' if isinstance(value, int) else ',.4f'}}")
 
 
-def _check(options: Namespace) -> None:
-    for model in filter(None, (options.model, vars(options).get("against"))):
+def _check(corpus: str, *models: str) -> None:
+    for model in models:
         check_model(model)
-    check_corpus(options.corpus)
-    if "out" in options:
-        new_folder(options.out)
+    check_corpus(corpus)
 
 
 def preset(options: Namespace) -> Preset:
     """The preset that was asked for, with its overrides; that its model and corpus can be is checked."""
     settings = load_preset(options.preset, overrides(options.overrides))
-    check_model(settings.model)
-    check_corpus(settings.corpus)
+    _check(settings.corpus, settings.model)
     return settings
 
 
 def overrides(pairs: list[str]) -> dict[str, Any]:
     """`name=value` pairs; values are read as YAML, so 0.5 is a number and [1, 8] a list."""
-    result = {}
+    values = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise InputError(f"--set {pair} is no NAME=VALUE: write for example --set pruning.mean_rate=0.5")
         try:
-            result[name] = number_or_text(yaml.safe_load(value))
+            values[name] = number_or_text(yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise InputError(f"--set {pair} has a value that cannot be read: write it as YAML") from error
-    return result
+    return values
 
 
 # ---------------------------------------------------------------- the command line

@@ -44,7 +44,7 @@ class Evaluation:
     short_window: AtLeastTwo  # tokens; the founding document's protocol
     long_window: AtLeastTwo  # tokens; the literature's
     num_tokens: PositiveInt  # test tokens behind every reported perplexity
-    quick_tokens: PositiveInt  # test tokens behind each of the many perplexities of a sweep
+    quick_tokens: PositiveInt  # test tokens behind each of many perplexities
 
 
 @dataclass(frozen=True)
