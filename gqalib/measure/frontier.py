@@ -26,7 +26,7 @@ from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, size_of
 from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, wanda_sp
 from gqalib.prune import allocate, founding, refit, scores
-from gqalib.run.presets import Pruning
+from gqalib.run.presets import DEPTH, NO_MULTIPLE, PEERS, Pruning  # noqa: F401 notebooks read PEERS here
 from gqalib.run.resume import NOT_KEPT, Progress
 
 
@@ -92,9 +92,6 @@ PREPARATIONS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {  # the 
     OWN: covariances_and_table,
 }
 STAGES = "all gradients", "gradient covariances", "sweep"  # of `memory`: what the methods need most for
-PEERS = [name for name in METHODS if not name.startswith(("founding Taylor", "refit"))]
-DEPTH = ["ShortGPT", "layer removal"]  # they remove whole layers, so they meet a fraction as closely as layers allow
-NO_MULTIPLE = [*DEPTH, "FLAP", "FLAP, by head"]  # one ranking of all units, so widths come as they do
 MEASURED = "seconds peak_mib parameters_kept_percent backbone_removed_percent perplexity ratio error".split()
 IMPOSSIBLE = (InputError, torch.OutOfMemoryError)
 CLOSE = 2.0  # percentage points of the backbone: what is nearer than this to the fraction asked counts as met
