@@ -26,6 +26,7 @@ from gqalib.run.corpora import END_OF_DOCUMENT
         (["run", "--set", "pruning.mean_rat=0.3"], 2, "error: unknown parameter 'pruning.mean_rat': did you mean"),
         (["run", "--set", "model=/nowhere"], 2, "error: model folder /nowhere does not exist: give"),
         (["run", "--set", "corpus=novel"], 2, "error: unknown corpus 'novel': use"),
+        (["prune", "--model", "x/y", "--out", "x", "--remove", "["], 2, "error: [ cannot be read"),
         (["prune", "--model", "x/y", "--out", "x", "--remove", "1.5"], 2, "error: remove = 1.5 cannot be: it should be"),
         (["prune", "--model", "x/y", "--out", "x", "--method", "flap"], 2, "error: unknown method 'flap': did you mean"),
         (["recover", "--model", "/nowhere", "--out", "x"], 2, "error: model folder /nowhere does not exist: give"),

@@ -92,6 +92,7 @@ def prune(options: Namespace) -> None:
     _check(options.corpus, options.model)
     new_folder(options.out)
     cut = {field.name: vars(options)[field.name] for field in fields(Cut)}
+    cut |= {name: _value(text) for name, text in cut.items() if isinstance(text, str) and name != "corpus"}
     check_cut(**cut)
     from gqalib.run import front
 
@@ -171,7 +172,7 @@ def _of_prune(add) -> None:
         if name != "corpus":
             default = getattr(Cut, name)
             end = "" if default is None else f" (default: {default})"
-            add(f"--{name}", type=_value, default=default, metavar="VALUE", help=hint.__metadata__[-1] + end)
+            add(f"--{name}", default=default, metavar="VALUE", help=hint.__metadata__[-1] + end)
 
 
 def _of_evaluate(add) -> None:
