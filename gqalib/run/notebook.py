@@ -24,7 +24,6 @@ from urllib.parse import quote
 
 import datasets
 import matplotlib.pyplot as plt
-import nbformat
 import pandas as pd
 import torch
 import transformers
@@ -157,14 +156,14 @@ def code_used(path: Path) -> str:
     """`code_hash` of a notebook, which stands in the working folder or in the repository; of the whole library where
     it is in neither."""
     place = next((p for p in (path, NOTEBOOKS / path.name) if p.is_file()), None)
-    code = code_of(nbformat.read(place, as_version=4)) if place else ["from gqalib.run import cli"]
-    return code_hash("\n".join(code))
+    return code_hash("\n".join(code_of(place) if place else ["from gqalib.run import cli"]))
 
 
-def code_of(notebook: nbformat.NotebookNode) -> list[str]:
-    """Source of the code cells but the one that papermill injected."""
-    cells = (c for c in notebook.cells if c.cell_type == "code")
-    return [c.source for c in cells if "injected-parameters" not in c.metadata.get("tags", [])]
+def code_of(path: Path) -> list[str]:
+    """Sources of a notebook's code cells but the one that papermill injected; nbformat would take three seconds to
+    load, in every kernel."""
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    return ["".join(c["source"]) for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])]
 
 
 @contextlib.contextmanager

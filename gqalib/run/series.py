@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import nbformat
-
 from gqalib.errors import InputError
 from gqalib.model.load import load_tokenizer
 from gqalib.model.names import check_model
 from gqalib.run.corpora import check_corpus, evaluation_windows
 from gqalib.run.notebook import (
-    HELD, NOTEBOOKS, code_of, code_used, default_run_dir, find_record, fingerprints, locked, numbered_notebooks,
-    progress_dir, read_record, seconds_of, sha256, fitting_record,
+    HELD, NOTEBOOKS, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked,
+    numbered_notebooks, progress_dir, read_record, seconds_of, sha256,
 )  # fmt: skip
 from gqalib.run.presets import load_preset
-from gqalib.run.publish import frontier_table, results_table
 from gqalib.run.resume import onto_disk
 
 PARAMETERS = ("preset", "overrides", "run_dir", "seed")
@@ -111,7 +108,7 @@ class Series:
         where = self.parameters, self.seed
         try:
             record = fitting_record(self.run_dir / f"{path.stem}.json", *where)
-            executed = nbformat.read(self.run_dir / path.name, as_version=4)
+            executed = code_of(self.run_dir / path.name)
             asked = {
                 "inputs": fingerprints(self.parameters),
                 "library": code_used(path),
@@ -121,7 +118,7 @@ class Series:
             same = all(record[key] == value for key, value in asked.items())
         except (InputError, OSError, KeyError, ValueError):
             return False
-        return whole and same and code_of(executed) == code_of(nbformat.read(path, as_version=4))
+        return whole and same and executed == code_of(path)
 
     def execute(self, path: Path) -> None:
         """Run one notebook headlessly; the executed copy appears in the run folder when it is whole.
@@ -171,6 +168,8 @@ class Series:
 
     def summary(self) -> str:
         """The results table, the frontier and where everything lies."""
+        from gqalib.run.publish import frontier_table, results_table  # three seconds that a grid's runs do without
+
         lines = []
         for name, table in (("07_cost_analysis", results_table), ("08_frontier", frontier_table)):
             with contextlib.suppress(InputError):
@@ -186,7 +185,7 @@ def reads(path: Path) -> list[str]:
     Raises:
         InputError: a name is computed, so that only running the notebook would tell.
     """
-    asked = re.findall(r"\.upstream\(\s*(.*?),?\s*\)", "\n".join(code_of(nbformat.read(path, as_version=4))))
+    asked = re.findall(r"\.upstream\(\s*(.*?),?\s*\)", "\n".join(code_of(path)))
     for name in asked:
         if not re.fullmatch(r"([\"'])\w+\1", name):
             raise InputError(f'{path.stem} computes a name, nb.upstream({name}): write it, as nb.upstream("01_name")')
