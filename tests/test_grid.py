@@ -123,7 +123,7 @@ def perplexity(job):
         ("overrides: {{recovery.learning_rate: [1e-4, 1.0e-4]}}", "recovery.learning_rate = .* should have 0.0001 once"),
         ("overrides: {{pruning.mean_rate: [0.3, 1.5]}}", "pruning.mean_rate = 1.5 cannot be"),
         ("overrides: {{pruning.mean_rate: [much]}}", "pruning.mean_rate = 'much' cannot be"),
-        ("overrides: [pruning.mean_rate]", r"overrides = .* cannot be: it should be an object"),
+        ("overrides: [pruning.mean_rate]", r"overrides = .* cannot be: it should be names with values"),
         ("overrides: {{model: [/no/such/folder]}}", "model folder /no/such/folder does not exist"),
         ("overrides: {{corpus: ['file:/no/such.txt']}}", "corpus file /no/such.txt does not exist"),
         ("overrides:\n  pruning.alpha: [1]\n  pruning.alpha: [2]", "the grid has pruning.alpha twice"),

@@ -106,8 +106,9 @@ def evaluate(options: Namespace) -> None:
     _check(options.corpus, options.model, *filter(None, [options.against]))
     from gqalib.run import front
 
-    model, tokenizer = front.load_model(options.model, options.dtype, options.device), front.load_tokenizer(options.model)
-    against = options.against and front.load_model(options.against, options.dtype, options.device)
+    where = options.dtype, options.device
+    model, tokenizer = front.load_model(options.model, *where), front.load_tokenizer(options.model)
+    against = options.against and front.load_model(options.against, *where)
     found = front.evaluate(model, tokenizer, against=against, corpus=options.corpus, tokens=options.tokens)
     for name, value in found.items():
         print(f"{name:16s} {value:{',' if isinstance(value, int) else ',.4f'}}")

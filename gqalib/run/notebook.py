@@ -342,9 +342,10 @@ class Notebook:
             self.table("stages", pd.DataFrame(self.stages))
         record = {
             "schema": SCHEMA, "notebook": self.name, "preset": self.parameters["name"], **self._reasons(),
-            "overrides": self.overrides, "git_commit": _said_by(*COMMIT) or None, "machine": machine(self.preset.device),
-            "upstream": self.read, "metrics": self.metrics, "tables": self.tables, "texts": self.texts,
-            "artefacts": self.artefacts, "seconds": round(time.monotonic() - self._started, 1),
+            "overrides": self.overrides, "git_commit": _said_by(*COMMIT) or None,
+            "machine": machine(self.preset.device), "upstream": self.read, "metrics": self.metrics,
+            "tables": self.tables, "texts": self.texts, "artefacts": self.artefacts,
+            "seconds": round(time.monotonic() - self._started, 1),
         }  # fmt: skip
         text = json.dumps(record, indent=1, ensure_ascii=False)
         write_atomically(self.run_dir / f"{self.name}.json", text + "\n")

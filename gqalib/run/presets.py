@@ -317,7 +317,8 @@ def checked(cls: type, data: dict[str, Any]) -> Any:
 def _first(error: ValidationError, cls: type) -> str:
     """What is wrong first, in one sentence."""
     first = error.errors()[0]
-    name, should = ".".join(map(str, first["loc"])), first["msg"].split("should ")[-1].replace("valid array", "list")
+    name, should = ".".join(map(str, first["loc"])), first["msg"].split("should ")[-1]
+    should = should.replace("valid array", "list").replace("an object", "names with values")  # as in YAML, not JSON
     if first["type"] == "unexpected_keyword_argument":
         check_name(name, dotted_names(cls))
     if first["type"].startswith("missing"):
