@@ -311,7 +311,7 @@ def _end(said: str) -> str:
     if status < 0 or status == KERNEL_DIED:
         return "its process was killed"
     said = said[: exited.start()].rstrip()
-    if told := re.search(r"^(?:error|failed): (.*)\n+(.*)", said, re.MULTILINE):
+    if told := re.search(r"^(?:error|failed): (.*)(?:\n+(.*))?", said, re.MULTILINE):
         return ": ".join(filter(None, told.groups()))
     return said.rpartition("\n")[2].strip() or "it said nothing"
 
