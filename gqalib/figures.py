@@ -43,20 +43,20 @@ def draw_gqa_layout(ax: plt.Axes, num_attention_heads: int, num_key_value_heads:
     ax.axis("off")
 
 
-def draw_pairing(
-    ax: plt.Axes, pairs: Sequence[tuple[int, int, int]], num_attention_heads: int, num_key_value_heads: int
-) -> None:
-    """Which KV head each query head reads (filled) and which is its own (ring); `pairs` from `baselines.pairing`."""
+def draw_pairing(ax: plt.Axes, pairs: Sequence[tuple[int, int, int]], num_heads: int, num_kv_heads: int) -> None:
+    """Which KV head each query head reads (filled) and which is its own (ring); `pairs` from `v2.pairing`."""
     heads, read, own = np.array(pairs).T
-    right = read == own
+    right, ring = read == own, {"facecolors": "none", "edgecolors": COLORS["dense"], "linewidths": 0.9}
     ax.scatter(heads[right], read[right], marker="s", s=26, color=COLORS["v3"], label="reads its own")
     ax.scatter(heads[~right], read[~right], marker="X", s=30, color=COLORS["v2"], label="reads another's")
-    ax.scatter(
-        heads, own, marker="o", s=62, facecolors="none", edgecolors=COLORS["dense"], linewidths=0.9, label="its own"
-    )
-    ax.set(xlim=(-0.7, num_attention_heads - 0.3), ylim=(num_key_value_heads - 0.5, -0.5), ylabel="KV head")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.scatter(heads, own, marker="o", s=62, label="its own", **ring)
+    ax.set(xlim=(-0.7, num_heads - 0.3), ylim=(num_kv_heads - 0.5, -0.5), ylabel="KV head")
+    _whole_numbers(ax)
+
+
+def _whole_numbers(ax: plt.Axes) -> None:
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def heatmap(ax: plt.Axes, values: np.ndarray, label: str, change: bool = False) -> None:
@@ -66,13 +66,11 @@ def heatmap(ax: plt.Axes, values: np.ndarray, label: str, change: bool = False) 
     """
     limit = np.nanmax(np.abs(values), initial=2.0)
     norm = SymLogNorm(linthresh=1, vmin=-limit, vmax=limit) if change else None
-    image = ax.imshow(
-        values.T, origin="lower", cmap="RdBu_r" if change else "viridis", norm=norm, interpolation="nearest"
-    )
+    colours = "RdBu_r" if change else "viridis"
+    image = ax.imshow(values.T, origin="lower", cmap=colours, norm=norm, interpolation="nearest")
     ax.grid(False)
     ax.set_xlabel("layer")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole_numbers(ax)
     bar = ax.figure.colorbar(image, ax=ax, label=label)
     if change:
         steps = [step for step in (1, 10, 100, 1000) if step <= limit]
@@ -85,8 +83,7 @@ def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float],
     """Horizontal bars on a logarithmic axis, the value at each end, the dense model as a line."""
     values = np.array(values, dtype=float)
     positions = np.arange(len(values))[::-1]
-    colours = [_colour_of(name) for name in names]
-    ax.barh(positions, np.nan_to_num(values, nan=dense), color=colours, height=0.7)
+    ax.barh(positions, np.nan_to_num(values, nan=dense), color=[_colour_of(name) for name in names], height=0.7)
     for position, value in zip(positions, values, strict=True):
         text = "does not run" if np.isnan(value) else f"{value:,.1f}"
         ax.text(np.nanmax([value, dense]) * 1.04, position, text, va="center", fontsize=9)
@@ -114,40 +111,30 @@ def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
         shade = 0.3 + 0.7 * (index + 1) / len(names)  # models without a colour of their own differ in it
         ax.bar(x, own["speedup"] - 1, width * 0.9, bottom=1, color=_colour_of(name), alpha=shade, label=name)
         ax.errorbar(x, own["speedup"], reach, fmt="none", ecolor=COLORS["dense"], lw=1, capsize=2)
-        ceiling = own["ceiling"].where(own["speedup"].notna())
-        ax.scatter(
-            x,
-            ceiling,
-            marker="_",
-            s=1500 * width / len(points),
-            color=COLORS["v2"],
-            lw=2,
-            label=None if index else "ceiling",
-        )
+        dash = {"marker": "_", "s": 1500 * width / len(points), "color": COLORS["v2"], "lw": 2}
+        ax.scatter(x, own["ceiling"].where(own["speedup"].notna()), label=None if index else "ceiling", **dash)
         for place in x[own["speedup"].isna()]:
             ax.text(place, 1.03, "not measured", rotation=90, ha="center", va="bottom", fontsize=8)
     ax.axhline(1, color=COLORS["dense"], lw=0.8)
     ax.set_xticks(range(len(points)), [f"{size} × {context:,}" for size, context in points])
     ax.set_title(phase, loc="left")
     ax.set(xlabel="sequences × tokens", ylabel="speed-up over dense (×)", yscale="log")
-    readable_log_axis(
-        ax.yaxis, steps=(1, 1.5, 2, 3, 5, 7) if rows["ceiling"].max() > 2 else (1, 1.1, 1.2, 1.3, 1.5, 2, 5, 7, 8, 9)
-    )
+    far = rows["ceiling"].max() > 2
+    readable_log_axis(ax.yaxis, steps=(1, 1.5, 2, 3, 5, 7) if far else (1, 1.1, 1.2, 1.3, 1.5, 2, 5, 7, 8, 9))
     ax.grid(axis="x", visible=False)
 
 
 def readable_log_axis(axis, steps: Sequence[int] = (1, 2, 5)) -> None:
     """Plain numbers at 1, 2 and 5 times the powers of ten (or at other `steps`) instead of exponents."""
     axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_major_formatter("{x:,.10g}")
     axis.set_minor_formatter(NullFormatter())
 
 
 def stretch_around_zero(axis, linear_up_to: float) -> None:
     """Linear up to a value, logarithmic beyond, with plain numbers: for changes of which one dwarfs the others."""
-    set_scale = getattr(axis.axes, f"set_{axis.axis_name}scale")
-    set_scale("symlog", linthresh=linear_up_to)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("symlog", linthresh=linear_up_to)
+    axis.set_major_formatter("{x:,.10g}")
 
 
 def _colour_of(name: str) -> str:
@@ -160,13 +147,9 @@ def _colour_of(name: str) -> str:
 @torch.no_grad()
 def loss_by_position(model: torch.nn.Module, windows: torch.Tensor) -> np.ndarray:
     """Mean −log p in nats of the 2nd, 3rd, … token of a window, [length − 1]."""
-    rows = []
+    losses = []
     for part in batches(windows):
         input_ids = windows[part].to(model.device)
-        rows.append(
-            token_losses(model(input_ids=input_ids, use_cache=False).logits, input_ids)
-            .view(len(input_ids), -1)
-            .double()
-            .cpu()
-        )
-    return torch.cat(rows).mean(0).numpy()
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        losses.append(token_losses(logits, input_ids).view(len(input_ids), -1).double().cpu())
+    return torch.cat(losses).mean(0).numpy()

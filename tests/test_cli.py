@@ -10,9 +10,10 @@ import pytest
 from conftest import small_model
 
 import gqalib
+from gqalib.measure import frontier
 from gqalib.model import shapes
 from gqalib.model.load import REPOSITORY, load_model, save_model
-from gqalib.run import front
+from gqalib.run import front, presets
 from gqalib.run.cli import main
 from gqalib.run.corpora import END_OF_DOCUMENT
 
@@ -25,6 +26,9 @@ from gqalib.run.corpora import END_OF_DOCUMENT
         (["run", "--set", "pruning.mean_rat=0.3"], 2, "error: unknown parameter 'pruning.mean_rat': did you mean"),
         (["run", "--set", "model=/nowhere"], 2, "error: model folder /nowhere does not exist: give"),
         (["run", "--set", "corpus=novel"], 2, "error: unknown corpus 'novel': use"),
+        (["prune", "--model", "x/y", "--out", "x", "--remove", "["], 2, "error: [ cannot be read"),
+        (["prune", "--model", "x/y", "--out", "x", "--remove", "1.5"], 2, "error: remove = 1.5 cannot be: it should be"),
+        (["prune", "--model", "x/y", "--out", "x", "--method", "flap"], 2, "error: unknown method 'flap': did you mean"),
         (["recover", "--model", "/nowhere", "--out", "x"], 2, "error: model folder /nowhere does not exist: give"),
         (["sweep", "nowhere.yaml"], 2, "error: grid nowhere.yaml cannot be read (No such file or directory): give"),
     ],
@@ -54,6 +58,11 @@ def folder(tokenizer, tmp_path):
 def command(name, folder, *options):
     where = ["--model", str(folder / "dense"), "--corpus", f"file:{folder / 'text.txt'}", "--device", "cpu"]
     return main([name, *where, *options])
+
+
+def test_the_methods_are_the_frontiers():
+    assert (presets.PEERS, front.NAMES.keys()) == (tuple(list(frontier.METHODS)[:11]), {"refit", "founding", *presets.PEERS})
+    assert set(front.NAMES.values()) <= frontier.METHODS.keys()
 
 
 SMALL = ["--examples", "8", "--length", "32"]

@@ -225,3 +225,15 @@ def test_a_block_inside_another_leaves_its_peak(monkeypatch):
         with cost.measured("cuda:0") as inner:
             take(10)
     assert (inner.peak_bytes, outer.peak_bytes) == (10, 100)
+
+
+def test_cards_have_peaks_of_their_own(monkeypatch):
+    """A model that is spread over two: what one held is not the other's."""
+    peaks = {"cuda:0": 100, "cuda:1": 7}
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.get)
+    with cost.measured("cuda:1") as little, cost.measured("cuda:0") as large:
+        pass
+    assert (large.peak_bytes, little.peak_bytes) == (100, 7)

@@ -107,37 +107,37 @@ def perplexity(job):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("seed: [0]", "unknown key of a grid 'seed': did you mean seeds"),
-        ("nonsense: 1", "did you mean preset, presets, notebooks"),
+        ("seed: [0]", "unknown parameter 'seed': did you mean seeds"),
+        ("nonsense: 1", "did you mean presets, notebooks"),
         (
             "overrides: {{pruning.mean_rat: [0.3]}}",
             "unknown parameter 'pruning.mean_rat': did you mean pruning.mean_rate",
         ),
-        ("overrides: {{pruning: {{mean_rate: [0.3]}}}}", "unknown parameter 'pruning'"),
+        ("overrides: {{pruning: {{mean_rate: [0.3]}}}}", r"overrides.pruning = .* should be a list"),
         (
             "overrides: {{pruning.mean_rate: 0.3}}",
-            r"pruning.mean_rate = 0.3 is no list: write pruning.mean_rate: \[0.3\]",
+            "pruning.mean_rate = 0.3 cannot be: it should be a list",
         ),
-        ("overrides: {{pruning.mean_rate: []}}", "pruning.mean_rate is an empty list"),
-        ("overrides: {{pruning.mean_rate: [0.3, 0.2, 0.3]}}", "pruning.mean_rate has 0.3 twice"),
-        ("overrides: {{recovery.learning_rate: [1e-4, 1.0e-4]}}", "recovery.learning_rate has 0.0001 twice"),
+        ("overrides: {{pruning.mean_rate: []}}", r"pruning.mean_rate = \[\] cannot be: it should have at least 1 item"),
+        ("overrides: {{pruning.mean_rate: [0.3, 0.2, 0.3]}}", "pruning.mean_rate = .* cannot be: it should have 0.3 once: seeds make repetitions"),
+        ("overrides: {{recovery.learning_rate: [1e-4, 1.0e-4]}}", "recovery.learning_rate = .* should have 0.0001 once"),
         ("overrides: {{pruning.mean_rate: [0.3, 1.5]}}", "pruning.mean_rate = 1.5 cannot be"),
         ("overrides: {{pruning.mean_rate: [much]}}", "pruning.mean_rate = 'much' cannot be"),
-        ("overrides: [pruning.mean_rate]", "are no names with values"),
+        ("overrides: [pruning.mean_rate]", r"overrides = .* cannot be: it should be names with values"),
         ("overrides: {{model: [/no/such/folder]}}", "model folder /no/such/folder does not exist"),
         ("overrides: {{corpus: ['file:/no/such.txt']}}", "corpus file /no/such.txt does not exist"),
         ("overrides:\n  pruning.alpha: [1]\n  pruning.alpha: [2]", "the grid has pruning.alpha twice"),
         ("preset: huge", "unknown preset 'huge'"),
         ("preset: tiny\npresets: [full]", "both preset and presets"),
-        ("presets: tiny", "presets = 'tiny' is no list"),
-        ("seeds: [0, 0]", "seeds has 0 twice"),
-        ("seeds: [-1]", "seeds = -1 cannot be"),
-        ("seeds: [one]", "seeds = 'one' cannot be"),
+        ("presets: tiny", "presets = 'tiny' cannot be: it should be a list"),
+        ("seeds: [0, 0]", r"seeds = \[0, 0\] cannot be: it should have 0 once"),
+        ("seeds: [-1]", "seeds.0 = -1 cannot be: it should be greater than or equal to 0"),
+        ("seeds: [one]", "seeds.0 = 'one' cannot be: it should be a valid integer"),
         ("notebooks: [01, 42]", "unknown notebook '42'"),
         ('notebooks: ["02"]', 'notebook 02_second reads 01_first: add "01" to the notebooks of the grid'),
-        ('notebooks: [1, "01"]', "notebooks has '01' twice"),
+        ('notebooks: [1, "01"]', "notebooks = .* should have '01' once"),
         ("num_cpus: 0", "num_cpus = 0 cannot be"),
-        ("num_gpus: 1.5", "num_gpus = 1.5 cannot be"),
+        ("num_gpus: 1.5", "num_gpus = 1.5 cannot be: it should be 0, a part of a card such as 0.5, or a whole number"),
         ("max_retries: yes", "max_retries = True cannot be"),
         ("", "is empty"),
         ("{{}}", "is empty"),
@@ -185,9 +185,9 @@ def test_every_combination_is_one_run(jobs):
 
 
 def test_names_of_folders():
-    assert run_name("tiny", {"pruning.alpha": 0.5}, 3) == "tiny,pruning.alpha=0.5,seed=3"
+    assert run_name("tiny", {"pruning.alpha": 0.5}, 3) == "tiny+pruning.alpha=0.5+seed=3"
     places = [run_name("tiny", {"corpus": f"file:a{c}b"}, 0) for c in "/ :"]
-    assert len(set(places)) == 3 and all(re.fullmatch(r"[\w.,=+-]+", place) for place in places)
+    assert len(set(places)) == 3 and not any("/" in place or ":" in place for place in places)
     assert len(run_name("tiny", {"corpus": "x" * 500}, 0)) < 120
 
 

@@ -139,5 +139,7 @@ def test_command_line_values():
         "d": "file:x.txt",
         "e": None,
     }
+    with pytest.raises(InputError, match=r"\[1, cannot be read .*: write a value as YAML"):
+        overrides(["c=[1,"])
     with pytest.raises(InputError, match="is no NAME=VALUE"):
         overrides(["pruning.mean_rate"])

@@ -8,23 +8,27 @@ import subprocess
 import sys
 import time
 
+from unittest import mock
+
 import nbformat
 import pytest
-from conftest import small_model
+from conftest import small_model, without_kernels
 
 from gqalib import InputError
+from gqalib.prune import refit
 from gqalib.run import publish, resume, series
 from gqalib.run.cli import main
-from gqalib.run.notebook import Notebook, default_run_dir, locked, read_record, stands_for
+from gqalib.run.notebook import Notebook, default_run_dir, fitting_record, locked, progress_dir, read_record
 from gqalib.run.presets import load_preset
+from gqalib.run.resume import NOT_KEPT
 
 PARAMETERS = 'preset = "tiny"\noverrides = {}\nrun_dir = ""\nseed = 0'
 
 
-def write_notebook(folder, name, *code):
+def write_notebook(folder, name, *code, records=True):
     cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
     start = f"from gqalib.run.notebook import Notebook\nnb = Notebook({name!r}, preset, overrides, run_dir, seed)"
-    cells += [nbformat.v4.new_code_cell(source) for source in (start, *code, "nb.finish()")]
+    cells += [nbformat.v4.new_code_cell(source) for source in ((start, *code, "nb.finish()") if records else code)]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
 
@@ -48,10 +52,13 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory, model_folder):
+    """Run once, the first notebook in a kernel."""
     folder = tmp_path_factory.mktemp("finished")
-    series.Series(
-        overrides={"model": model_folder}, run_dir=folder / "run", notebooks=write_series(folder / "notebooks")
-    ).run()
+    how = {"overrides": {"model": model_folder}, "run_dir": folder / "run"}
+    how["notebooks"] = write_series(folder / "notebooks")
+    series.Series(**how, only="01").run()
+    with without_kernels():
+        series.Series(**how).run()
     return folder / "run"
 
 
@@ -81,18 +88,17 @@ def states(job):
     return [job.is_finished(path) for path in job.paths]
 
 
-def test_runs_resumes_and_reruns_what_changed(job, notebooks, capsys):
-    job().run()
-    assert read_record(job().run_dir / "02_second.json")["metrics"]["y"] == {"value": 3.0, "unit": "u"}
-    assert [p.name for p in job().paths] == ["01_first.ipynb", "02_second.ipynb"]
-    assert states(job()) == [True, True]
-    job().run()
+def test_runs_resumes_and_reruns_what_changed(finished, notebooks, capsys):
+    assert read_record(finished().run_dir / "02_second.json")["metrics"]["y"] == {"value": 3.0, "unit": "u"}
+    assert [p.name for p in finished().paths] == ["01_first.ipynb", "02_second.ipynb"]
+    assert states(finished()) == [True, True]
+    finished().run()
     assert capsys.readouterr().out.count("finished before") == 2
     write_notebook(notebooks, "02_second", 'nb.upstream("01_first")', 'nb.metric("y", 7, "u")')
-    assert states(job()) == [True, False]
-    assert states(job(seed=1)) == [False, False]
-    model = job().parameters["model"]
-    assert states(job(overrides={"model": model, "pruning.mean_rate": 0.3})) == [True, False]  # neither reads it
+    assert states(finished()) == [True, False]
+    assert states(finished(seed=1)) == [False, False]
+    model = finished().parameters["model"]
+    assert states(finished(overrides={"model": model, "pruning.mean_rate": 0.3})) == [True, False]  # neither reads it
 
 
 def test_a_record_depends_on_what_its_notebook_reads(tmp_path, model_folder):
@@ -101,11 +107,11 @@ def test_a_record_depends_on_what_its_notebook_reads(tmp_path, model_folder):
         return Notebook("01_first", "tiny", overrides, tmp_path, reads=("recovery",))
 
     notebook().finish()
-    record = read_record(tmp_path / "01_first.json")
-    stands_for(record, load_preset("tiny", {"model": model_folder, "pruning.alpha": 2.0}).to_dict(), 0)
+    path = tmp_path / "01_first.json"
+    fitting_record(path, load_preset("tiny", {"model": model_folder, "pruning.alpha": 2.0}).to_dict(), 0)
     other = load_preset("tiny", {"model": model_folder, "recovery.lora_r": 16}).to_dict()
     with pytest.raises(InputError, match="01_first was made with another recovery: run 01_first again"):
-        stands_for(record, other, 0)
+        fitting_record(path, other, 0)
     with pytest.raises(AttributeError, match="does not say that it reads 'pruning': add it to `reads`"):
         notebook().preset.pruning  # noqa: B018
 
@@ -128,6 +134,7 @@ def test_a_notebook_opened_alone_takes_committed_records(tmp_path, monkeypatch, 
         Notebook("06_lora_recovery", "tiny", {"evaluation.num_tokens": 64}).upstream("01_baseline")
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_missing_model_is_made(finished, notebooks, tmp_path, monkeypatch, capsys):
     model = "import pathlib; folder = nb.artefact('v'); folder.mkdir(parents=True); (folder / 'x').write_text('x')"
     write_notebook(notebooks, "01_first", model)
@@ -166,6 +173,7 @@ def test_a_new_upstream_record_makes_the_rest_stale(finished):
     assert states(finished()) == [True, False]
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(
     "torn", ["", '{"schema": 1, "notebook": "01_fi', "[]", '{"schema": 0, "notebook": "01_first"}']
 )
@@ -177,16 +185,19 @@ def test_torn_upstream_record(finished, torn):
     assert not (finished().run_dir / "02_second.json").exists()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_missing_upstream_record(job):
     with pytest.raises(InputError, match="run 01_first first: .*01_first.json is missing"):
         job(only="02").run()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_upstream_of_other_parameters(finished):
     with pytest.raises(InputError, match="01_first was made with another seed: run 01_first again"):
         finished(only="02", seed=1).run()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_failure_names_notebook_cell_and_error(job, notebooks):
     write_notebook(notebooks, "02_second", "z = 1 / 0  # here")
     with pytest.raises(series.NotebookFailed, match=r"(?s)02_second, cell \d+: z = 1 / 0  # here.*ZeroDivisionError"):
@@ -199,8 +210,8 @@ def test_failure_names_notebook_cell_and_error(job, notebooks):
 
 
 def test_a_killed_kernel_is_said_and_nothing_is_left(tmp_path, notebooks, model_folder, capsys):
-    """For memory, as a rule: exit status 3, which a sweep tries again."""
-    write_notebook(notebooks, "01_first", "import os; os.kill(os.getpid(), 9)")
+    """For memory, as a rule: exit status 3, which a grid tries again."""
+    write_notebook(notebooks, "01_first", "import os; os.kill(os.getpid(), 9)", records=False)
     where = ["--run-dir", str(tmp_path / "run"), "--notebooks-dir", str(notebooks)]
     assert main(["run", "--set", f"model={model_folder}", *where]) == series.KERNEL_DIED == 3
     assert "failed: 01_first: its process was killed from outside" in capsys.readouterr().err
@@ -215,29 +226,61 @@ def test_several_notebooks_and_none(job, tmp_path):
         job(notebooks=tmp_path / "nowhere")
 
 
-def test_kill_in_the_middle_and_resume(job, notebooks, tmp_path):
-    """SIGKILL while the second notebook runs: the first stays finished, the second is run again, and nothing half-written counts."""
-    write_notebook(
-        notebooks, "02_second", 'import pathlib, time; pathlib.Path(run_dir, "begun").touch(); time.sleep(600)'
-    )
-    code = f"from gqalib.run import series; series.Series(overrides={job().overrides!r}, run_dir={str(job().run_dir)!r}, notebooks=__import__('pathlib').Path({str(notebooks)!r})).run()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300
-    while not (job().run_dir / "begun").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.2)
+SLOW = """
+import os, pathlib, time, torch
+from gqalib.measure.perplexity import perplexity
+from gqalib.model import load
+from gqalib.prune import founding, refit
+
+
+def after_layer(layer):
+    if layer == 1 and not (begun := pathlib.Path(run_dir, "begun")).exists():
+        begun.write_text(str(os.getpid()))
+        time.sleep(600)
+
+
+nb.upstream("01_first")
+model, text = load.load_model(nb.preset.model, device="cpu"), torch.arange(1, 61).repeat(3).view(9, 20)
+quick, plan = refit.Ingredients(newton_rounds=1, newton_steps=1), founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
+refit.sweep(model, plan, text, quick, after_layer=after_layer, progress=nb.progress("sweep"))
+nb.metric("swept", perplexity(model, text), "perplexity")
+"""
+
+
+def test_kill_in_the_middle_and_resume(finished, notebooks, monkeypatch):
+    """SIGKILL to runner and kernel while a sweep is at its third layer: the first notebook stays finished, nothing
+    half-written counts, and the same command goes on with that layer, to the same result bit for bit."""
+    write_notebook(notebooks, "02_second", SLOW)
+    job, run_dir = finished(), finished().run_dir
+    record, executed, begun = (run_dir / name for name in ("02_second.json", "02_second.ipynb", "begun"))
+    record.unlink(), executed.unlink()
+    how = {"overrides": job.overrides, "run_dir": run_dir, "notebooks": notebooks}
+    code = f"from pathlib import PosixPath; from gqalib.run import series; series.Series(**{how!r}).run()"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    runner, deadline = subprocess.Popen([sys.executable, "-c", code], **quiet), time.monotonic() + 300
+    while not begun.exists() or not begun.read_text():
+        assert time.monotonic() < deadline and runner.poll() is None
+        time.sleep(0.1)
     with pytest.raises(InputError, match="is working in"):
-        job().run()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert states(job()) == [True, False]
-    assert not (job().run_dir / "02_second.json").exists() and not (job().run_dir / "02_second.ipynb").exists()
-    begun = (job().run_dir / "01_first.json").stat().st_mtime
-    write_notebook(notebooks, "02_second", 'nb.upstream("01_first")')
-    job().run()
-    assert states(job()) == [True, True] and (job().run_dir / "01_first.json").stat().st_mtime == begun
+        job.run()
+    for process in (runner.pid, int(begun.read_text())):
+        os.kill(process, signal.SIGKILL)
+    runner.wait()
+    assert states(job) == [True, False] and not record.exists() and not executed.exists()
+    assert progress_dir(run_dir, "02_second").exists()
+
+    first, mend, mended = (run_dir / "01_first.json").stat().st_mtime, refit.mend, []
+    monkeypatch.setattr(refit, "mend", lambda *args, **how: mended.append(args) or mend(*args, **how))
+    never_killed = mock.MagicMock()
+    never_killed.configure_mock(**{"preset.model": job.parameters["model"], "progress": lambda _: NOT_KEPT})
+    exec(SLOW, {"nb": never_killed, "run_dir": str(run_dir)})
+    whole = len(mended)
+    with without_kernels():
+        job.run()
+    assert states(job) == [True, True] and len(mended) - whole == whole / 3
+    assert (run_dir / "01_first.json").stat().st_mtime == first
+    assert read_record(record)["metrics"]["swept"]["value"] == never_killed.metric.call_args.args[1]
+    assert progress_dir(run_dir, "02_second").exists()  # for a run of which only words have changed
 
 
 def test_notebook_without_a_parameter(job, notebooks):

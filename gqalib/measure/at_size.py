@@ -9,12 +9,14 @@ steps, each with a record of its own that is written as results come, so that a 
     refit     gradient covariances, cost table and sweep, with layers and streams waiting in host memory
 """
 
+import contextlib
+import itertools
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ from gqalib.errors import InputError
 from gqalib.measure import cost, speed
 from gqalib.model.load import load_config, random_model, resolve_device
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig
-from gqalib.model.shapes import decoder_layers
+from gqalib.model.shapes import layer_shapes
 from gqalib.prune import allocate, founding, refit, scores
 from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
@@ -58,12 +60,9 @@ def shapes(config: GqaLlamaConfig, multiple: int) -> dict[str, GqaLlamaConfig]:
     that leaves some."""
     found = {"dense": config}
     for name, kept in KEPT.items():
-        for power in [multiple, 32, 8, 1]:
-            try:
+        for power in [1, 8, 32, multiple]:  # the largest that can be stays
+            with contextlib.suppress(InputError):  # the width would be zero, or the embedding alone is more
                 found[name] = speed.uniform_shape(config, kept, power)
-                break
-            except InputError:  # the width would be zero, or the embedding alone is more
-                continue
     return found
 
 
@@ -73,8 +72,8 @@ def measure_speed(nb: Notebook, config: GqaLlamaConfig) -> None:
     configs = shapes(config, p.pruning.channel_multiple)
     models = {name: random_model(shape, p.dtype, device) for name, shape in configs.items()}
     nb.metric("bytes_per_s", copy_bandwidth(device), "bytes read and written by a copy")
-    nb.table("shapes", pd.DataFrame({"model": name, **_counted(model)} for name, model in models.items()))
-    cells = sorted(((size, context) for size in c.batch_sizes for context in c.contexts), key=math.prod)
+    nb.table("shapes", pd.DataFrame([_counted(name, model) for name, model in models.items()]))
+    cells = sorted(itertools.product(c.batch_sizes, c.contexts), key=math.prod)
     few, many = cells[: len(cells) // 2 + 2], cells[len(cells) // 2 + 2 :]
 
     def measure(name: str, phase: str, points: list[tuple[int, int]]) -> None:
@@ -97,14 +96,10 @@ def measure_speed(nb: Notebook, config: GqaLlamaConfig) -> None:
         measure("speed", "prefill", many)
 
 
-def _counted(model: nn.Module) -> dict[str, float]:
-    first = decoder_layers(model)[0]
-    return {
-        "parameters": cost.weight_bytes(model) // model.dtype.itemsize,
-        "num_key_value_heads": first.self_attn.k_proj.out_features // model.config.head_dim,
-        "intermediate_size": first.mlp.gate_proj.out_features,
-        "step_gb": cost.step_bytes(model) / 1e9,
-    }
+def _counted(name: str, model: nn.Module) -> dict[str, Any]:
+    first = layer_shapes(model).iloc[0][["num_key_value_heads", "intermediate_size"]].to_dict()
+    weights = cost.weight_bytes(model) // model.dtype.itemsize
+    return {"model": name, "parameters": weights, **first, "step_gb": cost.step_bytes(model) / 1e9}
 
 
 def copy_bandwidth(device: str, size: int = 2**30) -> float:
@@ -132,29 +127,19 @@ def measure_refit(nb: Notebook, config: GqaLlamaConfig) -> None:
     p = nb.preset
     windows, device = random_windows(config, p.frontier.calibration), resolve_device(p.device)
     with streamed(random_model(config, p.dtype, device), device) as model:
-        with nb.stage("gradient covariances", model, windows.shape, "frontier.calibration.num_examples", device=device):
+        how = {"shape": windows.shape, "knob": "frontier.calibration.num_examples", "device": device}
+        with nb.stage("gradient covariances", model, **how):
             covariances = scores.gradient_covariances(model, windows)
         nb.save()
-        with nb.stage("cost table", model, windows.shape, "frontier.calibration.num_examples", device=device):
+        with nb.stage("cost table", model, **how):
             table = allocate.cost_table(model, windows, covariances)
         halves = [[units // 2 for units in column] for column in zip(*table.widths, strict=True)]
-        plan, seconds = founding.Plan([0.5] * len(table.widths), *halves), _Clock()
         nb.save()
-        with nb.stage("sweep", model, windows.shape, "frontier.calibration.num_examples", device=device):
-            refit.sweep(model, plan, windows, covariances=covariances, after_layer=seconds)
-    nb.table("sweep_seconds", pd.DataFrame({"layer": range(len(seconds.laps)), "seconds": seconds.laps}))
-
-
-class _Clock:
-    """Seconds between calls."""
-
-    def __init__(self) -> None:
-        self.laps, self._last = [], time.perf_counter()
-
-    def __call__(self, _: int) -> None:
-        now = time.perf_counter()
-        self.laps.append(now - self._last)
-        self._last = now
+        plan, ends = founding.Plan([0.5] * len(table.widths), *halves), [time.perf_counter()]
+        with nb.stage("sweep", model, **how):
+            after = lambda _: ends.append(time.perf_counter())  # noqa: E731
+            refit.sweep(model, plan, windows, covariances=covariances, after_layer=after)
+    nb.table("sweep_seconds", pd.DataFrame({"layer": range(len(ends) - 1), "seconds": np.diff(ends)}))
 
 
 def random_windows(config: GqaLlamaConfig, sample: Sample) -> torch.Tensor:
@@ -163,8 +148,4 @@ def random_windows(config: GqaLlamaConfig, sample: Sample) -> torch.Tensor:
     return torch.randint(config.vocab_size, (sample.num_examples, length), generator=torch.Generator().manual_seed(0))
 
 
-STEPS: dict[str, Callable[[Notebook, GqaLlamaConfig], None]] = {
-    "speed": measure_speed,
-    "pruning": measure_pruning,
-    "refit": measure_refit,
-}
+STEPS = {"speed": measure_speed, "pruning": measure_pruning, "refit": measure_refit}

@@ -11,9 +11,10 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import torch
@@ -86,8 +87,7 @@ def decode_ceiling(dense: nn.Module, pruned: nn.Module, batch_size: int = 1, con
 
 
 def prefill_flops(model: nn.Module, context: int) -> int:
-    """FLOPs of reading a prompt of n tokens as generation does it: `closed_form_flops` − Σ_l 2n²h − 2(n −
-    1)·d·vocabulary.
+    """FLOPs of reading n tokens as generation does it: `closed_form_flops` − Σ_l 2n²h − 2(n − 1)·d·vocabulary.
 
     A causal kernel computes half of the score matrix, and lm_head sees the last token only.
     """
@@ -120,10 +120,8 @@ def prefill_bytes(model: nn.Module, batch_size: int, context: int) -> int:
     head_dim, shapes = model.config.head_dim, layer_shapes(model)
     attention = head_dim * (4 * shapes["num_attention_heads"] + 3 * shapes["num_key_value_heads"])
     widest = max(int(attention.max()), 3 * int(shapes["intermediate_size"].max()))
-    tokens = batch_size * context
-    return cache_bytes(model, batch_size, context) + tokens * model.dtype.itemsize * (
-        2 * model.config.hidden_size + widest
-    )
+    per_token = kv_cache_bytes_per_token(model) + model.dtype.itemsize * (2 * model.config.hidden_size + widest)
+    return batch_size * context * per_token
 
 
 def free_bytes(device: torch.device | str) -> int:
@@ -167,74 +165,86 @@ def measured(device: torch.device | str, every_s: float = 0.005) -> Iterator[Use
     On a GPU the memory is the allocator's, and the host's is left out; on a CPU it is the process' resident set, looked
     at `every_s` seconds by a thread, so a peak that is shorter can be missed.
     """
-    used, memory, watch = Used(), *(_on_gpu(device) if torch.device(device).type == "cuda" else _on_cpu(every_s))
-    before, peak, start = memory(), watch(), time.perf_counter()
-    try:
-        yield used
-    finally:
-        most = peak()  # waits for a GPU
-        used.seconds = time.perf_counter() - start
-        used.held_bytes = max(0, memory() - before)
-        used.peak_bytes = max(used.held_bytes, most - before)
+    on_gpu = torch.device(device).type == "cuda"
+    used, watch = Used(), _GpuWatch(device) if on_gpu else _CpuWatch(every_s)
+    with old_objects_left_alone():
+        before = watch.now()
+        watch.begin()
+        start = time.perf_counter()
+        try:
+            yield used
+        finally:
+            peak = watch.end()  # waits for a GPU
+            used.seconds = time.perf_counter() - start
+            used.held_bytes = max(0, watch.now() - before)
+            used.peak_bytes = max(used.held_bytes, peak - before)
 
 
-_WATCHED: list[
-    list[int]
-] = []  # the most bytes of each block that is under way on a GPU, which has one peak for all of them
-
-
-def _on_gpu(device: torch.device | str) -> tuple[Callable[[], int], Callable[[], Callable[[], int]]]:
-    """A function that gives the bytes in use now, and one that starts to watch and gives a function for the most
-    since."""
-
-    def note() -> None:
-        torch.cuda.synchronize(device)
-        for most in _WATCHED:
-            most[0] = max(most[0], torch.cuda.max_memory_allocated(device))
-
-    def watch() -> Callable[[], int]:
-        note()
-        torch.cuda.reset_peak_memory_stats(device)
-        _WATCHED.append(own := [0])
-
-        def most() -> int:
-            note()
-            _WATCHED[:] = [other for other in _WATCHED if other is not own]
-            return own[0]
-
-        return most
-
-    return lambda: torch.cuda.memory_allocated(device), watch
-
-
-def _on_cpu(every_s: float) -> tuple[Callable[[], int], Callable[[], Callable[[], int]]]:
-    """The same for the resident set of this process."""
-    process, done, seen = psutil.Process(), threading.Event(), [0]
-
-    def memory() -> int:
+@contextlib.contextmanager
+def old_objects_left_alone() -> Iterator[None]:
+    """Inside, the garbage collector passes over what is there already: all of transformers, a third of a second each
+    time. Around many `measured` it does so once."""
+    outer = gc.get_freeze_count() == 0
+    if outer:
         gc.collect()
-        with contextlib.suppress(
-            AttributeError, OSError
-        ):  # glibc keeps what was freed, and a later block would get it for nothing
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if outer:
+            gc.unfreeze()
+
+
+class _GpuWatch:
+    """The bytes in use now, and the most since `begin`. A GPU has one peak for all blocks that are under way: whoever
+    begins or ends tells it to the others before it starts anew."""
+
+    under_way: ClassVar[list["_GpuWatch"]] = []
+
+    def __init__(self, device: torch.device | str):
+        self.device, self.most = device, 0
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def begin(self) -> None:
+        self._tell()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.under_way.append(self)
+
+    def end(self) -> int:
+        self._tell()
+        self.under_way.remove(self)
+        return self.most
+
+    def _tell(self) -> None:
+        torch.cuda.synchronize(self.device)
+        for watch in self.under_way:
+            watch.most = max(watch.most, torch.cuda.max_memory_allocated(watch.device))
+
+
+class _CpuWatch(threading.Thread):
+    """The same for the resident set of this process."""
+
+    def __init__(self, every_s: float):
+        super().__init__(daemon=True)
+        self.every_s, self.done, self.most, self.process = every_s, threading.Event(), 0, psutil.Process()
+        self.begin = self.start
+
+    def now(self) -> int:
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):  # glibc keeps what was freed: a later block would get it
             ctypes.CDLL(None).malloc_trim(0)
-        return process.memory_info().rss
+        return self.process.memory_info().rss
 
-    def sample() -> None:
-        while not done.wait(every_s):
-            seen[0] = max(seen[0], process.memory_info().rss)
+    def run(self) -> None:
+        while not self.done.wait(self.every_s):
+            self.most = max(self.most, self.process.memory_info().rss)
 
-    def watch() -> Callable[[], int]:
-        thread = threading.Thread(target=sample, daemon=True)
-        thread.start()
-
-        def most() -> int:
-            done.set()
-            thread.join()
-            return max(seen[0], process.memory_info().rss)
-
-        return most
-
-    return memory, watch
+    def end(self) -> int:
+        self.done.set()
+        self.join()
+        return max(self.most, self.process.memory_info().rss)
 
 
 # ---------------------------------------------------------------- money

@@ -3,13 +3,13 @@
     method(model, windows, fraction, multiple=1)
 
 is as in `peers`; those in `NO_MULTIPLE` have no `multiple`. What a method has to find out first, it finds out within
-the call. What of
-that is the same for every fraction is in `PREPARATIONS`: `frontier` does it once and counts it in every row, so that
-seconds are always those of one call alone. Where a peer has a second way that may do better (FLAP by head, LLM-Pruner
-without protection), both are here.
+the call. What of that is the same for every fraction is in `PREPARATIONS`: `frontier` does it once and counts it in
+every row, so that seconds are always those of one call alone. Where a peer has a second way that may do better (FLAP by
+head, LLM-Pruner without protection), both are here.
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,24 +20,20 @@ import torch
 from torch import nn
 
 from gqalib.errors import InputError
-from gqalib.measure.cost import Used
+from gqalib.measure.cost import Used, old_objects_left_alone
 from gqalib.measure.memory import measured_on
 from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, size_of
 from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, wanda_sp
 from gqalib.prune import allocate, founding, refit, scores
-from gqalib.run.presets import Pruning
+from gqalib.run.presets import DEPTH, NO_MULTIPLE, PEERS, Pruning  # noqa: F401 notebooks read PEERS here
 from gqalib.run.resume import NOT_KEPT, Progress
 
 
 def founding_taylor(
-    model: nn.Module,
-    windows: torch.Tensor,
-    fraction: float,
-    removal: torch.Tensor | None = None,
-    sequential: bool = True,
-    multiple: int = 1,
-) -> None:
+    model: nn.Module, windows: torch.Tensor, fraction: float, removal: torch.Tensor | None = None, *,
+    sequential: bool = True, multiple: int = 1,
+) -> None:  # fmt: skip
     """The founding document's recipe: Σ |W ⊙ G|, on the model pruned so far or all at once; rates inverse to
     `removal_importance`."""
     removal = scores.removal_importance(model, windows) if removal is None else removal
@@ -47,15 +43,11 @@ def founding_taylor(
 
 
 def refit_uniform(
-    model: nn.Module,
-    windows: torch.Tensor,
-    fraction: float,
-    covariances: allocate.Covariances | None = None,
+    model: nn.Module, windows: torch.Tensor, fraction: float, covariances: allocate.Covariances | None = None, *,
     multiple: int = 1,
-) -> None:
+) -> None:  # fmt: skip
     """The sweep at the same rate in every layer."""
-    plan = founding.uniform_plan(model, fraction, multiple=multiple)
-    refit.sweep(model, plan, windows, covariances=covariances)
+    refit.sweep(model, founding.uniform_plan(model, fraction, multiple=multiple), windows, covariances=covariances)
 
 
 def refit_allocated(
@@ -100,18 +92,7 @@ PREPARATIONS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {  # the 
     OWN: covariances_and_table,
 }
 STAGES = "all gradients", "gradient covariances", "sweep"  # of `memory`: what the methods need most for
-PEERS = [name for name in METHODS if not name.startswith(("founding Taylor", "refit"))]
-DEPTH = ["ShortGPT", "layer removal"]  # they remove whole layers, so they meet a fraction as closely as layers allow
-NO_MULTIPLE = [*DEPTH, "FLAP", "FLAP, by head"]  # one ranking of all units, so widths come as they do
-MEASURED = [
-    "seconds",
-    "peak_mib",
-    "parameters_kept_percent",
-    "backbone_removed_percent",
-    "perplexity",
-    "ratio",
-    "error",
-]
+MEASURED = "seconds peak_mib parameters_kept_percent backbone_removed_percent perplexity ratio error".split()
 IMPOSSIBLE = (InputError, torch.OutOfMemoryError)
 CLOSE = 2.0  # percentage points of the backbone: what is nearer than this to the fraction asked counts as met
 
@@ -138,15 +119,9 @@ def prepare(name: str, dense: nn.Module, windows: torch.Tensor, multiple: int = 
 
 
 def try_method(
-    name: str,
-    dense: nn.Module,
-    windows: torch.Tensor,
-    fraction: float,
-    test: torch.Tensor,
-    reference: torch.Tensor,
-    prepared: Prepared | None = None,
-    multiple: int = 1,
-) -> dict[str, object]:
+    name: str, dense: nn.Module, windows: torch.Tensor, fraction: float, test: torch.Tensor, reference: torch.Tensor,
+    prepared: Prepared | None = None, multiple: int = 1,
+) -> dict[str, object]:  # fmt: skip
     """One method at one size, on a copy of the dense model.
 
     Args:
@@ -187,22 +162,16 @@ def check_budget(model: nn.Module, dense: nn.Module, fraction: float, multiple: 
     removed = backbone - count_parameters(model)["backbone"]
     channel = max(founding.unit_costs(layer)[1] for layer in decoder_layers(dense))
     if abs(removed - fraction * backbone) > multiple * channel:
-        raise InputError(
-            f"{removed / backbone:.2%} of the backbone went where {fraction:.2%} was asked: lower the fraction"
-        )
+        went = f"{removed / backbone:.2%} of the backbone went where {fraction:.2%} was asked"
+        raise InputError(f"{went}: lower the fraction")
 
 
 def frontier(
-    dense: nn.Module,
-    samples: Sequence[torch.Tensor],
-    test: torch.Tensor,
-    fractions: Sequence[float],
-    methods: Sequence[str] = tuple(METHODS),
-    progress: Progress = NOT_KEPT,
-    multiple: int = 1,
-) -> pd.DataFrame:
+    dense: nn.Module, samples: Sequence[torch.Tensor], test: torch.Tensor, fractions: Sequence[float],
+    methods: Sequence[str] = tuple(METHODS), progress: Progress = NOT_KEPT, multiple: int = 1,
+) -> pd.DataFrame:  # fmt: skip
     """One row of `try_method` per method, calibration sample and fraction. `progress` keeps the rows."""
-    reference, known, rows = window_losses(dense, test), {}, []
+    reference, known = window_losses(dense, test), {}
     progress = progress.of("frontier", dense, list(samples), test, multiple)
 
     def try_it(name: str, sample: int, fraction: float) -> dict[str, object]:
@@ -212,10 +181,9 @@ def frontier(
         row = try_method(name, dense, samples[sample], fraction, test, reference, known[preparation], multiple)
         return {"sample": sample} | row
 
-    for name in methods:
-        for sample in range(len(samples)):
-            rows += [progress.once(f"{name}-{sample}-{f}", partial(try_it, name, sample, f)) for f in fractions]
-    return pd.DataFrame(rows)
+    cells = itertools.product(methods, range(len(samples)), fractions)
+    with old_objects_left_alone():
+        return pd.DataFrame([progress.once("{}-{}-{}".format(*cell), partial(try_it, *cell)) for cell in cells])
 
 
 # ---------------------------------------------------------------- reading it

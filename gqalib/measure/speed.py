@@ -2,16 +2,14 @@
 alike.
 
 *Prefill* reads a prompt of `context` tokens of every sequence and computes the last token's logits. *Decode* is one
-step of
-generation: one token of every sequence, which attends to a cache that holds `context` tokens with it. On a GPU the step
-is captured
-once as a CUDA graph and replayed: without it, launching a thousand kernels takes longer than what a small batch gives
-them to do, and hides what pruning saves. What can be counted instead stands in `cost`.
+step of generation: one token of every sequence, which attends to a cache that holds `context` tokens with it. On a GPU
+the step is captured once as a CUDA graph and replayed: without it, launching a thousand kernels takes longer than what
+a small batch gives them to do, and hides what pruning saves. What can be counted instead stands in `cost`.
 """
 
 import contextlib
 import copy
-import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,9 +30,6 @@ from gqalib.model.modeling_gqa_llama import GqaLlamaConfig
 from gqalib.model.shapes import count_parameters, decoder_layers, layer_shapes
 from gqalib.prune.founding import unit_costs
 
-GIB = 2**30
-
-
 # ---------------------------------------------------------------- the two phases
 
 
@@ -47,9 +42,7 @@ class FullLayer(StaticLayer):
 
     is_compileable = False  # transformers' word for "has places that must be masked"
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, ...]:
         self.keys[:, :, -1:].copy_(key_states)
         self.values[:, :, -1:].copy_(value_states)
         return self.keys, self.values
@@ -94,12 +87,7 @@ def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-
-    def replay() -> None:
-        graph.replay()
-
-    replay.holds = step  # a graph knows addresses only: the cache and the token that lie there have to outlive it
-    return replay
+    return lambda step=step: graph.replay()  # a graph knows addresses only: what lies there has to outlive it
 
 
 def _prefill(model: nn.Module, batch_size: int, context: int) -> Callable[[], object]:
@@ -118,13 +106,10 @@ def fused(backend: str = "inductor") -> Iterator[None]:
     Small kernels take a GPU longer to start than to run, and pruning makes all of them smaller and none of them fewer.
     """
     compiled = partial(torch.compile, dynamic=True, backend=backend)
-    norm, rotate = compiled(LlamaRMSNorm.forward), compiled(modeling_llama.apply_rotary_pos_emb)
-    many_shapes = torch._dynamo.config.patch(recompile_limit=64)
-    with (
-        many_shapes,
-        patch.object(LlamaRMSNorm, "forward", norm),
-        patch.object(modeling_llama, "apply_rotary_pos_emb", rotate),
-    ):
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(torch._dynamo.config.patch(recompile_limit=64))  # of the many shapes
+        for owner, name in ((LlamaRMSNorm, "forward"), (modeling_llama, "apply_rotary_pos_emb")):
+            inside.enter_context(patch.object(owner, name, compiled(getattr(owner, name))))
         yield
 
 
@@ -158,40 +143,20 @@ def compare_speed(
         energy, `note`: "" or why it was not measured.
     """
     longest = min(model.config.max_position_embeddings for model in models.values())
-    points = [
-        (phase, size, length)
-        for phase in phases
-        for size in batch_sizes
-        for length in sorted({min(c, longest) for c in contexts})
-    ]
-    free = cost.free_bytes(_device(models))
+    points = itertools.product(phases, batch_sizes, sorted({min(context, longest) for context in contexts}))
+    free, rows = cost.free_bytes(_device(models)), []
     needed = {point: max(PHASES[point[0]][1](model, *point[1:]) for model in models.values()) for point in points}
-    rows = []
-    with _old_objects_left_alone():
+    with cost.old_objects_left_alone():
         for point, size in needed.items():
             note, found = "", ({}, {}, {})
             try:
                 if size > free:
                     raise torch.OutOfMemoryError
                 found = _measure(models, point, min_run_s / rounds, rounds)
-            except (
-                torch.OutOfMemoryError
-            ):  # the estimate can be wrong, and the hours before this point must not be lost
-                note = f"not measured: needs {size / GIB:.3g} GiB, {free / GIB:.3g} GiB are free"
+            except torch.OutOfMemoryError:  # the estimate can be wrong: the hours before must not be lost
+                note = f"not measured: needs {size / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
             rows += [_row(point, name, models, *found, note) for name in models]
     return pd.DataFrame(rows)
-
-
-@contextlib.contextmanager
-def _old_objects_left_alone() -> Iterator[None]:
-    """Inside, the garbage collector passes over what is there already: all of transformers, a tenth of a second each
-    time."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _device(models: dict[str, nn.Module]) -> torch.device:
@@ -206,22 +171,20 @@ def _measure(
     What a model needs for the point is made for its turn and given back, so that two caches never lie in memory
     together.
     """
-    (set_up, _), (batch_size, context), device = PHASES[point[0]], point[1:], _device(models)
-    read_joules = energy_counter(device)
+    (phase, *size), device = point, _device(models)
+    set_up, read_joules = PHASES[phase][0], energy_counter(device)
     times, joules, peaks = {name: [] for name in models}, {name: [] for name in models}, {}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            if turn == 0:
-                with cost.measured(device) as used:
-                    set_up(model, batch_size, context)()
-                peaks[name] = used.peak_bytes
-            else:
-                call = set_up(model, batch_size, context)
-                before = read_joules() if read_joules else 0.0  # what setting up took is not the call's
-                calls = _time_ms(call, device, min_run_s)
-                del call
-                times[name].append(statistics.median(calls))
-                joules[name] += [(read_joules() - before) / len(calls)] if read_joules else []
+    for name, model in models.items():
+        with cost.measured(device) as used:
+            set_up(model, *size)()
+        peaks[name] = used.peak_bytes
+    for name, model in list(models.items()) * rounds:
+        call = set_up(model, *size)
+        before = read_joules() if read_joules else 0.0  # what setting up took is not the call's
+        calls = _time_ms(call, device, min_run_s)
+        del call
+        times[name].append(statistics.median(calls))
+        joules[name] += [(read_joules() - before) / len(calls)] if read_joules else []
     return times, joules, peaks
 
 
@@ -242,17 +205,14 @@ def _time_ms(function: Callable[[], object], device: torch.device, min_run_s: fl
     return times
 
 
-def _row(
-    point: tuple[str, int, int], name: str, models: dict, times: dict, joules: dict, peaks: dict, note: str
-) -> dict:
+def _row(point: tuple, name: str, models: dict, times: dict, joules: dict, peaks: dict, note: str) -> dict:
     phase, batch_size, context = point
     row = {"phase": phase, "batch_size": batch_size, "context": context, "model": name}
     row |= {"kv_cache_gb": cost.cache_bytes(models[name], batch_size, context) / 1e9, "note": note}
     if note:
         return row
-    base, own, ms = times[next(iter(models))], times[name], statistics.median(times[name])
-    ratios = [dense / pruned for dense, pruned in zip(base, own, strict=True)]
-    tokens = batch_size * (context if phase == "prefill" else 1)
+    ratios = [dense / pruned for dense, pruned in zip(times[next(iter(models))], times[name], strict=True)]
+    ms, tokens = statistics.median(times[name]), batch_size * (context if phase == "prefill" else 1)
     energy = statistics.median(joules[name]) / tokens if joules[name] else float("nan")
     row |= {"ms": ms, "speedup": statistics.median(ratios), "speedup_low": min(ratios), "speedup_high": max(ratios)}
     return row | {"tokens_per_s": tokens * 1e3 / ms, "peak_gb": peaks[name] / 1e9, "joules_per_token": energy}
@@ -290,9 +250,8 @@ def beside_ceilings(table: pd.DataFrame, models: dict[str, nn.Module]) -> pd.Dat
         return cost.decode_ceiling(dense, pruned, row["batch_size"], row["context"])
 
     joined = table.assign(ceiling=table.apply(ceiling, axis=1))
-    return (
-        joined.assign(of_ceiling_percent=100 * joined["speedup"] / joined["ceiling"]) if "speedup" in joined else joined
-    )
+    speedup = joined.get("speedup")  # there is none where no point was measured
+    return joined if speedup is None else joined.assign(of_ceiling_percent=100 * speedup / joined["ceiling"])
 
 
 # ---------------------------------------------------------------- shapes to measure
@@ -303,8 +262,7 @@ def uniform_shape(config: GqaLlamaConfig, kept: float, multiple: int = 1) -> Gqa
     layer.
 
     Whole groups come as near to the backbone's share as they can; what their rounding leaves is met by the MLP's width.
-    Speed depends
-    on shapes alone: `random_model` makes a model of it.
+    Speed depends on shapes alone: `random_model` makes a model of it.
 
     Raises:
         InputError: embeddings, norms, one group and `multiple` channels of each layer are more than that.
@@ -322,17 +280,14 @@ def uniform_shape(config: GqaLlamaConfig, kept: float, multiple: int = 1) -> Gqa
     width = round((backbone / layers - groups * group - output_biases) / channel / multiple) * multiple
     if width < multiple:
         least = 100 * count_parameters(smallest)["total"] / counts["total"]
-        raise InputError(
-            f"{100 * kept:.4g} % of the parameters cannot be kept, {least:.4g} % at least must: give a larger share"
-        )
+        told = f"{100 * kept:.4g} % of the parameters cannot be kept, {least:.4g} % at least must"
+        raise InputError(f"{told}: give a larger share")
     return _reshaped(config, num_attention_heads=groups * size, num_key_value_heads=groups, intermediate_size=width)
 
 
 def _reshaped(config: GqaLlamaConfig, **changes: int) -> GqaLlamaConfig:
     config = copy.deepcopy(config)
-    config.per_layer_config = None
-    for name, value in changes.items():
-        setattr(config, name, value)
+    config.update({"per_layer_config": None, **changes})
     config.validate_architecture()
     return config
 
@@ -362,7 +317,6 @@ def compare_alignment(
     The widths differ by a little, and the ceiling says how much speed that alone can explain. Other arguments go to
     `compare_speed`.
     """
-    models = {
-        name: random_model(shape, dtype, device) for name, shape in aligned_shapes(config, kept, multiples).items()
-    }
+    shapes = aligned_shapes(config, kept, multiples)
+    models = {name: random_model(shape, dtype, device) for name, shape in shapes.items()}
     return beside_ceilings(compare_speed(models, *args, **kwargs), models)

@@ -7,15 +7,16 @@ A command imports what it needs when it runs: help and refusals do not wait for 
 import argparse
 import sys
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
-from gqalib.errors import InputError, new_folder, read_text
+from gqalib.errors import InputError, new_folder, one_sentence, read_text
 from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run.corpora import check_corpus
-from gqalib.run.presets import Preset, load_preset, number_or_text, preset_names
+from gqalib.run.presets import Cut, Preset, check_cut, load_preset, number_or_text, preset_names
 
 # ---------------------------------------------------------------- the commands
 
@@ -25,10 +26,9 @@ def run(options: Namespace) -> int:
     preset(options)
     from gqalib.run import series
 
-    job = series.Series(
-        options.preset, overrides(options.overrides), options.run_dir, options.seed, options.first, options.only,
-        options.notebooks_dir,
-    )  # fmt: skip
+    where = {"run_dir": options.run_dir, "notebooks": options.notebooks_dir}
+    which = {"seed": options.seed, "first": options.first, "only": options.only}
+    job = series.Series(options.preset, overrides(options.overrides), **where, **which)
     try:
         job.run(options.force)
     except series.NotebookFailed as error:
@@ -89,56 +89,58 @@ def report(options: Namespace) -> None:
 
 def prune(options: Namespace) -> None:
     """Make a model smaller: any Llama, from folder or hub into a folder, without a preset."""
-    _check(options)
+    _check(options.corpus, options.model)
+    new_folder(options.out)
+    cut = {field.name: vars(options)[field.name] for field in fields(Cut)}
+    cut |= {name: _value(text) for name, text in cut.items() if isinstance(text, str) and name != "corpus"}
+    check_cut(**cut)
     from gqalib.run import front
 
-    how = {name: value for name, value in vars(options).items() if name not in ("command", "call", "model", "out")}
-    size = front.prune_folder(options.model, options.out, **how)
+    size = front.prune_folder(options.model, options.out, options.device, options.dtype, **cut)
     kept, removed = size["parameters_kept_percent"], size["backbone_removed_percent"]
     print(f"{options.out}: {kept:.1f} % of the parameters kept, {removed:.1f} % of the backbone removed")
 
 
 def evaluate(options: Namespace) -> None:
     """Perplexity and size of a model, alone or against another one on the same text."""
-    _check(options)
+    _check(options.corpus, options.model, *filter(None, [options.against]))
     from gqalib.run import front
 
-    sources = [source for source in (options.model, options.against) if source]
-    model, against = [*(front.load_model(source, options.dtype, options.device) for source in sources), None][:2]
-    tokenizer = front.load_tokenizer(options.model)
+    where = options.dtype, options.device
+    model, tokenizer = front.load_model(options.model, *where), front.load_tokenizer(options.model)
+    against = options.against and front.load_model(options.against, *where)
     found = front.evaluate(model, tokenizer, against=against, corpus=options.corpus, tokens=options.tokens)
     for name, value in found.items():
         print(f"{name:16s} {value:{',' if isinstance(value, int) else ',.4f'}}")
 
 
-def _check(options: Namespace) -> None:
-    for model in filter(None, (options.model, vars(options).get("against"))):
+def _check(corpus: str, *models: str) -> None:
+    for model in models:
         check_model(model)
-    check_corpus(options.corpus)
-    if "out" in options:
-        new_folder(options.out)
+    check_corpus(corpus)
 
 
 def preset(options: Namespace) -> Preset:
     """The preset that was asked for, with its overrides; that its model and corpus can be is checked."""
     settings = load_preset(options.preset, overrides(options.overrides))
-    check_model(settings.model)
-    check_corpus(settings.corpus)
+    _check(settings.corpus, settings.model)
     return settings
 
 
 def overrides(pairs: list[str]) -> dict[str, Any]:
     """`name=value` pairs; values are read as YAML, so 0.5 is a number and [1, 8] a list."""
-    result = {}
+    values = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise InputError(f"--set {pair} is no NAME=VALUE: write for example --set pruning.mean_rate=0.5")
-        try:
-            result[name] = number_or_text(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {pair} has a value that cannot be read: write it as YAML") from error
-    return result
+        values[name] = _value(value)
+    return values
+
+
+def _value(text: str) -> Any:
+    with one_sentence(f"{text} cannot be read", "write a value as YAML"):
+        return number_or_text(yaml.safe_load(text))
 
 
 # ---------------------------------------------------------------- the command line
@@ -167,15 +169,11 @@ def _of_a_model(add) -> None:
 def _of_prune(add) -> None:
     _of_a_model(add)
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the smaller model goes")
-    add("--remove", type=float, metavar="0.25", help="the fraction of the backbone that goes")
-    add("--kept", type=float, metavar="0.8", help="or the fraction of all parameters that stays")
-    add("--perplexity", type=float, metavar="1.1", help="or the most it may become, relative to dense; refit alone")
-    add("--method", default="refit", help="refit, founding or a peer's name, such as FLAP (default: refit)")
-    for name, default, help in (
-        ("examples", 32, "of the calibration text"), ("length", 512, "tokens of an example"),
-        ("multiple", 1, "of which the channels that stay are a whole number"), ("seed", 0, "the calibration sample"),
-    ):  # fmt: skip
-        add(f"--{name}", type=int, default=default, help=f"{help} (default: {default})")
+    for name, hint in get_type_hints(Cut, include_extras=True).items():
+        if name != "corpus":
+            default = getattr(Cut, name)
+            end = "" if default is None else f" (default: {default})"
+            add(f"--{name}", default=default, metavar="VALUE", help=hint.__metadata__[-1] + end)
 
 
 def _of_evaluate(add) -> None:

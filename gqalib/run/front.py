@@ -1,68 +1,32 @@
 """The front door: prune a model, and say what it is worth, without a preset."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gqalib.errors import InputError, new_folder
 from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
-from gqalib.measure.frontier import METHODS, NO_MULTIPLE, OWN, PEERS, STAGES, covariances_and_table
+from gqalib.measure.frontier import METHODS, OWN, STAGES, covariances_and_table
 from gqalib.measure.perplexity import perplexity as perplexity_of
 from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.model.shapes import count_parameters, size_of
 from gqalib.prune import search
 from gqalib.run.corpora import evaluation_windows
-from gqalib.run.presets import STRICT, AtLeastTwo, Fraction, check_name, checked
+from gqalib.run.presets import PEERS, Cut, check_cut
 from gqalib.run.resume import replacing
 
 NAMES = {"refit": OWN, "founding": "founding Taylor"} | {name: name for name in PEERS}
 PROTOCOLS = (128, 2048)  # tokens of a window: the founding document's and the literature's
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What a model is pruned to, by which method, on which text."""
-
-    __pydantic_config__ = STRICT
-
-    remove: Fraction | None = None  # of the backbone (attention and MLP), or
-    kept: Fraction | None = None  # of all parameters, or
-    perplexity: Annotated[float, Field(gt=1)] | None = None  # the most it may become, relative to dense; refit alone
-    method: str = "refit"  # refit, founding, or a peer by its name in `measure.frontier`
-    corpus: str = "python-docs"  # its training text is for calibration
-    examples: PositiveInt = 32
-    length: AtLeastTwo = 512  # tokens of an example; capped by the model
-    multiple: PositiveInt = 1  # of which the channels that stay in a layer are a whole number
-    seed: NonNegativeInt = 0  # the calibration sample
-
-    def windows(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, other: int = 0) -> torch.Tensor:
-        """Calibration text, token ids [examples, length]; an`other` sample has nothing of it."""
-        length = min(self.length, model.config.max_position_embeddings)
-        return evaluation_windows(self.corpus, "train", tokenizer, length, self.examples * length, self.seed + other)
-
-
-def check_cut(**how) -> Cut:
-    """The fields of `Cut`, checked.
-
-    Raises:
-        InputError: not one target, an unknown method or one that cannot do it, or a value that cannot be.
-    """
-    cut = checked(Cut, how)
-    check_name(cut.method, list(NAMES), "method")
-    if [cut.remove, cut.kept, cut.perplexity].count(None) != 2:
-        raise InputError("a model is pruned to one target: give either remove, kept or perplexity")
-    if cut.perplexity and cut.method != "refit":
-        raise InputError(f"{cut.method} cannot look for a perplexity of {cut.perplexity}: give method refit, or remove")
-    if cut.multiple > 1 and NAMES[cut.method] in NO_MULTIPLE:
-        raise InputError(f"{cut.method} cannot keep a multiple of {cut.multiple} channels: give multiple 1, or refit")
-    return cut
+def _windows(cut: Cut, model: nn.Module, tokenizer: PreTrainedTokenizerBase, other: int = 0) -> torch.Tensor:
+    """Calibration text, token ids [examples, length]; an`other` sample has nothing of it."""
+    length = min(cut.length, model.config.max_position_embeddings)
+    return evaluation_windows(cut.corpus, "train", tokenizer, length, cut.examples * length, cut.seed + other)
 
 
 def prune_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **how) -> dict[str, float]:
@@ -75,10 +39,10 @@ def prune_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **how) -> 
         InputError: as `check_cut`, a target that cannot be reached, too little text or memory.
     """
     cut, counts = check_cut(**how), count_parameters(model)
-    windows = cut.windows(model, tokenizer)
+    windows = _windows(cut, model, tokenizer)
     with memory.stage("pruning", memory.expected(STAGES, model, *windows.shape), model):
         if cut.perplexity:
-            _prune_to(model, windows, cut.windows(model, tokenizer, other=1), cut)
+            _prune_to(model, windows, _windows(cut, model, tokenizer, other=1), cut)
         else:
             fraction = cut.remove or (1 - cut.kept) * counts["total"] / counts["backbone"]
             options = {"multiple": cut.multiple} if cut.multiple > 1 else {}
@@ -91,9 +55,8 @@ def _prune_to(model: nn.Module, windows: torch.Tensor, scoring: torch.Tensor, cu
     limit = cut.perplexity * perplexity_of(model, scoring)
     trials = search.prune_to(search.Trial(model, windows, covariances), table, scoring, perplexity=limit)
     if not (trials["perplexity"] <= limit).any():
-        raise InputError(
-            f"every cut that was tried makes perplexity more than {cut.perplexity} times the dense: give more"
-        )
+        most = f"perplexity more than {cut.perplexity} times the dense"
+        raise InputError(f"every cut that was tried makes {most}: give more")
 
 
 def prune_folder(source: str, out: Path, device: str = "auto", dtype: str = "float32", **how) -> dict[str, float]:

@@ -9,7 +9,6 @@ RAY_AUTH_MODE=token.
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import itertools
 import json
@@ -25,21 +24,24 @@ import tempfile
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import yaml
+from matplotlib.cm import viridis
 from matplotlib.figure import Figure
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from gqalib.errors import InputError, one_sentence, read_text
 from gqalib.figures import readable_log_axis
-from gqalib.run.notebook import NOTEBOOKS, default_run_dir, numbered_notebooks, read_record, write_atomically
-from gqalib.run.presets import check_name, dotted_names, number_or_text
+from gqalib.run.notebook import (
+    NOTEBOOKS, default_run_dir, locked, numbered_notebooks, read_record, run_name, write_atomically,
+)  # fmt: skip
+from gqalib.run.presets import STRICT, check_name, checked, dotted_names, number_or_text
 from gqalib.run.resume import replacing
-from gqalib.run.series import KERNEL_DIED, Series, locked, reads
+from gqalib.run.series import KERNEL_DIED, Series, reads
 
-KEYS = ["preset", "presets", "notebooks", "seeds", "overrides", "num_cpus", "num_gpus", "max_retries"]
 OF_THE_RUN = ["run", "preset", "seed", "seconds", "attempts", "error"]  # columns beside overrides and metrics
 SHOWN = re.compile(r"perplexity_|ratio_|.*kept_percent$")  # metrics of the printed table; the file has all
 DRAWN = re.compile(r"perplexity_|ratio_")
@@ -53,17 +55,40 @@ ENVIRONMENT = {
 }
 
 
+def _distinct(values: list[Any]) -> list[Any]:
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"should have {twice[0]!r} once: seeds make repetitions")
+    return values
+
+
+def _cards(number: float) -> float:
+    if number > 1 and number != int(number):
+        raise ValueError("should be 0, a part of a card such as 0.5, or a whole number of cards")
+    return number
+
+
+def _number(notebook: Any) -> Any:
+    return f"{notebook:02d}" if type(notebook) is int else str(notebook)[:2]  # YAML reads 01 as 1
+
+
+Some = Field(min_length=1), AfterValidator(_distinct)
+Value = Annotated[Any, BeforeValidator(number_or_text)]
+
+
 @dataclass(frozen=True)
 class Grid:
     """What a grid file may say. Every combination of preset, overrides and seed is one run."""
 
-    presets: list[str] = field(default_factory=lambda: ["tiny"])
-    notebooks: list[str] | None = None  # numbers; None: the whole series
-    seeds: list[int] = field(default_factory=lambda: [0])
-    overrides: dict[str, list[Any]] = field(default_factory=dict)  # dotted name → the values to try
-    num_cpus: int = 1  # of one run: cores reserved, and torch's threads
-    num_gpus: float = 0  # of one run; below 1 several share a card, with 0 the cards are hidden
-    max_retries: int = 2  # of a run whose process or worker was killed
+    __pydantic_config__ = STRICT
+
+    presets: Annotated[list[str], *Some] = field(default_factory=lambda: ["tiny"])
+    notebooks: Annotated[list[Annotated[str, BeforeValidator(_number)]], *Some] | None = None  # None: the whole series
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], *Some] = field(default_factory=lambda: [0])
+    overrides: dict[str, Annotated[list[Value], *Some]] = field(default_factory=dict)  # dotted name → values to try
+    num_cpus: PositiveInt = 1  # of one run: cores reserved, and torch's threads
+    num_gpus: Annotated[NonNegativeFloat, AfterValidator(_cards)] = 0  # of one run; below 1 shared, with 0 none is seen
+    max_retries: NonNegativeInt = 2  # of a run whose process or worker was killed
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -78,67 +103,26 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_grid(path: Path) -> Grid:
-    """A grid file, every key and list of it checked.
+    """A grid file, every key and list of it checked; `preset: tiny` is short for `presets: [tiny]`.
 
     Raises:
         InputError: it is missing, unreadable or empty, a key is unknown, a list is none, empty or names something
         twice, or a number cannot be.
     """
-    data = _read(path)
-    for key in data:
-        check_name(key, KEYS, "key of a grid")
-    if {"preset", "presets"} <= data.keys():
-        raise InputError("the grid has both preset and presets: keep one")
-    if "preset" in data:
-        data["presets"] = [data.pop("preset")]
-    overrides = data.get("overrides", {})
-    if not isinstance(overrides, dict):
-        fix = "write for example pruning.mean_rate: [0.2, 0.3] under it"
-        raise InputError(f"overrides = {overrides!r} are no names with values: {fix}")
-    for name, values in overrides.items():
-        check_name(name, dotted_names())
-        overrides[name] = _values(name, [number_or_text(value) for value in _values(name, values)])
-    for key in data.keys() & {"presets", "notebooks", "seeds"}:
-        data[key] = _values(key, data[key])
-    if "notebooks" in data:  # YAML reads 01 as 1
-        numbers = [f"{n:02d}" if type(n) is int else str(n)[:2] for n in data["notebooks"]]
-        data["notebooks"] = _values("notebooks", numbers)
-    grid = Grid(**data)
-    _check_numbers(grid)
-    return grid
-
-
-def _read(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(read_text(path, "grid"), _UniqueKeys)
     except yaml.YAMLError as error:
         raise InputError(f"grid {path} is no YAML: {' '.join(str(error).split())}") from error
     if not data or not isinstance(data, dict):
-        lacks = "has no keys" if data else "is empty"
-        raise InputError(f"grid {path} {lacks}: write for example seeds: [0, 1]")
-    return data
-
-
-def _values(name: str, values: Any) -> list[Any]:
-    if not isinstance(values, list):
-        raise InputError(f"{name} = {values!r} is no list: write {name}: [{values}]")
-    if not values:
-        raise InputError(f"{name} is an empty list: give it a value, or leave it out")
-    for value in values:
-        if values.count(value) > 1:
-            raise InputError(f"{name} has {value!r} twice: once is enough, seeds make repetitions")
-    return values
-
-
-def _check_numbers(grid: Grid) -> None:
-    numbers = [("num_cpus", grid.num_cpus, 1), ("max_retries", grid.max_retries, 0)]
-    for name, value, least in [*numbers, *(("seeds", seed, 0) for seed in grid.seeds)]:
-        if type(value) is not int or not least <= value < 2**32:
-            raise InputError(f"{name} = {value!r} cannot be: give a whole number from {least}")
-    gpus = grid.num_gpus
-    if type(gpus) not in (int, float) or not 0 <= gpus < math.inf or (gpus > 1 and gpus != int(gpus)):
-        fix = "give 0, a part of a card such as 0.5, or a whole number of cards"
-        raise InputError(f"num_gpus = {gpus!r} cannot be: {fix}")
+        raise InputError(f"grid {path} {'has no keys' if data else 'is empty'}: write for example seeds: [0, 1]")
+    if {"preset", "presets"} <= data.keys():
+        raise InputError("the grid has both preset and presets: keep one")
+    if "preset" in data:
+        data["presets"] = [data.pop("preset")]
+    grid = checked(Grid, data)
+    for name in grid.overrides:
+        check_name(name, dotted_names())
+    return grid
 
 
 def expand(grid: Grid, folder: Path, notebooks: Path = NOTEBOOKS) -> list[Series]:
@@ -153,18 +137,9 @@ def expand(grid: Grid, folder: Path, notebooks: Path = NOTEBOOKS) -> list[Series
     jobs = []
     for preset, *values, seed in itertools.product(grid.presets, *grid.overrides.values(), grid.seeds):
         overrides = dict(zip(grid.overrides, values, strict=True))
-        place = folder / run_name(str(preset), overrides, seed)
+        place = folder / run_name(preset, overrides, seed)
         jobs.append(Series(preset, overrides, place, seed, only=only, notebooks=notebooks))
     return jobs
-
-
-def run_name(preset: str, overrides: dict[str, Any], seed: int) -> str:
-    """A folder's name that says what the run is; what a folder cannot be called is shortened, with a hash of it."""
-    name = ",".join([preset, *(f"{key}={value}" for key, value in overrides.items()), f"seed={seed}"])
-    plain = re.sub(r"[^\w.,=+-]", "_", name)
-    if plain == name and len(name) <= 120:
-        return name
-    return f"{plain[:100]},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _check_notebooks(grid: Grid, notebooks: Path) -> None:
@@ -217,12 +192,8 @@ def tune_all(jobs: list[Series], grid: Grid, address: str | None = None) -> None
     Raises:
         InputError: no cluster answers at the address, or no machine has as many cores or cards as one run is to have.
     """
-    folder, by_name, count, out = (
-        jobs[0].run_dir.parent,
-        {job.run_dir.name: job for job in jobs},
-        itertools.count(1),
-        sys.stdout,
-    )
+    folder, by_name = jobs[0].run_dir.parent, {job.run_dir.name: job for job in jobs}
+    count, out = itertools.count(1), sys.stdout
     with _ray(address) as (tune, nodes), tempfile.TemporaryDirectory(prefix=".tune-", dir=folder) as storage:
         check_resources(nodes, grid)
 
@@ -333,17 +304,16 @@ def attempts(job: Series) -> list[tuple[str, str]]:
 
 def _end(said: str) -> str:
     """Of a run that failed by itself the sentence after `error:` or `failed:`; of a traceback the last line."""
-    *lines, last = [line.strip() for line in said.splitlines() if line.strip()] or [""]
-    if not (status := re.fullmatch(r"exit status (-?\d+)", last)):
+    if not (exited := re.search(r"^exit status (-?\d+)\s*\Z", said, re.MULTILINE)):
         return "its worker died"
-    if (number := int(status[1])) == 0:
+    if (status := int(exited[1])) == 0:
         return "finished"
-    if number < 0 or number == KERNEL_DIED:
+    if status < 0 or status == KERNEL_DIED:
         return "its process was killed"
-    for start, line in enumerate(lines):
-        if told := re.match("(error|failed): (.*)", line):
-            return ": ".join([told[2], *lines[start + 1 : start + 2]])
-    return lines[-1] if lines else "it said nothing"
+    said = said[: exited.start()].rstrip()
+    if told := re.search(r"^(?:error|failed): (.*)(?:\n+(.*))?", said, re.MULTILINE):
+        return ": ".join(filter(None, told.groups()))
+    return said.rpartition("\n")[2].strip() or "it said nothing"
 
 
 def what_failed(job: Series) -> str | None:
@@ -421,46 +391,35 @@ def _plus_minus(mean: float, std: float, count: float) -> str:
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """A panel per perplexity: over the numeric override with most values, a line for each setting of the others."""
+    """A panel per perplexity: over the numeric override with most values, a line for each setting of the others;
+    logarithmic where values are more than twenty times apart."""
     metrics = [name for name in _pick(table, DRAWN) if table[name].notna().any()]
     metrics = [name for name in metrics if table[name].nunique() > 1] or metrics  # what nothing moves says nothing
     if not metrics:
         return path.unlink(missing_ok=True)
-    numeric = [name for name in _settings(table) if pd.api.types.is_numeric_dtype(table[name])]
-    x = max(numeric, key=lambda name: table[name].nunique(), default=None)
-    others = [name for name in _settings(table) if name != x]
-    labels = [", ".join(f"{n.split('.')[-1]} {v}" for n, v in zip(others, row)) for row in table[others].to_numpy()]
-    across, lines = (
-        (table[x], pd.Series(labels, table.index))
-        if x
-        else (pd.Series(labels, table.index), pd.Series("", table.index))
-    )
-    rows, columns = math.ceil(len(metrics) / 3), min(3, len(metrics))
+    settings = _settings(table)
+    numeric = [name for name in settings if pd.api.types.is_numeric_dtype(table[name])]
+    x = max(numeric, key=lambda name: table[name].nunique(), default=settings[0])
+    lines, rows, columns = [name for name in settings if name != x], math.ceil(len(metrics) / 3), min(3, len(metrics))
+    how = {"capsize": 3, "legend": False, "marker": "o", "linestyle": "-" if numeric else ""}
     fig = Figure(figsize=(3.6 * columns + 0.8, 3.0 * rows + 0.6), layout="constrained")
+    fig.suptitle("mean ± std over seeds", fontsize="medium")
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
     for ax, metric in zip(axes, metrics):
-        _panel(ax, table[metric], across, lines)
-        ax.set(xlabel=x or "", ylabel=f"{metric.replace('_', ' ')}, mean ± std over seeds")
+        shown = over_seeds(table, [metric])[metric]
+        shown = shown.unstack(lines) if lines else shown
+        colours = viridis(np.linspace(0, 0.8, len(shown.columns) // 3))
+        ticks = {} if numeric else {"xticks": range(len(shown)), "rot": 20}
+        shown["mean"].plot(ax=ax, yerr=shown["std"].fillna(0), color=[*colours], **ticks, **how)
+        ax.set(xlabel=x, ylabel=metric.replace("_", " "))
+        ax.grid(alpha=0.25)
+        for axis, values in {"y": table[metric], **({"x": table[x]} if numeric else {})}.items():
+            if values.min() > 0 and values.max() > 20 * values.min():
+                ax.set(**{f"{axis}scale": "log"})
+                readable_log_axis(getattr(ax, f"{axis}axis"))
     for unused in axes[len(metrics) :]:
         unused.remove()
-    if lines.nunique() > 1:
-        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    if lines:
+        fig.legend(*ax.get_legend_handles_labels(), title=", ".join(lines), loc="outside lower center", ncols=3)
     with replacing(path) as temporary:
         fig.savefig(temporary, format="png", dpi=150)
-
-
-def _panel(ax: plt.Axes, metric: pd.Series, across: pd.Series, lines: pd.Series) -> None:
-    """Means over `across`, one line for each value of `lines`; logarithmic where they are more than twenty times
-    apart."""
-    numeric, groups = pd.api.types.is_numeric_dtype(across), metric.groupby(lines, sort=False)
-    for i, (line, values) in enumerate(groups):
-        means = values.groupby(across, sort=numeric).agg(["mean", "std"])
-        style = {"color": plt.cm.viridis(i / 1.2 / len(groups)), "marker": "os^DvXP*"[i % 8], "capsize": 3}
-        style["linestyle"] = "-" if numeric else ""
-        ax.errorbar(means.index, means["mean"], means["std"].fillna(0), label=line, **style)
-    for name, values in {"y": metric, **({"x": across} if numeric else {})}.items():
-        if values.min() > 0 and values.max() > 20 * values.min():
-            ax.set(**{f"{name}scale": "log"})
-            readable_log_axis(getattr(ax, f"{name}axis"))
-    ax.tick_params(axis="x", rotation=0 if numeric else 20)
-    ax.grid(alpha=0.25)

@@ -24,14 +24,13 @@ from urllib.parse import quote
 
 import datasets
 import matplotlib.pyplot as plt
-import nbformat
 import pandas as pd
 import torch
 import transformers
 from torch import nn
 
 from gqalib import figures
-from gqalib.errors import InputError
+from gqalib.errors import InputError, one_sentence
 from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
 from gqalib.model.load import resolve_device
@@ -45,17 +44,21 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 COMMITTED = REPOSITORY / "data" / "results"
 BASE = ("model", "corpus", "dtype", "device")  # what every notebook depends on
 HELD = "GQALIB_LOCKED"  # in the environment of the notebooks that a runner starts: the folder that it has locked
+COMMIT = "git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"  # says what is checked out
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
 
 
-def default_run_dir(preset: str, overrides: dict[str, Any] | None = None, seed: int = 0) -> Path:
-    """`runs/<preset>` in the repository, or under `$GQALIB_RUNS`; other parameters have a folder of their own,
-    `<preset>+recovery.lora_r=16`."""
-    changes = sorted((overrides or {}).items()) + [("seed", seed)] * bool(seed)
+def run_name(preset: str, overrides: dict[str, Any], seed: int) -> str:
+    """A folder's name that says what a run is, `tiny+recovery.lora_r=16+seed=1`; a long one ends in a hash of it."""
+    changes = sorted(overrides.items()) + [("seed", seed)] * bool(seed)
     name = quote("+".join([preset, *(f"{key}={value}" for key, value in changes)]), safe=" ,+=[]")  # one folder
-    if len(name) > 120:  # file systems end at 255 bytes
-        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return Path(os.environ.get("GQALIB_RUNS", REPOSITORY / "runs")).expanduser().absolute() / name
+    return name if len(name) <= 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def default_run_dir(preset: str, overrides: dict[str, Any] | None = None, seed: int = 0) -> Path:
+    """`run_name` in the repository's `runs`, or under `$GQALIB_RUNS`."""
+    runs = Path(os.environ.get("GQALIB_RUNS", REPOSITORY / "runs"))
+    return runs.expanduser().absolute() / run_name(preset, overrides or {}, seed)
 
 
 def numbered_notebooks(folder: Path = NOTEBOOKS) -> list[Path]:
@@ -121,22 +124,25 @@ def find_record(name: str, run_dir: Path, parameters: dict[str, Any], seed: int)
     paths = [folder / f"{name}.json" for folder in (run_dir, default_run_dir(preset), COMMITTED / preset)]
     for path in [path for path in paths if path.exists()] or paths[:1]:
         try:
-            stands_for(read_record(path), parameters, seed)
+            fitting_record(path, parameters, seed)
             return path
         except InputError as error:
             problems.append(error)
     raise problems[0]
 
 
-def stands_for(record: dict[str, Any], parameters: dict[str, Any], seed: int) -> None:
-    """Raises InputError if a record was made with other values of the sections that its notebook reads."""
-    now = json.loads(json.dumps(parameters))
+def fitting_record(path: Path, parameters: dict[str, Any], seed: int) -> dict[str, Any]:
+    """A record that was made with these values of the sections that its notebook reads.
+
+    Raises:
+        InputError: as `read_record`, or it was made with others.
+    """
+    record, now = read_record(path), json.loads(json.dumps(parameters))
     changed = [name for name, value in record["parameters"].items() if now.get(name) != value]
     if changed or record["seed"] != seed:
-        name = record["notebook"]
-        raise InputError(
-            f"{name} was made with another {', '.join(changed) or 'seed'}: run {name} again with these parameters"
-        )
+        what = f"{path.stem} was made with another {', '.join(changed) or 'seed'}"
+        raise InputError(f"{what}: run {path.stem} again with these parameters")
+    return record
 
 
 def seconds_of(name: str, preset: str) -> float:
@@ -150,23 +156,23 @@ def code_used(path: Path) -> str:
     """`code_hash` of a notebook, which stands in the working folder or in the repository; of the whole library where
     it is in neither."""
     place = next((p for p in (path, NOTEBOOKS / path.name) if p.is_file()), None)
-    cells = nbformat.read(place, as_version=4).cells if place else []
-    return code_hash(
-        "\n".join(cell.source for cell in cells if cell.cell_type == "code") or "from gqalib.run import cli"
-    )
+    return code_hash("\n".join(code_of(place) if place else ["from gqalib.run import cli"]))
+
+
+def code_of(path: Path) -> list[str]:
+    """Sources of a notebook's code cells but the one that papermill injected; nbformat would take three seconds to
+    load, in every kernel."""
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    return ["".join(c["source"]) for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])]
 
 
 @contextlib.contextmanager
 def locked(run_dir: Path, shared: bool = False) -> Iterator[None]:
     """One runner at a time in a folder, or notebooks that are open (`shared`); the lock goes with the process,
     however it ends."""
-    try:
+    with one_sentence(f"run folder {run_dir} cannot be written", "give another --run-dir"):
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise InputError(
-            f"run folder {run_dir} cannot be written ({error.strerror}): give another --run-dir"
-        ) from error
     with file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -187,9 +193,7 @@ class Sections:
         vars(self).update({name: getattr(preset, name) for name in names})
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"the notebook does not say that it reads {name!r}: add it to `reads` where Notebook is made"
-        )
+        raise AttributeError(f"the notebook does not say that it reads {name!r}: add it to `reads`, in Notebook(…)")
 
 
 class Notebook:
@@ -203,24 +207,18 @@ class Notebook:
     """
 
     def __init__(
-        self,
-        name: str,
-        preset: str,
-        overrides: dict[str, Any],
-        run_dir: str | Path = "",
-        seed: int = 0,
+        self, name: str, preset: str, overrides: dict[str, Any], run_dir: str | Path = "", seed: int = 0,
         reads: Sequence[str] = (),
-    ):
+    ):  # fmt: skip
         preset = os.environ.get("GQALIB_PRESET", preset)
         self.name, self.seed, self.overrides = name, seed, overrides
-        self.parameters = load_preset(preset, overrides).to_dict()
-        self.preset = Sections(load_preset(preset, overrides), (*BASE, *reads))
+        whole = load_preset(preset, overrides)
+        self.parameters, self.preset = whole.to_dict(), Sections(whole, (*BASE, *reads))
         self.run_dir = Path(run_dir).absolute() if run_dir else default_run_dir(preset, overrides, seed)
         self._lock = contextlib.ExitStack()
         if os.environ.get(HELD) != str(self.run_dir):  # else the runner that started this notebook has it
             self._lock.enter_context(locked(self.run_dir, shared=True))
-        self.metrics, self.tables, self.texts, self.artefacts, self.read = {}, {}, {}, [], {}
-        self.stages: list[dict[str, Any]] = []
+        self.metrics, self.tables, self.texts, self.artefacts, self.stages, self.read = {}, {}, {}, [], [], {}
         self._started = time.monotonic()
         transformers.set_seed(seed)
         transformers.utils.logging.disable_progress_bar()
@@ -244,16 +242,14 @@ class Notebook:
         missing, that is made up for."""
         for folder in dict.fromkeys((self.run_dir, default_run_dir(self.parameters["name"]))):
             with contextlib.suppress(InputError):
-                stands_for(read_record(folder / f"{notebook}.json"), self.parameters, self.seed)
+                fitting_record(folder / f"{notebook}.json", self.parameters, self.seed)
                 if (folder / "models" / model).is_dir():
                     return folder / "models" / model
         from gqalib.run.series import Series
 
         seconds = seconds_of(notebook, self.parameters["name"])
-        print(
-            f"models/{model} is missing: {notebook} makes it{f', in about {seconds:.0f} s' if seconds else ''}",
-            flush=True,
-        )
+        takes = f", in about {seconds:.0f} s" if seconds else ""
+        print(f"models/{model} is missing: {notebook} makes it{takes}", flush=True)
         job = Series(self.parameters["name"], self.overrides, self.run_dir, self.seed, only=notebook[:2])
         os.environ[HELD] = str(self.run_dir)
         job.execute(job.paths[0])
@@ -261,23 +257,16 @@ class Notebook:
 
     @contextlib.contextmanager
     def stage(
-        self,
-        name: str,
-        model: nn.Module,
-        shape: tuple[int, int],
-        knob: str,
-        copies: int = 0,
-        of: Sequence[str] = (),
-        **options: Any,
-    ) -> Iterator[memory.Peak]:
+        self, name: str, model: nn.Module, shape: tuple[int, int], knob: str, copies: int = 0,
+        of: Sequence[str] = (), **options: Any,
+    ) -> Iterator[memory.Peak]:  # fmt: skip
         """A long step: states the memory that it needs before it begins, or refuses; states what it took, and lists
         it in the record.
 
         Args:
-            name: as in `memory.expected`, or anything if it consists of several: `of`. shape: (windows, length) that go
-            through it.
-            knob: the parameter that lowers the need. copies: of the model that it makes. options: as in
-            `memory.expected`.
+            name: as in `memory.expected`, or anything if it consists of several: `of`.
+            shape: (windows, length) that go through it. knob: the parameter that lowers the need.
+            copies: of the model that it makes. options: as in `memory.expected`.
         """
         terms = memory.expected(of or name, model, *shape, **options)
         terms |= {"copies": copies * weight_bytes(model)} if copies else {}
@@ -344,50 +333,34 @@ class Notebook:
         changed."""
         record = self.save()
         self._lock.close()
-        print(
-            f"{self.name}: {len(self.metrics)} metrics and {len(self.tables)} tables recorded after {record['seconds']:.0f} s"
-        )
+        found = f"{len(self.metrics)} metrics and {len(self.tables)} tables"
+        print(f"{self.name}: {found} recorded after {record['seconds']:.0f} s")
 
     def save(self) -> dict[str, Any]:
         """Write the record of what there is so far, the stages as a table of it."""
         if self.stages:
             self.table("stages", pd.DataFrame(self.stages))
         record = {
-            "schema": SCHEMA,
-            "notebook": self.name,
-            "preset": self.parameters["name"],
-            **self._reasons(),
-            "overrides": self.overrides,
-            "git_commit": _git_commit(),
-            "machine": machine(self.preset.device),
-            "upstream": self.read,
-            "metrics": self.metrics,
-            "tables": self.tables,
-            "texts": self.texts,
-            "artefacts": self.artefacts,
+            "schema": SCHEMA, "notebook": self.name, "preset": self.parameters["name"], **self._reasons(),
+            "overrides": self.overrides, "git_commit": _said_by(*COMMIT) or None,
+            "machine": machine(self.preset.device), "upstream": self.read, "metrics": self.metrics,
+            "tables": self.tables, "texts": self.texts, "artefacts": self.artefacts,
             "seconds": round(time.monotonic() - self._started, 1),
-        }
-        write_atomically(self.run_dir / f"{self.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        }  # fmt: skip
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        write_atomically(self.run_dir / f"{self.name}.json", text + "\n")
         return record
 
 
 def machine(device: str) -> str:
     """What the figures were measured on: system and processor, and the card with its driver and CUDA where one is
     used."""
-    words = [
-        f"{platform.system()} {platform.machine()}",
-        f"{os.cpu_count()} cores",
-        torch.backends.cpu.get_cpu_capability(),
-    ]
+    cpu = torch.backends.cpu.get_cpu_capability()
+    words = [f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", cpu]
     if resolve_device(device).startswith("cuda"):
         driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
         words += [torch.cuda.get_device_name(), f"driver {driver}", f"CUDA {torch.version.cuda}"]
     return ", ".join(words)
-
-
-def _git_commit() -> str | None:
-    """The commit that is checked out, with `-dirty` if files differ from it."""
-    return _said_by("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty") or None
 
 
 def _said_by(*command: str) -> str:

@@ -44,7 +44,7 @@ class Evaluation:
     short_window: AtLeastTwo  # tokens; the founding document's protocol
     long_window: AtLeastTwo  # tokens; the literature's
     num_tokens: PositiveInt  # test tokens behind every reported perplexity
-    quick_tokens: PositiveInt  # test tokens behind each of the many perplexities of a sweep
+    quick_tokens: PositiveInt  # test tokens behind each of many perplexities
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,50 @@ class Budgets:
     compare: PositiveInt  # each way of recovering, 10
     curve: Counts  # how many tokens buy back how much, 10
     iterative: PositiveInt  # one cut against several, 09
+
+
+PEERS = (
+    "random", "magnitude", "Wanda-sp", "torch-pruning, GQA", "LLM-Pruner", "LLM-Pruner, all layers", "FLAP",
+    "FLAP, by head", "ShortGPT", "layer removal", "OSSCAR",
+)  # fmt: skip
+DEPTH = "ShortGPT", "layer removal"  # they remove whole layers, so they meet a fraction as closely as layers allow
+NO_MULTIPLE = *DEPTH, "FLAP", "FLAP, by head"  # one ranking of all units, so widths come as they do
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a model is pruned to, by which method, on which text: arguments of `prune_model`, options of `prune`."""
+
+    __pydantic_config__ = STRICT
+
+    remove: Annotated[Fraction | None, "the fraction of the backbone (attention and MLP) that goes"] = None
+    kept: Annotated[Fraction | None, "or the fraction of all parameters that stays"] = None
+    perplexity: Annotated[
+        Annotated[float, Field(gt=1)] | None, "or the most it may become, relative to dense; refit alone"
+    ] = None
+    method: Annotated[str, f"refit, founding or a peer: {'; '.join(PEERS)}"] = "refit"
+    corpus: str = "python-docs"  # its training text is for calibration
+    examples: Annotated[PositiveInt, "of the calibration text"] = 32
+    length: Annotated[AtLeastTwo, "tokens of an example; capped by the model"] = 512
+    multiple: Annotated[PositiveInt, "of which the channels that stay in a layer are a whole number"] = 1
+    seed: Annotated[NonNegativeInt, "of the calibration sample"] = 0
+
+
+def check_cut(**how) -> Cut:
+    """The fields of `Cut`, checked.
+
+    Raises:
+        InputError: not one target, an unknown method or one that cannot do it, or a value that cannot be.
+    """
+    cut = checked(Cut, how)
+    check_name(cut.method, ["refit", "founding", *PEERS], "method")
+    if [cut.remove, cut.kept, cut.perplexity].count(None) != 2:
+        raise InputError("a model is pruned to one target: give either remove, kept or perplexity")
+    if cut.perplexity and cut.method != "refit":
+        raise InputError(f"{cut.method} cannot look for a perplexity of {cut.perplexity}: give method refit, or remove")
+    if cut.multiple > 1 and cut.method in NO_MULTIPLE:
+        raise InputError(f"{cut.method} cannot keep a multiple of {cut.multiple} channels: give multiple 1, or refit")
+    return cut
 
 
 @dataclass(frozen=True)
@@ -276,6 +320,7 @@ def _first(error: ValidationError, cls: type) -> str:
     """What is wrong first, in one sentence."""
     first = error.errors()[0]
     name, should = ".".join(map(str, first["loc"])), first["msg"].split("should ")[-1]
+    should = should.replace("valid array", "list").replace("an object", "names with values")  # as in YAML, not JSON
     if first["type"] == "unexpected_keyword_argument":
         check_name(name, dotted_names(cls))
     if first["type"].startswith("missing"):

@@ -1,6 +1,7 @@
 """What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables,
 the report."""
 
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -17,21 +18,15 @@ from gqalib.run.notebook import NOTEBOOKS, numbered_notebooks, read_record, writ
 
 DEFAULT = "tiny"  # the preset whose executed notebooks are committed
 AT_SIZE = "llama3-8b-shape"  # the preset that measures cost at real size
+RESULTS = {"parameters kept %": 1, "backbone removed %": 1, "perplexity": 2, "speed-up": 2, "ceiling": 2}  # digits
 
 
 def results_table(record: dict[str, Any]) -> pd.DataFrame:
     """Dense / v2 / v3 / v3 + LoRA, as 07_cost_analysis recorded it, in readable numbers."""
     table = pd.DataFrame(record["tables"]["results"])
-    for column, digits in (
-        ("parameters kept %", 1),
-        ("backbone removed %", 1),
-        ("perplexity", 2),
-        ("speed-up", 2),
-        ("ceiling", 2),
-    ):
-        table[column] = table[column].map(
-            lambda value, d=digits: "–" if value is None or pd.isna(value) else f"{value:,.{d}f}"
-        )
+    for column, digits in RESULTS.items():
+        numbers = table[column].astype(float)  # a record has null for what there is not
+        table[column] = ["–" if math.isnan(value) else f"{value:,.{digits}f}" for value in numbers]
     return table
 
 
@@ -44,39 +39,33 @@ def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
 def cost_table(record: dict[str, Any]) -> pd.DataFrame:
     """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as `at_size`
     recorded it."""
-    table = pd.DataFrame(record["tables"]["speed"])
+    table = pd.DataFrame(record["tables"]["speed"]).rename(columns={"batch_size": "batch"})
     table = table[table["model"] != "dense"]
-    measured = [
-        row.note
-        if row.note
-        else f"{row.speedup:.2f} ({row.speedup_low:.2f}–{row.speedup_high:.2f}) of {row.ceiling:.2f}"
-        for row in table.itertuples()
-    ]
-    points = table.assign(measured=measured).rename(columns={"batch_size": "batch"})
-    columns = list(dict.fromkeys(table["model"]))
-    return points.pivot(index=["phase", "batch", "context"], columns="model", values="measured")[columns].reset_index()
+    measured = "{speedup:.2f} ({speedup_low:.2f}–{speedup_high:.2f}) of {ceiling:.2f}"
+    table["measured"] = [row["note"] or measured.format(**row) for row in table.to_dict("records")]
+    columns = table["model"].unique()
+    return table.pivot(index=["phase", "batch", "context"], columns="model", values="measured")[columns].reset_index()
 
 
 def stages_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """What each stage took, as `at_size` recorded it, beside what it was expected to need."""
     rows = [{"layers": r["metrics"]["layers"]["value"], **row} for r in records for row in r["tables"]["stages"]]
     table = pd.DataFrame(rows)[["stage", "layers", "seconds", "expected_gb", "peak_gb"]]
-    table["seconds"] = table["seconds"].map("{:.0f}".format)
-    for column in ("expected_gb", "peak_gb"):
-        table[column] = table[column].map("{:.1f}".format)
+    for column, digits in {"seconds": 0, "expected_gb": 1, "peak_gb": 1}.items():
+        table[column] = table[column].map(f"{{:.{digits}f}}".format)
     return table.rename(columns={"expected_gb": "GB expected", "peak_gb": "GB at its peak"})
 
 
 def cost_block(results: Path) -> str:
     """README's words on speed at real size: the records' tables, or that there is none."""
     try:
-        speed, *stages = (
-            read_record(results / AT_SIZE / f"at_size_{step}.json") for step in ("speed", "pruning", "refit")
-        )
+        steps = ("speed", "pruning", "refit")
+        speed, *stages = (read_record(results / AT_SIZE / f"at_size_{step}.json") for step in steps)
     except InputError:
         return "Speed at this size: not measured. `make at-size` on a GPU, then `make publish`, fills this in."
-    p = speed["parameters"]
-    under = f"Measured, times dense, *of* the ceiling: {p['model']} with random weights in {p['dtype']}, {speed['machine']}."
+    model, dtype = speed["parameters"]["model"], speed["parameters"]["dtype"]
+    what = f"{model} with random weights in {dtype}, {speed['machine']}"
+    under = f"Measured, times dense, *of* the ceiling: {what}."
     return f"{_markdown(cost_table(speed))}\n\n{under}\n\n{_markdown(stages_table(stages))}"
 
 
@@ -89,10 +78,9 @@ def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, r
     Raises:
         InputError: a record is missing, or was made with overrides or another preset.
     """
-    series = [
-        path for path in numbered_notebooks(notebooks) if preset == DEFAULT or (run_dir / f"{path.stem}.json").exists()
-    ]
-    records = {path: read_record(run_dir / f"{path.stem}.json") for path in series}
+    paths = numbered_notebooks(notebooks)
+    paths = [path for path in paths if preset == DEFAULT or (run_dir / f"{path.stem}.json").exists()]
+    records = {path: read_record(run_dir / f"{path.stem}.json") for path in paths}
     if not records:
         raise InputError(f"{run_dir} holds no record: run preset {preset} first")
     _check_plain(preset, list(records.values()))
@@ -101,9 +89,8 @@ def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, r
     for path, record in records.items():
         if preset == DEFAULT:
             write_atomically(path, nbformat.writes(_clean(nbformat.read(run_dir / path.name, as_version=4))) + "\n")
-        write_atomically(
-            results / preset / f"{path.stem}.json", (run_dir / f"{path.stem}.json").read_text(encoding="utf-8")
-        )
+        name = f"{path.stem}.json"
+        write_atomically(results / preset / name, (run_dir / name).read_text(encoding="utf-8"))
         _copy_figures(run_dir, record, root / "figures" / preset)
     update_readme(root / "README.md", results, notebooks)
 
@@ -146,29 +133,24 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         number, _, title = _title(path).partition(" · ")
         seconds = read_record(results / DEFAULT / f"{path.stem}.json")["seconds"]
         rows.append([f"[{number}](notebooks/{path.name})", title, f"{seconds:.0f} s"])
+    frontiers = sorted(results.glob("*/08_frontier.json"), key=lambda path: (path.parent.name != DEFAULT, path))
     return {
         "results": f"{_markdown(results_table(record))}\n\n{under}",
         "cost": cost_block(results),
         "series": _markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
-        "frontier": "\n\n".join(
-            _frontier_block(read_record(path))
-            for path in sorted(results.glob("*/08_frontier.json"), key=_default_first)
-        ),
+        "frontier": "\n\n".join(_frontier_block(read_record(path)) for path in frontiers),
     }
 
 
 def _frontier_block(record: dict[str, Any]) -> str:
-    p = record["parameters"]["frontier"]
+    p, model = record["parameters"]["frontier"], record["parameters"]["model"]
     of_several = ", of which mean and range" if p["seeds"] > 1 else ""
     above = (
-        f"**{record['parameters']['model']}** (preset `{record['preset']}`), {p['test']['num_examples']} test windows; calibration on "
-        f"{p['calibration']['num_examples']} windows, {p['seeds']} sample{'s' * (p['seeds'] > 1)}{of_several}; no training; {record['machine']}:"
+        f"**{model}** (preset `{record['preset']}`), {p['test']['num_examples']} test windows; calibration on "
+        f"{p['calibration']['num_examples']} windows, {p['seeds']} sample{'s' * (p['seeds'] > 1)}{of_several}; "
+        f"no training; {record['machine']}:"
     )
     return f"{above}\n\n{_markdown(frontier_table(record))}"
-
-
-def _default_first(path: Path) -> tuple[bool, Path]:
-    return path.parent.name != DEFAULT, path
 
 
 def _markdown(table: pd.DataFrame) -> str:
@@ -192,9 +174,8 @@ def report(run_dir: Path) -> Path:
         html, _ = HTMLExporter().from_filename(str(path))
         write_atomically(folder / f"{path.stem}.html", html)
     links = "\n".join(f'<li><a href="{path.stem}.html">{path.stem.replace("_", " ")}</a></li>' for path in pages)
-    write_atomically(
-        folder / "index.html", f"<!doctype html><meta charset=utf-8><title>Report</title><ul>{links}</ul>\n"
-    )
+    page = f"<!doctype html><meta charset=utf-8><title>Report</title><ul>{links}</ul>\n"
+    write_atomically(folder / "index.html", page)
     return folder / "index.html"
 
 

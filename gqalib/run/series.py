@@ -12,29 +12,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import nbformat
-
 from gqalib.errors import InputError
 from gqalib.model.load import load_tokenizer
 from gqalib.model.names import check_model
 from gqalib.run.corpora import check_corpus, evaluation_windows
 from gqalib.run.notebook import (
-    HELD,
-    NOTEBOOKS,
-    code_used,
-    default_run_dir,
-    find_record,
-    fingerprints,
-    locked,
-    numbered_notebooks,
-    progress_dir,
-    read_record,
-    seconds_of,
-    sha256,
-    stands_for,
-)
+    HELD, NOTEBOOKS, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked,
+    numbered_notebooks, progress_dir, read_record, seconds_of, sha256,
+)  # fmt: skip
 from gqalib.run.presets import load_preset
-from gqalib.run.publish import frontier_table, results_table
 from gqalib.run.resume import onto_disk
 
 PARAMETERS = ("preset", "overrides", "run_dir", "seed")
@@ -102,7 +88,7 @@ class Series:
     def run(self, force: bool = False) -> None:
         """Execute what is not finished yet, one line of progress each."""
         os.environ.update(KERNEL_ENVIRONMENT)
-        started, spent = time.monotonic(), 0.0
+        started = time.monotonic()
         with locked(self.run_dir), patch.dict(os.environ, {HELD: str(self.run_dir)}):
             for i, path in enumerate(self.paths, 1):
                 print(f"[{i}/{len(self.paths)}] {path.stem:24s}", end=" ", flush=True)
@@ -113,31 +99,26 @@ class Series:
                     shutil.rmtree(progress_dir(self.run_dir, path.stem), ignore_errors=True)
                 begun = time.monotonic()
                 self.execute(path)
-                spent += time.monotonic() - begun
-                left = self._expected_s(self.paths[i:])
-                print(
-                    f"{time.monotonic() - begun:4.0f} s   (elapsed {_clock(time.monotonic() - started)}, {left})",
-                    flush=True,
-                )
+                clock = f"elapsed {_clock(time.monotonic() - started)}, {self._expected_s(self.paths[i:])}"
+                print(f"{time.monotonic() - begun:4.0f} s   ({clock})", flush=True)
 
     def is_finished(self, path: Path) -> bool:
         """Whether record and executed notebook stand for these parameters, inputs, code and upstream records, and
         nothing is gone."""
+        where = self.parameters, self.seed
         try:
-            record = read_record(self.run_dir / f"{path.stem}.json")
-            executed = nbformat.read(self.run_dir / path.name, as_version=4)
-            whole = all((self.run_dir / name).exists() for name in record["artefacts"])
-            stands_for(record, self.parameters, self.seed)
-            where = (self.run_dir, self.parameters, self.seed)
+            record = fitting_record(self.run_dir / f"{path.stem}.json", *where)
+            executed = code_of(self.run_dir / path.name)
             asked = {
                 "inputs": fingerprints(self.parameters),
                 "library": code_used(path),
-                "upstream": {name: sha256(find_record(name, *where)) for name in record["upstream"]},
+                "upstream": {name: sha256(find_record(name, self.run_dir, *where)) for name in record["upstream"]},
             }
+            whole = all((self.run_dir / name).exists() for name in record["artefacts"])
             same = all(record[key] == value for key, value in asked.items())
         except (InputError, OSError, KeyError, ValueError):
             return False
-        return whole and same and _code(executed) == _code(nbformat.read(path, as_version=4))
+        return whole and same and executed == code_of(path)
 
     def execute(self, path: Path) -> None:
         """Run one notebook headlessly; the executed copy appears in the run folder when it is whole.
@@ -151,9 +132,8 @@ class Series:
 
         unknown = set(PARAMETERS) - set(papermill.inspect_notebook(str(path)))
         if unknown:
-            raise InputError(
-                f"{path.name} has no parameter {', '.join(sorted(unknown))}: add it to the cell tagged parameters"
-            )
+            lacks = f"{path.name} has no parameter {', '.join(sorted(unknown))}"
+            raise InputError(f"{lacks}: add it to the cell tagged parameters")
         record, temporary = self.run_dir / f"{path.stem}.json", self.run_dir / f".{path.name}"
         record.unlink(missing_ok=True)  # an old record must not stand beside a half-run notebook
         values = {"preset": self.preset, "overrides": self.overrides, "run_dir": str(self.run_dir), "seed": self.seed}
@@ -169,9 +149,8 @@ class Series:
             kept = temporary.replace(self.run_dir / f"{path.stem}.failed.ipynb")
             raise NotebookFailed(f"{where}\n{error.ename}: {error.evalue}\nthe notebook up to there: {kept}") from None
         except DeadKernelError:
-            raise KernelDied(
-                f"{path.stem}: its process was killed from outside; if it was for memory, run less beside it"
-            ) from None
+            what = f"{path.stem}: its process was killed from outside"
+            raise KernelDied(f"{what}; if it was for memory, run less beside it") from None
         finally:
             if sys.exc_info()[0] is not None:
                 temporary.unlink(missing_ok=True)
@@ -189,20 +168,15 @@ class Series:
 
     def summary(self) -> str:
         """The results table, the frontier and where everything lies."""
+        from gqalib.run.publish import frontier_table, results_table  # three seconds that a grid's runs do without
+
         lines = []
-        with contextlib.suppress(InputError):
-            lines += ["", results_table(read_record(self.run_dir / "07_cost_analysis.json")).to_string(index=False)]
-        with contextlib.suppress(InputError):
-            lines += ["", frontier_table(read_record(self.run_dir / "08_frontier.json")).to_string(index=False)]
+        for name, table in (("07_cost_analysis", results_table), ("08_frontier", frontier_table)):
+            with contextlib.suppress(InputError):
+                lines += ["", table(read_record(self.run_dir / f"{name}.json")).to_string(index=False)]
         lines += [""] * bool(lines)
         lines += [f"notebooks  {self.run_dir / path.name}" for path in self.paths]
         return "\n".join([*lines, f"figures    {self.run_dir / 'figures'}"])
-
-
-def _code(notebook: nbformat.NotebookNode) -> list[str]:
-    """Source of the code cells but the one that papermill injected."""
-    cells = (c for c in notebook.cells if c.cell_type == "code")
-    return [c.source for c in cells if "injected-parameters" not in c.metadata.get("tags", [])]
 
 
 def reads(path: Path) -> list[str]:
@@ -211,7 +185,7 @@ def reads(path: Path) -> list[str]:
     Raises:
         InputError: a name is computed, so that only running the notebook would tell.
     """
-    asked = re.findall(r"\.upstream\(\s*(.*?),?\s*\)", "\n".join(_code(nbformat.read(path, as_version=4))))
+    asked = re.findall(r"\.upstream\(\s*(.*?),?\s*\)", "\n".join(code_of(path)))
     for name in asked:
         if not re.fullmatch(r"([\"'])\w+\1", name):
             raise InputError(f'{path.stem} computes a name, nb.upstream({name}): write it, as nb.upstream("01_name")')
