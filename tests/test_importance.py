@@ -18,7 +18,7 @@ from gqalib.prune.scores import (
     removal_importance,
     taylor_scores,
 )
-from gqalib.stream import hidden_states_before
+from gqalib.stream import hidden_states_before, only_layers
 
 
 def test_group_scores_by_hand(model, windows):
@@ -130,9 +130,11 @@ def test_many_batches_of_bf16_add_up_in_float32(monkeypatch):
             assert torch.allclose(channels.float(), gate.sum(1) + up.sum(1) + down.sum(0), rtol=1e-5)
 
 
-def test_removal_importance_with_and_without_cached_prefix(model, windows):
-    cached = removal_importance(model, windows)
-    assert torch.allclose(cached, removal_importance(model, windows, cached_prefix=False), rtol=1e-5, atol=1e-5)
+def test_removal_importance_by_the_definition(model, windows):
+    dense = perplexity(model, windows)
+    for layer, rise in enumerate(removal_importance(model, windows)):
+        with only_layers(model, [i for i in range(3) if i != layer]):
+            assert rise.item() == pytest.approx(perplexity(model, windows) - dense, rel=1e-4, abs=1e-5)
     assert len(model.model.layers) == 3
 
 

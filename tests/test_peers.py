@@ -9,7 +9,7 @@ from gqalib.measure.perplexity import perplexity
 from gqalib.model import load, surgery
 from gqalib.model.shapes import count_parameters, layer_shape, layer_shapes
 from gqalib.peers import PEERS, depth, flap, llm_pruner, osscar, torch_pruning, v2, wanda_sp
-from gqalib.prune import founding, refit
+from gqalib.prune import founding, sublayers
 from gqalib.prune.scores import backward
 
 WIDTH = sorted(set(PEERS) - {"shortgpt", "layer_removal"})
@@ -86,7 +86,7 @@ def test_a_model_half_pruned_is_put_back(windows, logits_of, monkeypatch):
             raise InputError("stop")
         keep(model, index, channels)
 
-    monkeypatch.setattr(refit, "keep_channels", stop_at_the_last)
+    monkeypatch.setattr(sublayers, "keep_channels", stop_at_the_last)
     for name in ("wanda_sp", "flap", "osscar"):
         with pytest.raises(InputError, match="stop"):
             PEERS[name](model, windows, 0.3)

@@ -102,12 +102,13 @@ def killed_after(monkeypatch):
 
 def with_random_groups(model, text, progress):
     plan = founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
-    table = founding.prune(model, plan, text, group_statistic="random", include_o_proj=True, seed=7, progress=progress)
+    how = {"group_statistic": "random", "include_o_proj": True, "seed": 7}
+    table = progress.run(founding.prune, model, plan, text, **how)
     return model, table.drop(columns="seconds")
 
 
 def sweep(model, text, progress, plan=None):
-    refit.sweep(model, plan or founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), text, QUICK, progress=progress)
+    progress.run(refit.sweep, model, plan or founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), text, QUICK)
     return model
 
 
@@ -121,13 +122,12 @@ def sweep_in_bfloat16(model, text, progress):
 
 def trial_and_table(model, text, progress=NOT_KEPT):
     covariances = gradient_covariances(model, text)
-    return search.Trial(model, text, covariances, UNTRIED), allocate.cost_table(
-        model, text, covariances, UNTRIED, progress=progress
-    )
+    table = progress.run(allocate.cost_table, model, text, covariances, UNTRIED)
+    return search.Trial(model, text, covariances, UNTRIED), table
 
 
 def evolve(model, text, progress):
-    return search.evolve(*trial_and_table(model, text), 0.4, text[:4], candidates=5, seed=2, progress=progress)
+    return progress.run(search.evolve, *trial_and_table(model, text), 0.4, text[:4], candidates=5, seed=2)
 
 
 def spoken(model, text):
@@ -140,11 +140,7 @@ def spoken(model, text):
 def prune_to(model, text, progress):
     scoring = spoken(model, text)
     limit = 1.05 * perplexity(model, scoring)
-    return search.prune_to(*trial_and_table(model, text), scoring, perplexity=limit, trials=5, progress=progress), model
-
-
-def prune_to_kept(model, text, progress):
-    return search.prune_to(*trial_and_table(model, text), text, kept=0.7, progress=progress), model
+    return progress.run(search.prune_to, *trial_and_table(model, text), scoring, limit, trials=5), model
 
 
 def rows(model, text, progress):
@@ -154,23 +150,13 @@ def rows(model, text, progress):
 
 
 CASES = {  # what is run, what must not run twice, parts after which it dies
-    "removal": (
-        lambda *args: removal_importance(*args[:2], progress=args[2]),
-        (prune_scores, "_perplexity_without"),
-        (2, 3),
-    ),
-    "removal, no cache": (
-        lambda *args: removal_importance(*args[:2], False, progress=args[2]),
-        (prune_scores, "_perplexity_without"),
-        (3,),
-    ),
+    "removal": (lambda model, text, progress: progress.run(removal_importance, model, text), (prune_scores, "perplexity"), (2, 3)),
     "prune": (with_random_groups, (founding, "unit_scores"), (1, 3, 4)),
     "sweep": (sweep, (refit, "mend"), (1, 2, 5)),
     "sweep, a layer goes": (sweep_without_a_layer, (refit, "mend"), (1, 3)),
     "sweep, bfloat16": (sweep_in_bfloat16, (refit, "mend"), (2, 3)),
     "cost table": (lambda *args: trial_and_table(*args)[1], (allocate, "_costs"), (1, 4)),
     "search": (evolve, (search.Trial, "__call__"), (3,)),
-    "prune to kept": (prune_to_kept, (refit, "mend"), (1, 4)),
     "frontier": (rows, (frontier, "try_method"), (1, 7)),
 }
 
@@ -209,7 +195,7 @@ def test_covariances_are_taken_once(text, kept, counted):
     calls, models = counted(prune_scores, "_covariances"), (small_model(), small_model(seed=5))
     expected = [gradient_covariances(model, text) for model in models]
     for _ in range(2):
-        assert same([gradient_covariances(model, text, progress=kept()) for model in models], expected)
+        assert same([kept().run(gradient_covariances, model, text) for model in models], expected)
     assert len(calls) == 4
 
 
@@ -235,17 +221,17 @@ def test_prune_to_goes_on(num_parts, text, kept, counted, killed_after):
 def test_seconds_are_those_of_the_run_that_did_it(text, kept, killed_after, monkeypatch):
     plan, clock = founding.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), iter([0.0, 100.0, 0.0])
     monkeypatch.setattr(founding.time, "perf_counter", lambda: next(clock))
-    killed_after(3, lambda: founding.prune(small_model(), plan, text, progress=kept()))
+    killed_after(3, lambda: kept().run(founding.prune, small_model(), plan, text))
     monkeypatch.undo()
-    seconds = founding.prune(small_model(), plan, text, progress=kept())["seconds"]
+    seconds = kept().run(founding.prune, small_model(), plan, text)["seconds"]
     assert seconds[0] == 100.0 and (seconds[1:] < 50).all()
 
 
 def test_after_layer_hears_of_every_layer(text, kept, killed_after):
     for function in (founding.prune, refit.sweep):
         plan, heard = founding.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), []
-        killed_after(3, lambda plan=plan, function=function: function(small_model(), plan, text, progress=kept()))
-        function(small_model(), plan, text, after_layer=heard.append, progress=kept())
+        killed_after(3, lambda plan=plan, function=function: kept().run(function, small_model(), plan, text))
+        kept().run(function, small_model(), plan, text, after_layer=heard.append)
         assert heard == [0, 1, 2]
 
 
@@ -279,13 +265,13 @@ PLAN, OTHER_PLAN = founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), founding.Plan
 
 
 def prune_with(model, text, progress, plan=PLAN, **how):
-    return model, founding.prune(model, plan, text, progress=progress, **how).drop(columns="seconds")
+    return model, progress.run(founding.prune, model, plan, text, **how).drop(columns="seconds")
 
 
 def sweep_with(model, text, progress, plan=PLAN, ingredients=UNTRIED, scored=False, weight=None):
     scores = unit_scores(model, text, ("magnitude", "magnitude")) if scored else None
     covariances = None if weight is None else [(weight @ weight.T,) * 2] * 3
-    refit.sweep(model, plan, text, ingredients, scores=scores, covariances=covariances, progress=progress)
+    progress.run(refit.sweep, model, plan, text, ingredients, scores=scores, covariances=covariances)
     return model
 
 
@@ -295,14 +281,12 @@ def evolve_with(model, text, progress, fraction=0.4, scored=4, seed=0, candidate
         dataclasses.replace(trial, ingredients=ingredients),
         dataclasses.replace(table, groups=[times * x for x in table.groups]),
     )
-    return search.evolve(trial, table, fraction, text[:scored], candidates, seed, progress)
+    return progress.run(search.evolve, trial, table, fraction, text[:scored], candidates, seed)
 
 
 def targets_with(model, text, progress, times=1.2, scored=8):
     goal = times * perplexity(model, spoken(model, text))
-    return search.prune_to(
-        *trial_and_table(model, text), spoken(model, text)[:scored], perplexity=goal, trials=3, progress=progress
-    )
+    return progress.run(search.prune_to, *trial_and_table(model, text), spoken(model, text)[:scored], goal, trials=3)
 
 
 def rows_with(model, text, progress, test=4, fractions=(0.3,), flipped=False, method="random"):
@@ -528,7 +512,8 @@ from gqalib.run.resume import Progress
 text = torch.tensor({text.tolist()})
 die = lambda layer: os.kill(os.getpid(), signal.SIGKILL) if layer == 1 else None
 plan = founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
-refit.sweep(small_model(), plan, text, QUICK, after_layer=die, progress=Progress(__import__("pathlib").Path({str(tmp_path)!r}) / "progress", "key"))
+progress = Progress(__import__("pathlib").Path({str(tmp_path)!r}) / "progress", "key")
+progress.run(refit.sweep, small_model(), plan, text, QUICK, after_layer=die)
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr
@@ -540,21 +525,21 @@ SLOW = """
 import os, pathlib, time, torch
 from gqalib.model import load
 from gqalib.prune import scores
-run, original = pathlib.Path(run_dir), scores._perplexity_without
+run, original = pathlib.Path(run_dir), scores.perplexity
 
 
-def watched(model, windows, layer, hidden_states):
+def watched(model, windows, hidden_states, first_layer):
     with (run / "calls").open("a") as file:
-        file.write(f"{layer} ")
-    if layer == 2 and not (run / "begun").exists():
+        file.write(f"{first_layer - 1} ")
+    if first_layer == 3 and not (run / "begun").exists():
         (run / "begun").write_text(str(os.getpid()))
         time.sleep(600)
-    return original(model, windows, layer, hidden_states)
+    return original(model, windows, hidden_states, first_layer)
 
 
-scores._perplexity_without = watched
+scores.perplexity = watched
 model, windows = load.load_model(nb.preset.model, device="cpu"), torch.arange(60).view(3, 20)
-for layer, rise in enumerate(scores.removal_importance(model, windows, progress=nb.progress("removal"))):
+for layer, rise in enumerate(nb.progress("removal").run(scores.removal_importance, model, windows)):
     nb.metric(f"layer_{layer}", rise.item(), "perplexity")
 """
 

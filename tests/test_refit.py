@@ -12,6 +12,7 @@ from gqalib.model import surgery
 from gqalib.model.modeling_gqa_llama import GqaLlamaForCausalLM
 from gqalib.model.shapes import count_parameters, layer_shapes
 from gqalib.prune import allocate, founding, refit
+from gqalib.prune.sublayers import Sublayer, sublayers
 from gqalib.prune.scores import fisher_scores, gradient_covariances, largest, unit_scores
 from gqalib.stream import hidden_states_before
 
@@ -234,11 +235,7 @@ def reconstruction_error(model, dense, index, half, windows):
         stream = hidden_states_before(dense, windows, index)
         for part in range(half + 1):
             owner = m if part == half else dense
-            stream = refit.through(
-                stream,
-                refit.sublayers(owner.model.layers[index])[part],
-                refit.calls(owner, index, part, stream, windows),
-            )
+            stream = Sublayer(owner, index, part).after(stream, windows)
         streams.append(stream)
     return (streams[0] - streams[1]).double().square().sum().item()
 
@@ -286,9 +283,9 @@ def test_refit_together_is_gauss_newton(windows, half, biases):
         if "bias" in name:
             parameter.normal_(generator=generator)
     model.set_attn_implementation("eager")
-    sublayer = refit.sublayers(model.model.layers[1])[half]
+    sublayer = Sublayer(model, 1, half)
     stream = torch.randn(6, 20, 8, generator=generator, dtype=torch.float64)
-    now = refit.calls(model, 1, half, stream, windows)
+    now = list(sublayer.calls(stream, windows))
     target = torch.cat([sublayer.run(call) for call in now]) + 1e-4 * torch.randn(
         6, 20, 8, generator=generator, dtype=torch.float64
     )
@@ -308,8 +305,8 @@ def test_refit_together_is_gauss_newton(windows, half, biases):
 @torch.no_grad()
 def test_every_round_comes_nearer(model, windows, half):
     model.set_attn_implementation("blocked")
-    now = refit.calls(model, 1, half, hidden_states_before(model, windows, 1), windows)
-    sublayer = refit.sublayers(model.model.layers[1])[half]
+    sublayer = Sublayer(model, 1, half)
+    now = list(sublayer.calls(hidden_states_before(model, windows, 1), windows))
     target = torch.cat([sublayer.run(call) for call in now])
     if half == 0:
         surgery.keep_groups(model, 1, [1])
@@ -359,7 +356,7 @@ def test_input_refit_restores_a_drifted_stream(windows):
     model = small_model()
     stream = hidden_states_before(model, windows, 1)
     mix = torch.eye(32) + 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
-    attention, _ = refit.sublayers(model.model.layers[1])
+    attention, _ = sublayers(model, 1)
     drifted = stream @ mix
     with torch.no_grad():
         wanted = [linear(attention.norm(stream)) for linear in attention.inputs]
@@ -367,7 +364,7 @@ def test_input_refit_restores_a_drifted_stream(windows):
             (linear(attention.norm(drifted)) - y).square().sum()
             for linear, y in zip(attention.inputs, wanted, strict=True)
         ]
-        refit.refit_inputs(attention, *(refit.calls(model, 1, 0, x, windows) for x in (stream, drifted)), 1e-6)
+        refit.refit_inputs(attention, *(attention.calls(x, windows) for x in (stream, drifted)), 1e-6)
         after = [
             (linear(attention.norm(drifted)) - y).square().sum()
             for linear, y in zip(attention.inputs, wanted, strict=True)

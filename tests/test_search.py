@@ -149,15 +149,9 @@ def test_search_is_repeatable(trial, table, windows):
     assert first.plan == second.plan and first.history.equals(second.history)
 
 
-def test_prune_to_kept(trial, table, windows):
-    dense = count_parameters(trial.model)
-    search.prune_to(trial, table, windows, kept=0.7)
-    assert count_parameters(trial.model)["total"] == pytest.approx(0.7 * dense["total"], abs=table.prices[0][0])
-
-
 def test_prune_to_perplexity(trial, table, windows, tmp_path):
     limit = 1.5 * perplexity(trial.model, windows)
-    trials = search.prune_to(trial, table, windows, perplexity=limit, trials=5)
+    trials = search.prune_to(trial, table, windows, limit, trials=5)
     best = trials[trials["perplexity"] <= limit]["fraction"].max()
     assert perplexity(trial.model, windows) == pytest.approx(trials.set_index("fraction")["perplexity"][best])
     assert perplexity(trial.model, windows) <= limit and trials["fraction"].gt(best).any()
@@ -170,8 +164,8 @@ def test_prune_to_perplexity(trial, table, windows, tmp_path):
 
 def test_a_target_that_no_trial_meets_leaves_the_model_dense(trial, table, windows, logits_of, monkeypatch):
     before = logits_of(trial.model)
-    monkeypatch.setattr(search, "perplexity_of", lambda model, text: 2.0 if model is trial.model else 9.0)
-    trials = search.prune_to(trial, table, windows, perplexity=2.1, trials=2)
+    monkeypatch.setattr(search, "perplexity", lambda model, text: 2.0 if model is trial.model else 9.0)
+    trials = search.prune_to(trial, table, windows, 2.1, trials=2)
     assert trials["perplexity"].tolist() == [9.0, 9.0] and trials["fraction"].gt(0).all()
     assert torch.equal(logits_of(trial.model), before)
 
@@ -180,24 +174,14 @@ def test_a_sweep_that_fails_is_no_model_too_far(trial, table, windows, logits_of
     """Too little text, or a singular matrix, is said; it is no perplexity."""
     before, few = logits_of(trial.model), dataclasses.replace(trial, windows=windows[:1])
     with pytest.raises(InputError, match="20 calibration tokens are too few"):
-        search.prune_to(few, table, windows, perplexity=2 * perplexity(trial.model, windows))
+        search.prune_to(few, table, windows, 2 * perplexity(trial.model, windows))
     assert torch.equal(logits_of(trial.model), before)
 
 
-@pytest.mark.parametrize(
-    ("target", "says"),
-    [
-        ({}, "one target"),
-        ({"kept": 0.5, "perplexity": 9.0}, "one target"),
-        ({"perplexity": 1.0}, "not above the dense model's"),
-        ({"kept": 0.001}, "outside|cannot go"),
-        ({"kept": 1.5}, "outside"),
-    ],
-)
-def test_targets_that_cannot_be(trial, table, windows, logits_of, target, says):
+def test_a_limit_that_the_dense_model_does_not_meet(trial, table, windows, logits_of):
     before = logits_of(trial.model)
-    with pytest.raises(InputError, match=says):
-        search.prune_to(trial, table, windows, **target)
+    with pytest.raises(InputError, match="not above the dense model's"):
+        search.prune_to(trial, table, windows, 1.0)
     assert torch.equal(logits_of(trial.model), before)
 
 

@@ -70,8 +70,8 @@ def covariances_and_table(
     model: nn.Module, windows: torch.Tensor, multiple: int = 1, progress: Progress = NOT_KEPT
 ) -> tuple[allocate.Covariances, allocate.CostTable]:
     """The gradients' covariances, and the cost table made of them."""
-    covariances = scores.gradient_covariances(model, windows, progress=progress)
-    return covariances, allocate.cost_table(model, windows, covariances, multiple=multiple, progress=progress)
+    covariances = progress.run(scores.gradient_covariances, model, windows)
+    return covariances, progress.run(allocate.cost_table, model, windows, covariances, multiple=multiple)
 
 
 OWN = "refit, allocated"

@@ -8,6 +8,7 @@ from gqalib.model.surgery import replace_weight, rows_of_heads
 from gqalib.peers.common import feed, peer
 from gqalib.prune import refit
 from gqalib.prune.founding import uniform_plan
+from gqalib.prune.sublayers import sublayers
 from gqalib.stream import advance
 
 RIDGE = 1e-2  # of the mean diagonal of a Gram matrix: what makes every solve well-posed
@@ -34,7 +35,7 @@ def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: i
     refit.check_tokens(model, windows)
     plan, stream = uniform_plan(model, fraction, multiple=multiple), None
     for index, layer in enumerate(decoder_layers(model)):
-        for part, removed in zip(refit.sublayers(layer), (plan.groups[index], plan.channels[index]), strict=True):
+        for part, removed in zip(sublayers(model, index), (plan.groups[index], plan.channels[index]), strict=True):
             weight = part.output.weight.detach().double()
             gram = torch.zeros(len(weight.T), len(weight.T), dtype=torch.float64, device=weight.device)
             feed(model, stream, windows, index, {part.output: lambda x, gram=gram: gram.add_(x.T @ x)})
@@ -42,7 +43,7 @@ def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: i
             cross = gram @ weight.T
             kept = select_units(gram, cross, part.num_units, removed, ROUNDS).tolist()
             columns = rows_of_heads(kept, part.unit)
-            part.keep(model, index, kept)
+            part.keep(kept)
             replace_weight(part.output, torch.linalg.solve(gram[columns][:, columns], cross[columns]).T)
         stream = advance(model, stream, windows, index, index + 1)
 

@@ -27,7 +27,8 @@ from gqalib.model.shapes import decoder_layers, layer_shapes
 from gqalib.prune import refit
 from gqalib.prune.founding import Plan, layer_sizes, unit_costs
 from gqalib.prune.rates import beyond_multiples
-from gqalib.run.resume import NOT_KEPT, Progress
+from gqalib.prune.sublayers import Sublayer, empty_like, sublayers
+from gqalib.steps import in_steps
 from gqalib.stream import at_work
 
 Covariances = Sequence[tuple[Tensor, Tensor]]
@@ -124,7 +125,7 @@ class CostTable:
         return float(costs[level] - costs[level - 1]) / size if level else 0.0
 
 
-@torch.no_grad()
+@in_steps()
 def cost_table(
     model: nn.Module,
     windows: Tensor,
@@ -132,14 +133,12 @@ def cost_table(
     ingredients: refit.Ingredients = refit.RECIPE,
     *,
     multiple: int = 1,
-    progress: Progress = NOT_KEPT,
 ) -> CostTable:
-    """The estimates for a model, which stays as it is.
+    """The estimates for a model, which stays as it is; a step for each module.
 
     Args:
         windows: calibration text, token ids [count, length]. covariances: from `scores.gradient_covariances` on it.
         multiple: of which the channels that stay in a layer are a whole number.
-        progress: keeps each module's row.
 
     Raises:
         InputError: too little text, a singular or non-finite Gram matrix, fewer channels than `multiple`.
@@ -147,23 +146,20 @@ def cost_table(
     refit.check_tokens(model, windows)
     beyond_multiples(layer_shapes(model)["intermediate_size"].to_numpy(), multiple)
     layers = decoder_layers(model)
-    progress = progress.of("cost_table", model, windows, covariances, ingredients, multiple)
     stream, rows, steps = refit.embedded(model, windows), [], []
     for index, layer in enumerate(layers):
-        with at_work(layer), refit.in_tf32(True):
-            for half, sublayer in enumerate(refit.sublayers(layer)):
-                step = multiple * max(1, round(sublayer.num_units / ingredients.cuts / multiple)) if half else 1
-                current = refit.calls(model, index, half, stream, windows)
-                after = refit.through(stream, sublayer, current)
-                target = torch.sub(after, stream, out=refit.empty_like(stream))
-                what = (sublayer, current, target, covariances[index][half], step, ingredients)
-                costs = progress.once(f"layer-{index}-{half}", partial(_costs, *what))
+        with torch.no_grad(), at_work(layer), refit.in_tf32(True):
+            for half, part in enumerate(sublayers(model, index)):
+                step = multiple * max(1, round(part.num_units / ingredients.cuts / multiple)) if half else 1
+                after, covariance = part.after(stream, windows), covariances[index][half]
+                what = part, windows, stream, after, covariance, step, ingredients
+                costs = yield f"layer-{index}-{half}", partial(_costs, *what)
                 rows.append(np.array(costs) / (2 * windows.numel()))
                 stream = after
         steps.append(step)
     return CostTable(
         rows[::2], rows[1::2], steps, multiple, [unit_costs(layer) for layer in layers],
-        [tuple(sublayer.num_units for sublayer in refit.sublayers(layer)) for layer in layers],
+        [tuple(part.num_units for part in sublayers(model, index)) for index in range(len(layers))],
         layer_sizes(model).long().tolist(),
     )  # fmt: skip
 
@@ -199,15 +195,12 @@ def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: i
 
 
 def _costs(
-    sublayer: refit.Sublayer,
-    current: Sequence[refit.Call],
-    target: Tensor,
-    covariance: Tensor,
-    step: int,
+    sublayer: Sublayer, windows: Tensor, before: Tensor, after: Tensor, covariance: Tensor, step: int,
     ingredients: refit.Ingredients,
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
-    moments, _ = refit.output_moments(sublayer, current, target)
+    target = torch.sub(after, before, out=empty_like(before))
+    moments, _ = refit.output_moments(sublayer, sublayer.calls(before, windows), target)
     output = refit.damped(covariance.to(moments.gram.device), ingredients.output_damping)
     _, rises = refit.removal_order(
         sublayer.output.weight, moments.gram, sublayer.num_units - 1, sublayer.unit, output, ingredients.damping, step

@@ -15,7 +15,7 @@ from gqalib.model.surgery import keep_channels, keep_groups
 from gqalib.prune.rates import layer_rates, layer_weights, whole_units
 from gqalib.prune.scores import largest, unit_scores
 from gqalib.run.presets import Pruning
-from gqalib.run.resume import NOT_KEPT, Progress
+from gqalib.steps import in_steps
 from gqalib.stream import advance
 
 
@@ -131,6 +131,7 @@ def layer_sizes(model: nn.Module) -> torch.Tensor:
     return torch.tensor(sizes, dtype=torch.float64)
 
 
+@in_steps("after_layer")
 def prune(
     model: nn.Module,
     plan: Plan,
@@ -142,19 +143,17 @@ def prune(
     sequential: bool = True,
     seed: int = 0,
     after_layer: Callable[[int], None] | None = None,
-    progress: Progress = NOT_KEPT,
 ) -> pd.DataFrame:
     """Prune a model in place, front to back.
 
     `sequential`: the gradients of a layer are taken on the model pruned so far, as the founding document does; the
     layers in front of it are frozen, and what they give is kept, so a step costs only the layers from there on.
-    Otherwise all scores come from the dense model in one pass.
+    Otherwise all scores come from the dense model in one pass, which is no step: a killed run begins it anew.
 
     Args:
         windows: calibration text, token ids [count, length].
         group_statistic, channel_statistic: `taylor`, `fisher`, `magnitude` or `random`.
         after_layer: called with the index of each layer when it is done, pruned or not, now or by an earlier run.
-        progress: keeps each layer's choice if `sequential`; all at once is one pass, which a killed run begins anew.
 
     Returns:
         One row per layer: rate asked, units removed, rate reached (by parameters), shape, seconds.
@@ -164,7 +163,6 @@ def prune(
     statistics = (group_statistic, channel_statistic)
     needs_text = not {"taylor", "fisher"}.isdisjoint(statistics)
     options = {"include_o_proj": include_o_proj, "generator": torch.Generator().manual_seed(seed)}
-    progress = progress.of("prune", model, plan, windows, statistics, include_o_proj, seed) if sequential else NOT_KEPT
     cut = [index for index in range(len(dense)) if plan.groups[index] or plan.channels[index]]
     scores = {} if sequential or not cut else unit_scores(model, windows, statistics, cut, **options)
     hidden_states, seconds = None, []
@@ -184,13 +182,13 @@ def prune(
     for index in range(len(dense)):
         start = time.perf_counter()
         if index in cut:
-            kept = progress.once(f"layer-{index}", choose)
+            kept = (yield f"layer-{index}", choose) if sequential else choose()
             options["generator"].set_state(kept["generator"])
             keep_groups(model, index, kept["groups"])
             keep_channels(model, index, kept["channels"])
         if needs_text and sequential:
             hidden_states = advance(model, hidden_states, windows, index, index + 1)
-        seconds.append(progress.once(f"seconds-{index}", lambda start=start: time.perf_counter() - start))
+        seconds.append((yield f"seconds-{index}", lambda start=start: time.perf_counter() - start))
         if after_layer is not None:
             after_layer(index)
     model.requires_grad_(True)

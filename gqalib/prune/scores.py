@@ -23,8 +23,8 @@ from torch import nn
 from gqalib.errors import InputError
 from gqalib.measure.perplexity import perplexity, token_losses
 from gqalib.model.shapes import decoder_layers, layer_shape
-from gqalib.run.resume import NOT_KEPT, Progress
-from gqalib.stream import advance, batches, is_streamed, layers_between, only_layers, stream_through
+from gqalib.steps import in_steps
+from gqalib.stream import advance, batches, is_streamed, layers_between, stream_through
 
 STATISTICS = ("taylor", "magnitude", "random")
 
@@ -139,12 +139,13 @@ def differentiate(
         _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor)
         return
     layers = range(first_layer, len(decoder_layers(model)))
-    with layers_between(model, first_layer):
+    with layers_between(model, first_layer), torch.enable_grad():
         for rows in batches(windows):
             stream = None if hidden_states is None else hidden_states[rows]
             each(Step(layers, rows, partial(_backward_loss, model, windows[rows], stream, divisor)))
 
 
+@torch.enable_grad()
 def _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor) -> None:
     count, stream = len(decoder_layers(model)), advance(model, hidden_states, windows, first_layer, lowest)
     streams = [stream.cpu()]
@@ -326,21 +327,21 @@ def _apply_mask(mask: torch.Tensor, module: nn.Module, inputs: tuple[torch.Tenso
     return (units * mask).flatten(-2).to(inputs[0].dtype)
 
 
+@in_steps()
 def gradient_covariances(
-    model: nn.Module, windows: torch.Tensor, by_layer: bool | None = None, progress: Progress = NOT_KEPT
+    model: nn.Module, windows: torch.Tensor, by_layer: bool | None = None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per layer, the covariances of the gradient at the outputs of `o_proj` and of `down_proj`, each float64 [hidden,
     hidden].
 
     G = mean over tokens of g gᵀ, g = ∂(summed loss) / ∂(output at that token): K-FAC's output factor (Martens & Grosse
     2015), in nats² per squared unit of the residual stream. No weight has a gradient. `by_layer` (default: on a GPU) as
-    in `differentiate`; then the covariances wait in host memory. `progress` keeps them when they are done.
+    in `differentiate`; then the covariances wait in host memory. One step.
 
     Raises:
         InputError: the loss or a covariance is not finite.
     """
-    progress = progress.of("gradient_covariances", model, windows)
-    parts = progress.once("covariances", partial(_covariances, model, windows, by_layer))
+    parts = yield "covariances", partial(_covariances, model, windows, by_layer)
     return [(parts[f"o_proj.{layer}"], parts[f"down_proj.{layer}"]) for layer in range(len(decoder_layers(model)))]
 
 
@@ -488,33 +489,18 @@ def largest(scores: torch.Tensor, count: int) -> list[int]:
 # ---------------------------------------------------------------- layers
 
 
-def removal_importance(
-    model: nn.Module, windows: torch.Tensor, cached_prefix: bool = True, progress: Progress = NOT_KEPT
-) -> torch.Tensor:
-    """Rise of the perplexity when a layer is replaced by the identity, float64 [layers]. It can be negative.
+@in_steps()
+def removal_importance(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Rise of the perplexity when a layer is replaced by the identity, float64 [layers]; a step for each. It can be
+    negative.
 
-    With `cached_prefix` the stream before each layer is kept, so that only the layers above it are run again.
-    `progress` keeps the layers' perplexities.
+    The stream before each layer is at hand, so that only the layers above it are run again.
     """
-    progress, num_layers = progress.of("removal_importance", model, windows, cached_prefix), len(decoder_layers(model))
-    perplexities, hidden_states = [], None
-    for layer in range(num_layers + 1):  # the last one is the model itself, nothing left out
-        if cached_prefix:
-            hidden_states = advance(model, hidden_states, windows, max(0, layer - 1), layer)
-        perplexities.append(
-            progress.once(f"layer-{layer}", partial(_perplexity_without, model, windows, layer, hidden_states))
-        )
+    perplexities, stream = [], None
+    for layer in range(len(decoder_layers(model)) + 1):  # the last one is the model itself, nothing left out
+        stream = advance(model, stream, windows, max(0, layer - 1), layer)
+        perplexities.append((yield f"layer-{layer}", partial(perplexity, model, windows, stream, layer + 1)))
     return torch.tensor(perplexities[:-1], dtype=torch.float64) - perplexities[-1]
-
-
-def _perplexity_without(
-    model: nn.Module, windows: torch.Tensor, layer: int, hidden_states: torch.Tensor | None
-) -> float:
-    """Without a layer, and with `hidden_states`, the stream before it, without those in front of it."""
-    if hidden_states is not None:
-        return perplexity(model, windows, hidden_states, first_layer=layer + 1)
-    with only_layers(model, [i for i in range(len(decoder_layers(model))) if i != layer]):
-        return perplexity(model, windows)
 
 
 def activation_importance(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
