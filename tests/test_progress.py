@@ -27,9 +27,9 @@ from trl import SFTTrainer
 from gqalib.measure import frontier
 from gqalib.measure.perplexity import perplexity
 from gqalib.model import load
-from gqalib.prune import allocate, founding, refit, search
-from gqalib.prune import scores as prune_scores
-from gqalib.prune.scores import gradient_covariances, removal_importance, unit_scores
+from gqalib.prune import allocate, founding, plans, refit, scores, search
+from gqalib.prune.founding import removal_importance, unit_scores
+from gqalib.prune.scores import gradient_covariances
 from gqalib.recover import lora as recover_lora
 from gqalib.recover.lora import _Checkpoints, finetune_lora, into_folder
 from gqalib.reference import training
@@ -101,19 +101,19 @@ def killed_after(monkeypatch):
 
 
 def with_random_groups(model, text, progress):
-    plan = founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
+    plan = plans.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
     how = {"group_statistic": "random", "include_o_proj": True, "seed": 7}
     table = progress.run(founding.prune, model, plan, text, **how)
     return model, table.drop(columns="seconds")
 
 
 def sweep(model, text, progress, plan=None):
-    progress.run(refit.sweep, model, plan or founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), text, QUICK)
+    progress.run(refit.sweep, model, plan or plans.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), text, QUICK)
     return model
 
 
 def sweep_without_a_layer(model, text, progress):
-    return sweep(model, text, progress, founding.Plan([0.3] * 3, [1, 4, 1], [5, 24, 9]))
+    return sweep(model, text, progress, plans.Plan([0.3] * 3, [1, 4, 1], [5, 24, 9]))
 
 
 def sweep_in_bfloat16(model, text, progress):
@@ -150,7 +150,7 @@ def rows(model, text, progress):
 
 
 CASES = {  # what is run, what must not run twice, parts after which it dies
-    "removal": (lambda model, text, progress: progress.run(removal_importance, model, text), (prune_scores, "perplexity"), (2, 3)),
+    "removal": (lambda model, text, progress: progress.run(removal_importance, model, text), (founding, "perplexity"), (2, 3)),
     "prune": (with_random_groups, (founding, "unit_scores"), (1, 3, 4)),
     "sweep": (sweep, (refit, "mend"), (1, 2, 5)),
     "sweep, a layer goes": (sweep_without_a_layer, (refit, "mend"), (1, 3)),
@@ -192,7 +192,7 @@ def test_a_killed_run_goes_on(name, num_parts, text, kept, counted, killed_after
 
 
 def test_covariances_are_taken_once(text, kept, counted):
-    calls, models = counted(prune_scores, "_covariances"), (small_model(), small_model(seed=5))
+    calls, models = counted(scores, "_covariances"), (small_model(), small_model(seed=5))
     expected = [gradient_covariances(model, text) for model in models]
     for _ in range(2):
         assert same([kept().run(gradient_covariances, model, text) for model in models], expected)
@@ -219,7 +219,7 @@ def test_prune_to_goes_on(num_parts, text, kept, counted, killed_after):
 
 
 def test_seconds_are_those_of_the_run_that_did_it(text, kept, killed_after, monkeypatch):
-    plan, clock = founding.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), iter([0.0, 100.0, 0.0])
+    plan, clock = plans.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), iter([0.0, 100.0, 0.0])
     monkeypatch.setattr(founding.time, "perf_counter", lambda: next(clock))
     killed_after(3, lambda: kept().run(founding.prune, small_model(), plan, text))
     monkeypatch.undo()
@@ -229,7 +229,7 @@ def test_seconds_are_those_of_the_run_that_did_it(text, kept, killed_after, monk
 
 def test_after_layer_hears_of_every_layer(text, kept, killed_after):
     for function in (founding.prune, refit.sweep):
-        plan, heard = founding.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), []
+        plan, heard = plans.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), []
         killed_after(3, lambda plan=plan, function=function: kept().run(function, small_model(), plan, text))
         kept().run(function, small_model(), plan, text, after_layer=heard.append)
         assert heard == [0, 1, 2]
@@ -261,7 +261,7 @@ def test_other_inputs_find_nothing(name, text, kept, counted):
     assert len(calls) == 5 * once
 
 
-PLAN, OTHER_PLAN = founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), founding.Plan([0.3] * 3, [2, 2, 1], [5, 3, 9])
+PLAN, OTHER_PLAN = plans.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), plans.Plan([0.3] * 3, [2, 2, 1], [5, 3, 9])
 
 
 def prune_with(model, text, progress, plan=PLAN, **how):
@@ -507,11 +507,11 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from conftest import small_model
 from test_progress import QUICK, sweep
-from gqalib.prune import founding, refit
+from gqalib.prune import plans, refit
 from gqalib.run.resume import Progress
 text = torch.tensor({text.tolist()})
 die = lambda layer: os.kill(os.getpid(), signal.SIGKILL) if layer == 1 else None
-plan = founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
+plan = plans.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
 progress = Progress(__import__("pathlib").Path({str(tmp_path)!r}) / "progress", "key")
 progress.run(refit.sweep, small_model(), plan, text, QUICK, after_layer=die)
 """
@@ -524,8 +524,8 @@ progress.run(refit.sweep, small_model(), plan, text, QUICK, after_layer=die)
 SLOW = """
 import os, pathlib, time, torch
 from gqalib.model import load
-from gqalib.prune import scores
-run, original = pathlib.Path(run_dir), scores.perplexity
+from gqalib.prune import founding
+run, original = pathlib.Path(run_dir), founding.perplexity
 
 
 def watched(model, windows, hidden_states, first_layer):
@@ -537,9 +537,9 @@ def watched(model, windows, hidden_states, first_layer):
     return original(model, windows, hidden_states, first_layer)
 
 
-scores.perplexity = watched
+founding.perplexity = watched
 model, windows = load.load_model(nb.preset.model, device="cpu"), torch.arange(60).view(3, 20)
-for layer, rise in enumerate(nb.progress("removal").run(scores.removal_importance, model, windows)):
+for layer, rise in enumerate(nb.progress("removal").run(founding.removal_importance, model, windows)):
     nb.metric(f"layer_{layer}", rise.item(), "perplexity")
 """
 

@@ -10,7 +10,7 @@ from conftest import biased_model
 from gqalib import InputError
 from gqalib.measure.perplexity import kl_to, perplexity
 from gqalib.model.shapes import count_parameters, layer_shapes
-from gqalib.prune import allocate, founding, refit, scores, search
+from gqalib.prune import allocate, founding, plans, refit, scores, search
 
 QUICK = refit.Ingredients(newton_rounds=0)
 
@@ -18,7 +18,7 @@ QUICK = refit.Ingredients(newton_rounds=0)
 @pytest.fixture
 def table(model, windows):
     table = allocate.cost_table(model, windows, scores.gradient_covariances(model, windows), QUICK)
-    return table.with_layers(scores.removal_importance(model, windows), perplexity(model, windows))
+    return table.with_layers(founding.removal_importance(model, windows), perplexity(model, windows))
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def test_plans_meet_the_budget(table, fraction, seed):
 def test_plans_in_multiples(model, windows, multiple):
     """Of the channels that stay: 24 are no multiple of 5."""
     table = allocate.cost_table(model, windows, scores.gradient_covariances(model, windows), QUICK, multiple=multiple)
-    plans = [table.plan(0.4), founding.uniform_plan(model, 0.4, multiple=multiple)]
-    for plan in plans:
+    both = [table.plan(0.4), plans.uniform_plan(model, 0.4, multiple=multiple)]
+    for plan in both:
         assert all((24 - count) % multiple == 0 and count < 24 for count in plan.channels) and any(plan.channels)
         assert abs(removed(plan, table) - 0.4 * table.backbone) < multiple * table.prices[0][1]
-    assert removed(plans[0], table) >= 0.4 * table.backbone
+    assert removed(both[0], table) >= 0.4 * table.backbone
 
 
 def test_plans_go_down_to_one_channel(model, windows):
@@ -97,7 +97,7 @@ def test_a_layer_that_does_nothing_goes_whole(model, windows, logits_of):
         linear.weight.data.zero_()
     before, covariances = logits_of(model), scores.gradient_covariances(model, windows)
     table = allocate.cost_table(model, windows, covariances, QUICK)
-    table = table.with_layers(scores.removal_importance(model, windows), perplexity(model, windows))
+    table = table.with_layers(founding.removal_importance(model, windows), perplexity(model, windows))
     assert table.layers[1] == pytest.approx(0, abs=1e-6)
     plan = dataclasses.replace(table, layers=np.array([9.0, 0.0, 9.0])).plan(
         1 / 3
@@ -186,6 +186,6 @@ def test_a_limit_that_the_dense_model_does_not_meet(trial, table, windows, logit
 
 
 def test_a_whole_layer_may_go_only_in_the_sweep(model, windows):
-    plan = founding.Plan([0.0] * 3, [0, layer_shapes(model)["num_key_value_heads"][1], 0], [0, 24, 0])
+    plan = plans.Plan([0.0] * 3, [0, layer_shapes(model)["num_key_value_heads"][1], 0], [0, 24, 0])
     with pytest.raises(InputError, match="at least one must stay"):
         founding.prune(model, plan, windows)

@@ -152,7 +152,7 @@ def test_an_open_notebook_and_a_runner_respect_each_other(job):
 
 
 def test_words_change_no_code(tmp_path):
-    source = "from gqalib.prune.rates import layer_rates"
+    source = "from gqalib.prune.plans import whole_units"
     assert resume.code_hash(source) == resume.code_hash("import torch\n" + source)
     assert resume.code_hash(source) != resume.code_hash("from gqalib.prune import search")
     plain, spoken = "def f():\n    return 1", 'def f():\n    """Says one."""\n    return 1  # one'

@@ -25,7 +25,7 @@ from gqalib.measure.memory import measured_on
 from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, size_of
 from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, wanda_sp
-from gqalib.prune import allocate, founding, refit, scores
+from gqalib.prune import allocate, founding, plans, refit, scores
 from gqalib.run.presets import Pruning
 from gqalib.run.resume import NOT_KEPT, Progress
 
@@ -40,7 +40,7 @@ def founding_taylor(
 ) -> None:
     """The founding document's recipe: Σ |W ⊙ G|, on the model pruned so far or all at once; rates inverse to
     `removal_importance`."""
-    removal = scores.removal_importance(model, windows) if removal is None else removal
+    removal = founding.removal_importance(model, windows) if removal is None else removal
     settings = Pruning(0.25, "inverse", alpha=1.0, min_rate=0.15, max_rate=0.5, channel_multiple=multiple)
     plan = founding.make_plan(model, removal, settings, mean_rate=fraction)
     founding.prune(model, plan, windows, sequential=sequential)
@@ -54,7 +54,7 @@ def refit_uniform(
     multiple: int = 1,
 ) -> None:
     """The sweep at the same rate in every layer."""
-    plan = founding.uniform_plan(model, fraction, multiple=multiple)
+    plan = plans.uniform_plan(model, fraction, multiple=multiple)
     refit.sweep(model, plan, windows, covariances=covariances)
 
 
@@ -93,9 +93,9 @@ METHODS: dict[str, Callable[..., object]] = {
     OWN: refit_allocated,
 }
 PREPARATIONS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {  # the fourth argument
-    "layer removal": scores.removal_importance,
-    "founding Taylor": scores.removal_importance,
-    "founding Taylor, one shot": scores.removal_importance,
+    "layer removal": founding.removal_importance,
+    "founding Taylor": founding.removal_importance,
+    "founding Taylor, one shot": founding.removal_importance,
     "refit, uniform": scores.gradient_covariances,
     OWN: covariances_and_table,
 }
@@ -185,7 +185,7 @@ def check_budget(model: nn.Module, dense: nn.Module, fraction: float, multiple: 
     """Raises InputError if the backbone is off the fraction by more than one step: unequal sizes are no comparison."""
     backbone = count_parameters(dense)["backbone"]
     removed = backbone - count_parameters(model)["backbone"]
-    channel = max(founding.unit_costs(layer)[1] for layer in decoder_layers(dense))
+    channel = max(plans.unit_costs(layer)[1] for layer in decoder_layers(dense))
     if abs(removed - fraction * backbone) > multiple * channel:
         raise InputError(
             f"{removed / backbone:.2%} of the backbone went where {fraction:.2%} was asked: lower the fraction"

@@ -7,7 +7,7 @@ from gqalib.errors import InputError, OutOfReach
 from gqalib.model.shapes import count_parameters, decoder_layers
 from gqalib.model.surgery import add_output_bias, rows_of_heads
 from gqalib.peers.common import MeanVariance, feed, peer
-from gqalib.prune.founding import unit_costs
+from gqalib.prune.plans import unit_costs
 from gqalib.prune.sublayers import sublayers
 
 

@@ -5,9 +5,9 @@ from torch import nn
 
 from gqalib.model.shapes import decoder_layers
 from gqalib.peers.common import MeanVariance, feed, peer
-from gqalib.prune.founding import uniform_plan
-from gqalib.prune.sublayers import sublayers
+from gqalib.prune.plans import uniform_plan
 from gqalib.prune.scores import largest
+from gqalib.prune.sublayers import sublayers
 from gqalib.stream import advance
 
 

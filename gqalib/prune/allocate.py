@@ -3,10 +3,8 @@
 The estimate. Let e be the error that a pruned and refitted sublayer makes in its output at a token, and g the gradient
 of the loss there. To second order, with the covariance of g in the place of the Hessian (Gauss–Newton; Martens & Grosse
 2015), the loss rises by ½ E[(gᵀe)²] = ½ E[eᵀ G e]. That is what the weighted choice in `refit` lowers unit by unit, so
-one elimination of a module
-from whole to nothing gives its cost at every level: a table of 2 × layers rows for one pass over the text. That whole
-layers may
-go is one more level: their cost is measured (`scores.removal_importance`, `CostTable.with_layers`).
+one elimination of a module from whole to nothing gives its cost at every level: a table of 2 × layers rows for one pass
+over the text. That whole layers may go is one more level: their cost is measured (`founding.removal_importance`).
 
 The plan. `cheapest` picks one level for each layer, exactly, so that the parameters that go reach the budget at the
 least total cost; the costs are added up, as if each error stood alone.
@@ -23,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from gqalib.errors import OutOfReach
-from gqalib.model.shapes import decoder_layers, layer_shapes
+from gqalib.model.shapes import decoder_layers
 from gqalib.prune import refit
-from gqalib.prune.founding import Plan, layer_sizes, unit_costs
-from gqalib.prune.rates import beyond_multiples
+from gqalib.prune.least_squares import damped, removal_order
+from gqalib.prune.plans import Plan, beyond_multiples, layer_sizes, units
 from gqalib.prune.sublayers import Sublayer, empty_like, sublayers
 from gqalib.steps import in_steps
 from gqalib.stream import at_work
@@ -55,7 +53,7 @@ class CostTable:
     def with_layers(self, removal: Tensor, dense: float) -> "CostTable":
         """The same table with each whole layer as one more level; what helps costs nothing.
 
-        `removal`: from `scores.removal_importance`, [layers], rises of the dense model's perplexity, `dense`, on the
+        `removal`: from `founding.removal_importance`, [layers], rises of the dense model's perplexity, `dense`, on the
         same text.
         """
         return dataclasses.replace(self, layers=(1 + removal / dense).log().clamp(min=0).numpy())
@@ -73,18 +71,16 @@ class CostTable:
             raise OutOfReach(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
         factors = np.ones((2, len(self.steps))) if factors is None else factors
         options = [self._options(layer, *factors[:, layer]) for layer in range(len(self.steps))]
-        target = round(fraction * self.backbone)
-        coarsest = max(
-            max(group, step * channel) for (group, channel), step in zip(self.prices, self.steps, strict=True)
-        )
-        costs, sizes, units = zip(*options, strict=True)
-        chosen = cheapest(costs, sizes, target, coarsest)
-        removed = np.array([units[layer][choice] for layer, choice in enumerate(chosen)])
-        if (removed == self.widths).all():
+        costs, sizes, levels = zip(*options, strict=True)
+        target, prices, widths = round(fraction * self.backbone), np.array(self.prices), np.array(self.widths)
+        coarsest = max(prices[:, 0].max(), (self.steps * prices[:, 1]).max())
+        chosen = list(enumerate(cheapest(costs, sizes, target, int(coarsest))))
+        removed = np.array([levels[layer][choice] for layer, choice in chosen])
+        if (removed == widths).all():
             raise OutOfReach(f"no layer would be left without {fraction:.1%} of the backbone: give another fraction")
-        self._give_back(removed, sum(int(sizes[layer][choice]) for layer, choice in enumerate(chosen)) - target)
-        rates = (removed * self.prices).sum(1) / (np.array(self.widths) * self.prices).sum(1)
-        return Plan(rates.tolist(), removed[:, 0].tolist(), removed[:, 1].tolist())
+        self._give_back(removed, sum(int(sizes[layer][choice]) for layer, choice in chosen) - target)
+        rates = (removed * prices).sum(1) / (widths * prices).sum(1)
+        return Plan(rates.tolist(), *removed.T.tolist())
 
     def _options(self, layer: int, attention: float, mlp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Costs and sizes [options] and removed units [options, 2] of every pair of levels, and of the whole layer."""
@@ -110,14 +106,14 @@ class CostTable:
 
     def _give_back(self, removed: np.ndarray, excess: int) -> None:
         """Levels are coarse: channels that went beyond the target come back, where the last ones cost most."""
-        for layer in sorted(range(len(removed)), key=lambda i: self._last_cost(i, *removed[i]), reverse=True):
+        for layer in sorted(range(len(removed)), key=lambda i: self._last_cost(i, removed[i, 1]), reverse=True):
             whole = tuple(removed[layer]) == self.widths[layer]
             price, spare = self.multiple * self.prices[layer][1], removed[layer, 1] - self._first[layer]
             count = 0 if whole else min(spare // self.multiple, excess // price)
             removed[layer, 1] -= count * self.multiple
             excess -= count * price
 
-    def _last_cost(self, layer: int, groups: int, channels: int) -> float:
+    def _last_cost(self, layer: int, channels: int) -> float:
         """Cost per parameter of the last level of channels that went."""
         removed, costs = self._removed(layer), self.channels[layer]
         level = min(int(np.searchsorted(removed, channels)), len(costs) - 1)
@@ -144,24 +140,19 @@ def cost_table(
         InputError: too little text, a singular or non-finite Gram matrix, fewer channels than `multiple`.
     """
     refit.check_tokens(model, windows)
-    beyond_multiples(layer_shapes(model)["intermediate_size"].to_numpy(), multiple)
-    layers = decoder_layers(model)
-    stream, rows, steps = refit.embedded(model, windows), [], []
-    for index, layer in enumerate(layers):
+    kv_heads, channels, prices = units(model)
+    beyond_multiples(channels, multiple)
+    steps = [multiple * max(1, round(count / ingredients.cuts / multiple)) for count in channels.tolist()]
+    stream, rows = refit.embedded(model, windows), []
+    for index, layer in enumerate(decoder_layers(model)):
         with torch.no_grad(), at_work(layer), refit.in_tf32(True):
             for half, part in enumerate(sublayers(model, index)):
-                step = multiple * max(1, round(part.num_units / ingredients.cuts / multiple)) if half else 1
-                after, covariance = part.after(stream, windows), covariances[index][half]
-                what = part, windows, stream, after, covariance, step, ingredients
-                costs = yield f"layer-{index}-{half}", partial(_costs, *what)
+                after, how = part.after(stream, windows), (covariances[index][half], steps[index] if half else 1)
+                costs = yield f"layer-{index}-{half}", partial(_costs, part, windows, stream, after, *how, ingredients)
                 rows.append(np.array(costs) / (2 * windows.numel()))
                 stream = after
-        steps.append(step)
-    return CostTable(
-        rows[::2], rows[1::2], steps, multiple, [unit_costs(layer) for layer in layers],
-        [tuple(part.num_units for part in sublayers(model, index)) for index in range(len(layers))],
-        layer_sizes(model).long().tolist(),
-    )  # fmt: skip
+    widths, sizes = zip(kv_heads.tolist(), channels.tolist(), strict=True), layer_sizes(model).long().tolist()
+    return CostTable(rows[::2], rows[1::2], steps, multiple, list(map(tuple, prices.tolist())), list(widths), sizes)
 
 
 def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: int, slack: int) -> list[int]:
@@ -201,8 +192,8 @@ def _costs(
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
     target = torch.sub(after, before, out=empty_like(before))
     moments, _ = refit.output_moments(sublayer, sublayer.calls(before, windows), target)
-    output = refit.damped(covariance.to(moments.gram.device), ingredients.output_damping)
-    _, rises = refit.removal_order(
+    output = damped(covariance.to(moments.gram.device), ingredients.output_damping)
+    _, rises = removal_order(
         sublayer.output.weight, moments.gram, sublayer.num_units - 1, sublayer.unit, output, ingredients.damping, step
     )
     return [0.0, *rises.tolist()]

@@ -21,7 +21,7 @@ from gqalib.measure.perplexity import kl_to, perplexity
 from gqalib.model.surgery import take_layers
 from gqalib.prune import refit
 from gqalib.prune.allocate import CostTable, Covariances
-from gqalib.prune.founding import Plan, uniform_plan
+from gqalib.prune.plans import Plan, uniform_plan
 from gqalib.steps import in_steps
 
 
