@@ -40,10 +40,11 @@ def drive(steps: Steps, once: Callable[[str, Callable[[], Any]], Any]) -> Any:
     try:
         while True:
             name, compute = go_on(value)
+            del value  # large, as are the streams that `compute` holds
             try:
                 go_on, value = steps.send, once(name, compute)
             except BaseException as error:
                 go_on, value = steps.throw, error
-            del compute  # and the streams that it holds
+            del compute
     except StopIteration as end:
         return end.value

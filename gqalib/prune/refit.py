@@ -243,9 +243,9 @@ def sweep(
                 for half, part in enumerate(sublayers(model, index)):
                     goal, removed = part.after(wanted, windows), (plan.groups, plan.channels)[half][index]
                     how = ingredients, *(table and table[index][half] for table in (scores, covariances))
-                    step = f"layer-{index}-{half}"
-                    weights = yield step, partial(mend, part, removed, windows, wanted, current, goal, *how)
-                    take_weights(model, part.module, weights)
+                    mending = partial(mend, part, removed, windows, wanted, current, goal, *how)
+                    take_weights(model, part.module, (yield f"layer-{index}-{half}", mending))
+                    del mending  # and with it the streams in front
                     wanted, current = goal, part.after(current, windows)
             if after_layer is not None:
                 after_layer(index)
