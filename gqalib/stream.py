@@ -1,7 +1,7 @@
 """A model walked layer by layer: batches, the residual stream from any layer on, layers that wait in host memory.
 
 `streamed` is for models that are larger than a card, on forward passes and on the methods that go layer by layer
-(`refit.sweep`, `allocate.cost_table`, `scores` with `by_layer`). `device_map="auto"` is the other way: more than one
+(`refit.sweep`, `allocate.cost_table`, the gradients of `scores`). `device_map="auto"` is the other way: more than one
 card, every layer stays.
 """
 
@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from gqalib.model.load import to_device
+
+BATCH_TOKENS = 2048  # per pass: what two cores like, and what a backward pass through all layers of 8B has room for
+MOST_TOKENS = 65_536  # per forward pass on a GPU: beyond it nothing gets faster
 
 
 @contextmanager
@@ -82,13 +85,6 @@ def _state(parameter: nn.Parameter) -> tuple[int, int]:
     return parameter.data_ptr(), parameter._version
 
 
-# tokens per pass: what two cores like, and what a backward pass through all layers of an 8B model has room for
-BATCH_TOKENS = 2048
-
-
-MOST_TOKENS = 65_536  # per forward pass on a GPU: beyond it nothing gets faster
-
-
 @torch.no_grad()
 def hidden_states_before(model: nn.Module, windows: torch.Tensor, layer: int) -> torch.Tensor:
     """The residual stream that enters a layer, [count, length, hidden]."""
@@ -129,10 +125,8 @@ def stream_through(
     norm, decoder.norm = decoder.norm, nn.Identity()
 
     def run(input_ids: torch.Tensor, stream: torch.Tensor | None) -> torch.Tensor:
-        inputs = (
-            {"input_ids": input_ids.to(model.device)} if stream is None else {"inputs_embeds": stream.to(model.device)}
-        )
-        return decoder(**inputs, use_cache=False).last_hidden_state
+        name, inputs = ("input_ids", input_ids) if stream is None else ("inputs_embeds", stream)
+        return decoder(**{name: inputs.to(model.device)}, use_cache=False).last_hidden_state
 
     try:
         with layers_between(model, first, last), at_work(*(decoder.layers if last - first == 1 else ())):

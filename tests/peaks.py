@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from gqalib import stream
 from gqalib.measure import memory, perplexity
 from gqalib.model.modeling_gqa_llama import GqaLlamaForCausalLM
-from gqalib.prune import allocate, founding, refit, scores
+from gqalib.prune import allocate, founding, plans, refit, scores
 from gqalib.recover import distill
 from gqalib.recover.lora import finetune_lora
 from gqalib.run.presets import Distillation, Recovery
@@ -67,12 +67,12 @@ def measure(size):
     ratios, enough = {}, {"small": 6, "large": 9}[size]  # windows: as many tokens as the MLP is wide
     model = random_model(size)
     first = [int(i == 0) for i in range(len(model.model.layers))]
-    plan = founding.Plan([0.3 * i for i in first], first, [300 * i for i in first])
+    plan = plans.Plan([0.3 * i for i in first], first, [300 * i for i in first])
     covariances = [(torch.eye(model.config.hidden_size, dtype=torch.float64),) * 2] * len(first)
     rows = [{"prompt": "a " * 20, "completion": "a " * 120}] * 4
     lora = Recovery(1e-4, 8, 16, 0.0, 1, None, 4, 1, 128, 0.0, "linear", "none")
-    ratios["layer removal"] = ratio("layer removal", model, 4, lambda w: scores.removal_importance(model, w))
-    ratios["one-shot Taylor"] = ratio("one-shot Taylor", model, 4, lambda w: scores.taylor_scores(model, w))
+    ratios["layer removal"] = ratio("layer removal", model, 4, lambda w: founding.removal_importance(model, w))
+    ratios["one-shot Taylor"] = ratio("one-shot Taylor", model, 4, lambda w: founding.taylor_scores(model, w))
     ratios["gradient covariances"] = ratio(
         "gradient covariances", model, 4, lambda w: scores.gradient_covariances(model, w)
     )
@@ -81,7 +81,7 @@ def measure(size):
     model.zero_grad(set_to_none=True)
     ratios["scoring"] = ratio("scoring", model, 4, lambda w: perplexity.kl_to(model, model, w))
     stream.BATCH_TOKENS = 512
-    ratios["one-shot Taylor, by layer"] = ratio("one-shot Taylor", model, 8, lambda w: scores.taylor_scores(model, w))
+    ratios["one-shot Taylor, by layer"] = ratio("one-shot Taylor", model, 8, lambda w: founding.taylor_scores(model, w))
     ratios["sequential Taylor"] = ratio("sequential Taylor", model, 4, lambda w: founding.prune(model, plan, w))
     model = random_model(size)
     ratios["LoRA"] = ratio(
@@ -92,7 +92,7 @@ def measure(size):
         settings=lora,
     )
     model = random_model(size)
-    plan = founding.uniform_plan(model, 0.3)
+    plan = plans.uniform_plan(model, 0.3)
     ratios["sweep"] = ratio("sweep", model, enough, lambda w: refit.sweep(model, plan, w, covariances=covariances))
     for name, shape, r in (
         ("distillation", {}, 0),

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from gqalib import InputError
 from gqalib.prune.allocate import cheapest
-from gqalib.prune.rates import layer_rates, layer_weights, some_units, whole_units
+from gqalib.prune.founding import layer_rates, layer_weights
+from gqalib.prune.plans import some_units, whole_units
 
 LAYERS = st.integers(1, 40)
 POSITIVE = st.floats(1e-6, 1e6)

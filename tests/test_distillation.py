@@ -15,7 +15,7 @@ from gqalib import InputError
 from gqalib.measure.perplexity import kl_divergence
 from gqalib.model import load, shapes, surgery
 from gqalib.model.names import NO_LABEL
-from gqalib.prune import founding
+from gqalib.prune import founding, plans
 from gqalib.recover import distill as module
 from gqalib.recover import optimizer, trainer
 from gqalib.recover.distill import COLUMNS, Distiller, Divergence, Lessons, distill, prune_and_recover
@@ -380,7 +380,7 @@ def test_prune_and_recover(model, teacher, windows, logits_of, tmp_path):
         rate = 1 - (1 - 0.2 * step) / (1 - 0.2 * (step - 1))  # of what is left; 40 % after two steps
         founding.prune(
             model,
-            founding.Plan.from_rates(model, torch.full((3,), rate, dtype=torch.float64)),
+            plans.Plan.from_rates(model, torch.full((3,), rate, dtype=torch.float64)),
             windows,
             sequential=False,
         )
@@ -393,7 +393,7 @@ def test_prune_and_recover(model, teacher, windows, logits_of, tmp_path):
     target = logits_of(teacher).log_softmax(-1)
     founding.prune(
         one_shot,
-        founding.Plan.from_rates(one_shot, torch.full((3,), 0.4, dtype=torch.float64)),
+        plans.Plan.from_rates(one_shot, torch.full((3,), 0.4, dtype=torch.float64)),
         windows,
         sequential=False,
     )

@@ -5,6 +5,8 @@ from conftest import biased_model, kv_heads, small_model
 from gqalib import InputError
 from gqalib.measure.perplexity import perplexity, ratio_with_error, window_losses
 from gqalib.model import surgery
+from gqalib.peers.llm_pruner import misaligned_group_scores
+from gqalib.prune.founding import removal_importance, taylor_scores
 from gqalib.prune.scores import (
     activation_importance,
     backward,
@@ -14,11 +16,8 @@ from gqalib.prune.scores import (
     group_scores_by_part,
     head_scores,
     largest,
-    misaligned_group_scores,
-    removal_importance,
-    taylor_scores,
 )
-from gqalib.stream import hidden_states_before
+from gqalib.stream import hidden_states_before, only_layers
 
 
 def test_group_scores_by_hand(model, windows):
@@ -123,16 +122,17 @@ def test_many_batches_of_bf16_add_up_in_float32(monkeypatch):
     monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", 20)
     backward(model, windows)
     assert all(torch.equal(p.grad, total.bfloat16()) for p, total in totals.items())
-    for by_layer in (True, False):
-        for index, (_, channels) in taylor_scores(model, windows, by_layer=by_layer).items():
-            mlp = layers[index].mlp
-            gate, up, down = ((x.weight * totals[x.weight]).abs() for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-            assert torch.allclose(channels.float(), gate.sum(1) + up.sum(1) + down.sum(0), rtol=1e-5)
+    for index, (_, channels) in (taylor_scores(model, windows) | taylor_scores(model, windows, [1])).items():
+        mlp = layers[index].mlp
+        gate, up, down = ((x.weight * totals[x.weight]).abs() for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        assert torch.allclose(channels.float(), gate.sum(1) + up.sum(1) + down.sum(0), rtol=1e-5)
 
 
-def test_removal_importance_with_and_without_cached_prefix(model, windows):
-    cached = removal_importance(model, windows)
-    assert torch.allclose(cached, removal_importance(model, windows, cached_prefix=False), rtol=1e-5, atol=1e-5)
+def test_removal_importance_by_the_definition(model, windows):
+    dense = perplexity(model, windows)
+    for layer, rise in enumerate(removal_importance(model, windows)):
+        with only_layers(model, [i for i in range(3) if i != layer]):
+            assert rise.item() == pytest.approx(perplexity(model, windows) - dense, rel=1e-4, abs=1e-5)
     assert len(model.model.layers) == 3
 
 

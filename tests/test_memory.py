@@ -19,16 +19,9 @@ from gqalib.measure.cost import Used, weight_bytes
 from gqalib.measure.perplexity import window_losses
 from gqalib.model import load
 from gqalib.model.load import REPOSITORY
-from gqalib.prune import allocate, founding, refit
-from gqalib.prune.scores import (
-    backward,
-    channel_scores,
-    fisher_scores,
-    gradient_covariances,
-    group_scores,
-    removal_importance,
-    taylor_scores,
-)
+from gqalib.prune import allocate, plans, refit, scores
+from gqalib.prune.founding import removal_importance, taylor_scores
+from gqalib.prune.scores import backward, channel_scores, fisher_scores, gradient_covariances, group_scores
 from gqalib.run.presets import Distillation
 from gqalib.stream import _arrive, at_work, hidden_states_before, is_streamed
 
@@ -140,19 +133,19 @@ def equal(first, second):
 
 
 @pytest.mark.parametrize("batch_tokens", [2048, 40], ids=["one batch", "three batches"])
-@pytest.mark.parametrize("by_layer", [None, True, False])
 @pytest.mark.parametrize("include_o_proj", [False, True])
-def test_taylor_scores_are_those_of_all_gradients(model, windows, monkeypatch, batch_tokens, by_layer, include_o_proj):
+def test_taylor_scores_are_those_of_all_gradients(model, windows, monkeypatch, batch_tokens, include_o_proj):
     monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", batch_tokens)
     expected = plain_scores(model, windows, include_o_proj)
-    assert equal(taylor_scores(model, windows, include_o_proj=include_o_proj, by_layer=by_layer), expected)
+    assert equal(taylor_scores(model, windows, include_o_proj=include_o_proj), expected)
 
 
-@pytest.mark.parametrize("by_layer", [True, False])
-def test_taylor_scores_of_one_layer_from_its_stream(model, windows, by_layer):
-    stream = hidden_states_before(model, windows, 1)
-    scores = taylor_scores(model, windows, [2], stream, 1, by_layer=by_layer)
-    assert equal(scores, {2: plain_scores(model, windows)[2]})
+@pytest.mark.parametrize("layers", [[2], [1, 2]])
+@pytest.mark.parametrize("batch_tokens", [2048, 40])
+def test_taylor_scores_of_some_layers_from_their_stream(model, windows, layers, batch_tokens, monkeypatch):
+    monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", batch_tokens)
+    expected, stream = plain_scores(model, windows), hidden_states_before(model, windows, 1)
+    assert equal(taylor_scores(model, windows, layers, stream, 1), {layer: expected[layer] for layer in layers})
 
 
 @pytest.mark.parametrize("by_layer", [True, False])
@@ -169,25 +162,28 @@ def test_no_gradient_stays_and_few_are_there_together(model, windows, by_layer, 
             for parameter in part.parameters():
                 parameter.requires_grad_(True).register_post_accumulate_grad_hook(count)
     model.model.layers[0].mlp.requires_grad_(False)
-    taylor_scores(model, windows, by_layer=by_layer)
+    taylor_scores(model, windows)
     assert all(p.grad is None for p in model.parameters()) and [p.requires_grad for p in model.parameters()] == asking
-    assert 0 < most[0] <= founding.layer_sizes(model).max()
+    assert 0 < most[0] <= plans.layer_sizes(model).max()
 
 
 @pytest.mark.parametrize("batch_tokens", [2048, 40])
 def test_layer_by_layer_changes_nothing(model, windows, monkeypatch, batch_tokens):
     monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", batch_tokens)
-    assert equal(fisher_scores(model, windows, by_layer=True), fisher_scores(model, windows, by_layer=False))
-    whole, parts = (dict(enumerate(gradient_covariances(model, windows, by_layer))) for by_layer in (False, True))
-    assert equal(whole, parts) and all(p.grad is None for p in model.parameters())
+    found = []
+    for by_layer in (False, True):
+        monkeypatch.setattr(scores, "one_layer_at_a_time", lambda _, by_layer=by_layer: by_layer)
+        found.append((fisher_scores(model, windows), dict(enumerate(gradient_covariances(model, windows)))))
+    assert all(equal(*pair) for pair in zip(*found, strict=True)) and all(p.grad is None for p in model.parameters())
 
 
-def test_an_error_leaves_all_layers(model, windows):
+def test_an_error_leaves_all_layers(model, windows, monkeypatch):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    for by_layer in (True, False):
+    for batch_tokens in (2048, 40):  # all layers at once, and one after the other
+        monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", batch_tokens)
         with pytest.raises(InputError, match="loss is nan"):
-            taylor_scores(model, windows, by_layer=by_layer)
+            taylor_scores(model, windows)
         assert len(model.model.layers) == 3 and all(p.requires_grad for p in model.parameters())
 
 
@@ -198,7 +194,7 @@ def test_streamed_results_are_the_same(model, windows, monkeypatch):
     """Layers come and go through the same code as with a GPU, though here both places are the CPU."""
     monkeypatch.setattr("gqalib.stream.BATCH_TOKENS", 40)
     pruned = copy.deepcopy(model)
-    covariances, plan = gradient_covariances(model, windows), founding.uniform_plan(model, 0.3)
+    covariances, plan = gradient_covariances(model, windows), plans.uniform_plan(model, 0.3)
     results = [
         window_losses(model, windows), removal_importance(model, windows),
         allocate.cost_table(model, windows, covariances).channels[1], taylor_scores(model, windows),
@@ -252,7 +248,7 @@ def test_device_map_models_work(tmp_path, tokenizer, windows):
     """accelerate's hooks and the runs from any layer on get along."""
     load.save_model(small_model(), tokenizer, tmp_path)
     plain, mapped = load.load_model(tmp_path, device="cpu"), load.load_model(tmp_path, device_map={"": "cpu"})
-    plan = founding.uniform_plan(plain, 0.3)
+    plan = plans.uniform_plan(plain, 0.3)
     assert torch.equal(removal_importance(plain, windows), removal_importance(mapped, windows))
     for model in (plain, mapped):
         refit.sweep(model, plan, windows)

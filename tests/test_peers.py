@@ -8,12 +8,17 @@ from gqalib import InputError
 from gqalib.measure.perplexity import perplexity
 from gqalib.model import load, surgery
 from gqalib.model.shapes import count_parameters, layer_shape, layer_shapes
-from gqalib.peers import PEERS, depth, flap, llm_pruner, osscar, torch_pruning, v2, wanda_sp
-from gqalib.prune import founding, refit
+from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, v2, wanda_sp
+from gqalib.prune import plans, sublayers
 from gqalib.prune.scores import backward
 
-WIDTH = sorted(set(PEERS) - {"shortgpt", "layer_removal"})
+METHODS = (
+    controls.magnitude, controls.random, depth.layer_removal, depth.shortgpt, flap.flap, llm_pruner.llm_pruner,
+    osscar.osscar, torch_pruning.torch_pruning_gqa, wanda_sp.wanda_sp,
+)  # fmt: skip
+PEERS = {function.__name__: function for function in METHODS}
 DEPTH = ["shortgpt", "layer_removal"]
+WIDTH = sorted(set(PEERS) - set(DEPTH))
 
 
 def removed(model, dense) -> int:
@@ -86,7 +91,7 @@ def test_a_model_half_pruned_is_put_back(windows, logits_of, monkeypatch):
             raise InputError("stop")
         keep(model, index, channels)
 
-    monkeypatch.setattr(refit, "keep_channels", stop_at_the_last)
+    monkeypatch.setattr(sublayers, "keep_channels", stop_at_the_last)
     for name in ("wanda_sp", "flap", "osscar"):
         with pytest.raises(InputError, match="stop"):
             PEERS[name](model, windows, 0.3)
@@ -236,7 +241,7 @@ def test_flap_of_constant_features_is_exact(clone, windows, logits_of):
             scores = features(model, index, windows)[name].var(0) * linear.weight.detach().double().square().sum(0)
             linear.weight.data[:, scores > 1e-9] /= scores[scores > 1e-9].sqrt().float()
     dense = clone(model)
-    group, channel = founding.unit_costs(model.model.layers[0])
+    group, channel = plans.unit_costs(model.model.layers[0])
     fraction = 3 * (2 * group + 10 * channel) / count_parameters(model)["backbone"]
     flap.flap(model, windows, fraction)
     shapes = layer_shapes(model)
@@ -330,7 +335,7 @@ def test_selection_is_no_worse_with_swaps_and_often_the_best():
 
 def test_osscar_with_nothing_removed_is_the_identity(model, clone, logits_of, windows, monkeypatch):
     before = logits_of(model)
-    nothing = founding.Plan([0.0] * 3, [0] * 3, [0] * 3)
+    nothing = plans.Plan([0.0] * 3, [0] * 3, [0] * 3)
     monkeypatch.setattr(osscar, "uniform_plan", lambda *_, **__: nothing)
     osscar.osscar(model, windows, 0.1)
     assert torch.allclose(logits_of(model), before, atol=1e-3)

@@ -23,9 +23,9 @@ from trl import SFTTrainer
 
 from gqalib.measure import frontier
 from gqalib.measure.perplexity import perplexity
-from gqalib.prune import allocate, founding, refit, search
-from gqalib.prune import scores as prune_scores
-from gqalib.prune.scores import gradient_covariances, removal_importance, unit_scores
+from gqalib.prune import allocate, founding, plans, refit, scores, search
+from gqalib.prune.founding import removal_importance, unit_scores
+from gqalib.prune.scores import gradient_covariances
 from gqalib.recover import lora as recover_lora
 from gqalib.recover.lora import finetune_lora
 from gqalib.recover.trainer import Watch, finish, place_of
@@ -99,18 +99,19 @@ def killed_after(monkeypatch):
 
 
 def with_random_groups(model, text, progress):
-    plan = founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
-    table = founding.prune(model, plan, text, group_statistic="random", include_o_proj=True, seed=7, progress=progress)
+    plan = plans.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
+    how = {"group_statistic": "random", "include_o_proj": True, "seed": 7}
+    table = progress.run(founding.prune, model, plan, text, **how)
     return model, table.drop(columns="seconds")
 
 
 def sweep(model, text, progress, plan=None):
-    refit.sweep(model, plan or founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), text, QUICK, progress=progress)
+    progress.run(refit.sweep, model, plan or plans.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), text, QUICK)
     return model
 
 
 def sweep_without_a_layer(model, text, progress):
-    return sweep(model, text, progress, founding.Plan([0.3] * 3, [1, 4, 1], [5, 24, 9]))
+    return sweep(model, text, progress, plans.Plan([0.3] * 3, [1, 4, 1], [5, 24, 9]))
 
 
 def sweep_in_bfloat16(model, text, progress):
@@ -119,13 +120,12 @@ def sweep_in_bfloat16(model, text, progress):
 
 def trial_and_table(model, text, progress=NOT_KEPT):
     covariances = gradient_covariances(model, text)
-    return search.Trial(model, text, covariances, UNTRIED), allocate.cost_table(
-        model, text, covariances, UNTRIED, progress=progress
-    )
+    table = progress.run(allocate.cost_table, model, text, covariances, UNTRIED)
+    return search.Trial(model, text, covariances, UNTRIED), table
 
 
 def evolve(model, text, progress):
-    return search.evolve(*trial_and_table(model, text), 0.4, text[:4], candidates=5, seed=2, progress=progress)
+    return progress.run(search.evolve, *trial_and_table(model, text), 0.4, text[:4], candidates=5, seed=2)
 
 
 def spoken(model, text):
@@ -138,11 +138,7 @@ def spoken(model, text):
 def prune_to(model, text, progress):
     scoring = spoken(model, text)
     limit = 1.05 * perplexity(model, scoring)
-    return search.prune_to(*trial_and_table(model, text), scoring, perplexity=limit, trials=5, progress=progress), model
-
-
-def prune_to_kept(model, text, progress):
-    return search.prune_to(*trial_and_table(model, text), text, kept=0.7, progress=progress), model
+    return progress.run(search.prune_to, *trial_and_table(model, text), scoring, limit, trials=5), model
 
 
 def rows(model, text, progress):
@@ -152,23 +148,13 @@ def rows(model, text, progress):
 
 
 CASES = {  # what is run, what must not run twice, parts after which it dies
-    "removal": (
-        lambda *args: removal_importance(*args[:2], progress=args[2]),
-        (prune_scores, "_perplexity_without"),
-        (2, 3),
-    ),
-    "removal, no cache": (
-        lambda *args: removal_importance(*args[:2], False, progress=args[2]),
-        (prune_scores, "_perplexity_without"),
-        (3,),
-    ),
+    "removal": (lambda model, text, progress: progress.run(removal_importance, model, text), (founding, "perplexity"), (2, 3)),
     "prune": (with_random_groups, (founding, "unit_scores"), (1, 3, 4)),
     "sweep": (sweep, (refit, "mend"), (1, 2, 5)),
     "sweep, a layer goes": (sweep_without_a_layer, (refit, "mend"), (1, 3)),
     "sweep, bfloat16": (sweep_in_bfloat16, (refit, "mend"), (2, 3)),
     "cost table": (lambda *args: trial_and_table(*args)[1], (allocate, "_costs"), (1, 4)),
     "search": (evolve, (search.Trial, "__call__"), (3,)),
-    "prune to kept": (prune_to_kept, (refit, "mend"), (1, 4)),
     "frontier": (rows, (frontier, "try_method"), (1, 7)),
 }
 
@@ -204,10 +190,10 @@ def test_a_killed_run_goes_on(name, num_parts, text, kept, counted, killed_after
 
 
 def test_covariances_are_taken_once(text, kept, counted):
-    calls, models = counted(prune_scores, "_covariances"), (small_model(), small_model(seed=5))
+    calls, models = counted(scores, "_covariances"), (small_model(), small_model(seed=5))
     expected = [gradient_covariances(model, text) for model in models]
     for _ in range(2):
-        assert same([gradient_covariances(model, text, progress=kept()) for model in models], expected)
+        assert same([kept().run(gradient_covariances, model, text) for model in models], expected)
     assert len(calls) == 4
 
 
@@ -231,19 +217,19 @@ def test_prune_to_goes_on(num_parts, text, kept, counted, killed_after):
 
 
 def test_seconds_are_those_of_the_run_that_did_it(text, kept, killed_after, monkeypatch):
-    plan, clock = founding.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), iter([0.0, 100.0, 0.0])
+    plan, clock = plans.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), iter([0.0, 100.0, 0.0])
     monkeypatch.setattr(founding.time, "perf_counter", lambda: next(clock))
-    killed_after(3, lambda: founding.prune(small_model(), plan, text, progress=kept()))
+    killed_after(3, lambda: kept().run(founding.prune, small_model(), plan, text))
     monkeypatch.undo()
-    seconds = founding.prune(small_model(), plan, text, progress=kept())["seconds"]
+    seconds = kept().run(founding.prune, small_model(), plan, text)["seconds"]
     assert seconds[0] == 100.0 and (seconds[1:] < 50).all()
 
 
 def test_after_layer_hears_of_every_layer(text, kept, killed_after):
     for function in (founding.prune, refit.sweep):
-        plan, heard = founding.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), []
-        killed_after(3, lambda plan=plan, function=function: function(small_model(), plan, text, progress=kept()))
-        function(small_model(), plan, text, after_layer=heard.append, progress=kept())
+        plan, heard = plans.Plan([0.3] * 3, [1, 1, 1], [5, 5, 5]), []
+        killed_after(3, lambda plan=plan, function=function: kept().run(function, small_model(), plan, text))
+        kept().run(function, small_model(), plan, text, after_layer=heard.append)
         assert heard == [0, 1, 2]
 
 
@@ -273,17 +259,17 @@ def test_other_inputs_find_nothing(name, text, kept, counted):
     assert len(calls) == 5 * once
 
 
-PLAN, OTHER_PLAN = founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), founding.Plan([0.3] * 3, [2, 2, 1], [5, 3, 9])
+PLAN, OTHER_PLAN = plans.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9]), plans.Plan([0.3] * 3, [2, 2, 1], [5, 3, 9])
 
 
 def prune_with(model, text, progress, plan=PLAN, **how):
-    return model, founding.prune(model, plan, text, progress=progress, **how).drop(columns="seconds")
+    return model, progress.run(founding.prune, model, plan, text, **how).drop(columns="seconds")
 
 
 def sweep_with(model, text, progress, plan=PLAN, ingredients=UNTRIED, scored=False, weight=None):
     scores = unit_scores(model, text, ("magnitude", "magnitude")) if scored else None
     covariances = None if weight is None else [(weight @ weight.T,) * 2] * 3
-    refit.sweep(model, plan, text, ingredients, scores=scores, covariances=covariances, progress=progress)
+    progress.run(refit.sweep, model, plan, text, ingredients, scores=scores, covariances=covariances)
     return model
 
 
@@ -293,14 +279,12 @@ def evolve_with(model, text, progress, fraction=0.4, scored=4, seed=0, candidate
         dataclasses.replace(trial, ingredients=ingredients),
         dataclasses.replace(table, groups=[times * x for x in table.groups]),
     )
-    return search.evolve(trial, table, fraction, text[:scored], candidates, seed, progress)
+    return progress.run(search.evolve, trial, table, fraction, text[:scored], candidates, seed)
 
 
 def targets_with(model, text, progress, times=1.2, scored=8):
     goal = times * perplexity(model, spoken(model, text))
-    return search.prune_to(
-        *trial_and_table(model, text), spoken(model, text)[:scored], perplexity=goal, trials=3, progress=progress
-    )
+    return progress.run(search.prune_to, *trial_and_table(model, text), spoken(model, text)[:scored], goal, trials=3)
 
 
 def rows_with(model, text, progress, test=4, fractions=(0.3,), flipped=False, method="random"):
@@ -468,8 +452,6 @@ def lora(tokenizer, tmp_path):
 def test_lora_goes_on(num_steps, lora, counted, monkeypatch, tmp_path):
     expected = lora("whole")
     assert len(expected[1]) == 9
-    for num_steps in (3, 7):  # an epoch has three
-        saves = []
 
     def die(self, args, state, *_, **__):
         if state.global_step == num_steps:

@@ -10,7 +10,7 @@ from gqalib.measure.perplexity import perplexity
 from gqalib.model import surgery
 from gqalib.model.shapes import count_parameters, layer_shapes
 from gqalib.peers import v2
-from gqalib.prune import founding
+from gqalib.prune import founding, plans
 from gqalib.prune.scores import backward, channel_scores, group_scores, largest
 from gqalib.run.presets import load_preset
 
@@ -19,8 +19,8 @@ from gqalib.run.presets import load_preset
 def test_prune_meets_the_budget(model, windows, sequential):
     before = count_parameters(model)["backbone"]
     rates = torch.tensor([0.2, 0.5, 0.35], dtype=torch.float64)
-    target = float((rates * founding.layer_sizes(model)).sum())
-    table = founding.prune(model, founding.Plan.from_rates(model, rates), windows, sequential=sequential)
+    target = float((rates * plans.layer_sizes(model)).sum())
+    table = founding.prune(model, plans.Plan.from_rates(model, rates), windows, sequential=sequential)
     removed = before - count_parameters(model)["backbone"]
     assert abs(removed - target) <= 3 * 32  # one channel
     assert (table["num_attention_heads"] % table["num_key_value_heads"] == 0).all()
@@ -40,7 +40,7 @@ def test_budget_with_biases(windows, rate):
 
 def test_first_layer_is_scored_alike(model, clone, windows):
     """Before anything is cut, sequential and one-shot scores are the same; so the first layer must come out the same."""
-    plan = founding.Plan([0.4, 0.0, 0.0], [kv_heads(model) // 2, 0, 0], [9, 0, 0])
+    plan = plans.Plan([0.4, 0.0, 0.0], [kv_heads(model) // 2, 0, 0], [9, 0, 0])
     one_shot = clone(model)
     founding.prune(model, plan, windows)
     founding.prune(one_shot, plan, windows, sequential=False)
@@ -51,7 +51,7 @@ def test_first_layer_is_scored_alike(model, clone, windows):
 def test_sequential_scores_the_pruned_model(model, clone, windows):
     """The second layer's choice must be the one that the model with the first layer cut asks for."""
     groups, reference = kv_heads(model) // 2, clone(model)
-    founding.prune(model, founding.Plan([0.4] * 3, [groups, 0, 0], [12, 12, 0]), windows)
+    founding.prune(model, plans.Plan([0.4] * 3, [groups, 0, 0], [12, 12, 0]), windows)
     backward(reference, windows)
     scores = group_scores(reference.model.layers[0])
     channels = channel_scores(reference.model.layers[0])
@@ -65,16 +65,16 @@ def test_sequential_scores_the_pruned_model(model, clone, windows):
 
 def test_nothing_removed_is_the_identity(model, logits_of, windows):
     before = logits_of(model)
-    founding.prune(model, founding.Plan([0.0] * 3, [0] * 3, [0] * 3), windows)
+    founding.prune(model, plans.Plan([0.0] * 3, [0] * 3, [0] * 3), windows)
     assert torch.equal(logits_of(model), before)
 
 
 def test_impossible_plan_leaves_the_model_alone(model, logits_of, windows):
     before = logits_of(model)
     with pytest.raises(InputError, match="layer 1 cannot lose"):
-        founding.prune(model, founding.Plan([0.0] * 3, [0, 99, 0], [1, 0, 0]), windows)
+        founding.prune(model, plans.Plan([0.0] * 3, [0, 99, 0], [1, 0, 0]), windows)
     with pytest.raises(InputError, match="names 2 layers"):
-        founding.prune(model, founding.Plan([0.0] * 2, [0, 0], [1, 0]), windows)
+        founding.prune(model, plans.Plan([0.0] * 2, [0, 0], [1, 0]), windows)
     assert torch.equal(logits_of(model), before)
 
 
@@ -87,7 +87,7 @@ def test_make_plan_scales_the_bounds(model):
 
 def test_extreme_rate_keeps_one_unit_each(windows):
     model = small_model()
-    plan = founding.Plan.from_rates(model, torch.full((3,), 0.93, dtype=torch.float64))
+    plan = plans.Plan.from_rates(model, torch.full((3,), 0.93, dtype=torch.float64))
     founding.prune(model, plan, windows, sequential=False)
     shapes = layer_shapes(model)
     assert (shapes["num_key_value_heads"] == 1).all() and (shapes["intermediate_size"] >= 1).all()

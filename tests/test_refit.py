@@ -11,8 +11,10 @@ from gqalib.measure.perplexity import kl_to, window_losses
 from gqalib.model import surgery
 from gqalib.model.modeling_gqa_llama import GqaLlamaForCausalLM
 from gqalib.model.shapes import count_parameters, layer_shapes
-from gqalib.prune import allocate, founding, refit
-from gqalib.prune.scores import fisher_scores, gradient_covariances, largest, unit_scores
+from gqalib.prune import allocate, founding, least_squares, plans, refit
+from gqalib.prune.founding import unit_scores
+from gqalib.prune.scores import fisher_scores, gradient_covariances, largest
+from gqalib.prune.sublayers import Sublayer, sublayers
 from gqalib.stream import hidden_states_before
 
 EVERY_SWITCH = ("refit", "residual_target", "input_refit", "weighted", "newton_rounds")
@@ -30,7 +32,7 @@ def random_problem(out=5, features=12, tokens=60, seed=0):
 
 
 def plan_for(model, rate=0.4):
-    return founding.Plan.from_rates(model, torch.full((3,), rate, dtype=torch.float64))
+    return plans.Plan.from_rates(model, torch.full((3,), rate, dtype=torch.float64))
 
 
 # ---------------------------------------------------------------- algebra
@@ -40,7 +42,7 @@ def plan_for(model, rate=0.4):
 def test_solve_is_the_minimum(kept):
     """Against lstsq on the augmented problem: rows √λ·I towards the dense weight, whose other columns are lost."""
     weight, inputs, wanted = random_problem()
-    solved = refit.solve(weight, inputs.T @ inputs, wanted.T @ inputs, 0.1, kept)
+    solved = least_squares.solve(weight, inputs.T @ inputs, wanted.T @ inputs, 0.1, kept)
     ridge = 0.1 * (inputs.T @ inputs).diagonal().mean()
     rows = torch.cat([inputs[:, kept], ridge.sqrt() * torch.eye(len(kept), dtype=torch.float64)])
     targets = torch.cat([wanted, ridge.sqrt() * weight[:, kept].T])
@@ -50,7 +52,7 @@ def test_solve_is_the_minimum(kept):
 def test_solve_with_everything_kept_is_the_identity():
     weight, inputs, _ = random_problem()
     gram = inputs.T @ inputs
-    assert torch.allclose(refit.solve(weight, gram, weight @ gram, 1e-2), weight, atol=1e-10)
+    assert torch.allclose(least_squares.solve(weight, gram, weight @ gram, 1e-2), weight, atol=1e-10)
 
 
 @pytest.mark.parametrize("unit", [1, 3])
@@ -61,7 +63,7 @@ def test_choose_is_the_greedy_choice(unit, weighted):
     root = torch.randn(5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     output = root @ root.T if weighted else None
     gram, cross = inputs.T @ inputs, wanted.T @ inputs
-    best, damped = refit.solve(weight, gram, cross, 0.1), refit.damped(gram, 0.1)
+    best, damped = least_squares.solve(weight, gram, cross, 0.1), least_squares.damped(gram, 0.1)
 
     def loss(units):
         columns = surgery.rows_of_heads(units, unit)
@@ -74,7 +76,7 @@ def test_choose_is_the_greedy_choice(unit, weighted):
     left = list(range(12 // unit))
     for removed in range(1, len(left)):
         left = min(([u for u in left if u != gone] for gone in left), key=loss)
-        assert refit.choose(best, gram, removed, unit, output, 0.1) == left
+        assert least_squares.choose(best, gram, removed, unit, output, 0.1) == left
 
 
 @pytest.mark.parametrize(("unit", "per_step"), [(1, 1), (1, 5), (3, 2)])
@@ -83,8 +85,8 @@ def test_rises_are_those_of_the_refit(unit, per_step):
     weight, inputs, wanted = random_problem()
     root = torch.randn(5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     output, gram, cross = root @ root.T, inputs.T @ inputs, wanted.T @ inputs
-    best, num_units = refit.solve(weight, gram, cross, 0.0), 12 // unit
-    order, rises = refit.removal_order(best, gram, num_units - 1, unit, output, 0.0, per_step)
+    best, num_units = least_squares.solve(weight, gram, cross, 0.0), 12 // unit
+    order, rises = least_squares.removal_order(best, gram, num_units - 1, unit, output, 0.0, per_step)
 
     def error(weight, columns):
         missed = wanted - inputs[:, columns] @ weight.T
@@ -94,7 +96,7 @@ def test_rises_are_those_of_the_refit(unit, per_step):
     for step, rise in enumerate(rises, 1):
         left = [u for u in range(num_units) if u not in order[: step * per_step]]
         columns = [u * unit + i for u in left for i in range(unit)]
-        assert error(refit.solve(weight, gram, cross, 0.0, columns), columns) - whole == pytest.approx(
+        assert error(least_squares.solve(weight, gram, cross, 0.0, columns), columns) - whole == pytest.approx(
             rise.item(), rel=1e-6
         )
 
@@ -102,19 +104,19 @@ def test_rises_are_those_of_the_refit(unit, per_step):
 def test_choice_on_a_diagonal_hessian_is_magnitude_times_activation():
     weight, inputs, _ = random_problem()
     norms = inputs.square().sum(0)
-    order, rises = refit.removal_order(weight, torch.diag(norms), 12, damping=0.0)
+    order, rises = least_squares.removal_order(weight, torch.diag(norms), 12, damping=0.0)
     losses = weight.square().sum(0) * norms
     assert order == losses.argsort().tolist()
     assert torch.allclose(rises, losses.sort().values.cumsum(0))
-    assert refit.choose(weight, torch.diag(norms), 7, damping=0.0, per_step=3) == sorted(order[7:])
+    assert least_squares.choose(weight, torch.diag(norms), 7, damping=0.0, per_step=3) == sorted(order[7:])
 
 
 @pytest.mark.parametrize("per_step", [1, 2, 5])
 def test_choose_keeps_the_right_number(per_step):
     weight, inputs, _ = random_problem()
     gram = inputs.T @ inputs
-    assert refit.choose(weight, gram, 0) == list(range(12))
-    assert [len(refit.choose(weight, gram, n, per_step=per_step)) for n in range(12)] == list(range(12, 0, -1))
+    assert least_squares.choose(weight, gram, 0) == list(range(12))
+    assert [len(least_squares.choose(weight, gram, n, per_step=per_step)) for n in range(12)] == list(range(12, 0, -1))
 
 
 def test_gram_that_cannot_be_solved():
@@ -122,10 +124,10 @@ def test_gram_that_cannot_be_solved():
     doubled = torch.cat([inputs, inputs], 1)
     twice = torch.cat([weight, weight], 1)
     with pytest.raises(InputError, match="singular"):
-        refit.solve(twice, doubled.T @ doubled, wanted.T @ doubled, 0.0)
-    assert torch.isfinite(refit.solve(twice, doubled.T @ doubled, wanted.T @ doubled, 1e-2)).all()
+        least_squares.solve(twice, doubled.T @ doubled, wanted.T @ doubled, 0.0)
+    assert torch.isfinite(least_squares.solve(twice, doubled.T @ doubled, wanted.T @ doubled, 1e-2)).all()
     with pytest.raises(InputError, match="not finite"):
-        refit.choose(weight, torch.full((12, 12), torch.nan, dtype=torch.float64), 3)
+        least_squares.choose(weight, torch.full((12, 12), torch.nan, dtype=torch.float64), 3)
 
 
 # ---------------------------------------------------------------- gradients of activations
@@ -234,11 +236,7 @@ def reconstruction_error(model, dense, index, half, windows):
         stream = hidden_states_before(dense, windows, index)
         for part in range(half + 1):
             owner = m if part == half else dense
-            stream = refit.through(
-                stream,
-                refit.sublayers(owner.model.layers[index])[part],
-                refit.calls(owner, index, part, stream, windows),
-            )
+            stream = Sublayer(owner, index, part).after(stream, windows)
         streams.append(stream)
     return (streams[0] - streams[1]).double().square().sum().item()
 
@@ -251,7 +249,7 @@ def test_refit_never_reconstructs_worse_than_slicing(model, windows, clone):
         for half in (0, 1):
             units = [[0, 0, 0], [0, 0, 0]]
             units[half][index] = (1, 10)[half]
-            only = founding.Plan([0.4] * 3, *units)
+            only = plans.Plan([0.4] * 3, *units)
             sliced, mended = clone(model), clone(model)
             refit.sweep(sliced, only, windows, PLAIN, scores=scores)
             refit.sweep(mended, only, windows, refit.Ingredients(damping=1e-9, input_damping=1e-9), scores=scores)
@@ -266,10 +264,10 @@ def test_conjugate_gradients_solve():
         root @ root.T + torch.eye(30, dtype=torch.float64),
         torch.randn(5, 6, generator=generator, dtype=torch.float64),
     )
-    factor = refit.cholesky(matrix[:6, :6])
-    solved = refit.conjugate_gradients(lambda d: (matrix @ d.flatten()).view(5, 6), wanted, factor, 100)
+    factor = least_squares.cholesky(matrix[:6, :6])
+    solved = least_squares.conjugate_gradients(lambda d: (matrix @ d.flatten()).view(5, 6), wanted, factor, 100)
     assert torch.allclose(solved.flatten(), torch.linalg.solve(matrix, wanted.flatten()), atol=1e-6)
-    nothing = refit.conjugate_gradients(
+    nothing = least_squares.conjugate_gradients(
         lambda d: (matrix @ d.flatten()).view(5, 6), torch.zeros_like(wanted), factor, 5
     )
     assert torch.equal(nothing, torch.zeros_like(wanted))
@@ -286,9 +284,9 @@ def test_refit_together_is_gauss_newton(windows, half, biases):
         if "bias" in name:
             parameter.normal_(generator=generator)
     model.set_attn_implementation("eager")
-    sublayer = refit.sublayers(model.model.layers[1])[half]
+    sublayer = Sublayer(model, 1, half)
     stream = torch.randn(6, 20, 8, generator=generator, dtype=torch.float64)
-    now = refit.calls(model, 1, half, stream, windows)
+    now = list(sublayer.calls(stream, windows))
     target = torch.cat([sublayer.run(call) for call in now]) + 1e-4 * torch.randn(
         6, 20, 8, generator=generator, dtype=torch.float64
     )
@@ -308,8 +306,8 @@ def test_refit_together_is_gauss_newton(windows, half, biases):
 @torch.no_grad()
 def test_every_round_comes_nearer(model, windows, half):
     model.set_attn_implementation("blocked")
-    now = refit.calls(model, 1, half, hidden_states_before(model, windows, 1), windows)
-    sublayer = refit.sublayers(model.model.layers[1])[half]
+    sublayer = Sublayer(model, 1, half)
+    now = list(sublayer.calls(hidden_states_before(model, windows, 1), windows))
     target = torch.cat([sublayer.run(call) for call in now])
     if half == 0:
         surgery.keep_groups(model, 1, [1])
@@ -319,7 +317,7 @@ def test_every_round_comes_nearer(model, windows, half):
     for _ in range(3):
         moments = refit.refit_together(sublayer, now, target, 5, 1e-3)
         errors.append(refit.output_moments(sublayer, now, target)[1])
-        refit.replace_weight(sublayer.output, refit.solve(sublayer.output.weight, moments.gram, moments.cross, 1e-9))
+        refit.replace_weight(sublayer.output, least_squares.solve(sublayer.output.weight, moments.gram, moments.cross, 1e-9))
         errors.append(refit.output_moments(sublayer, now, target)[1])
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.8 * errors[0]
@@ -328,7 +326,7 @@ def test_every_round_comes_nearer(model, windows, half):
 @pytest.mark.parametrize("off", EVERY_SWITCH)
 def test_nothing_removed_is_the_identity(model, windows, logits_of, off):
     before = logits_of(model)
-    refit.sweep(model, founding.Plan([0.0] * 3, [0] * 3, [0] * 3), windows, refit.Ingredients(**{off: False}))
+    refit.sweep(model, plans.Plan([0.0] * 3, [0] * 3, [0] * 3), windows, refit.Ingredients(**{off: False}))
     assert torch.allclose(logits_of(model), before, atol=2e-3, rtol=1e-3)
 
 
@@ -346,9 +344,9 @@ def test_sweep_meets_the_plan_and_survives_the_folder(model, windows, logits_of,
 
 
 def test_uneven_pruned_model_can_be_swept_again(model, windows):
-    refit.sweep(model, founding.Plan([0.0] * 3, [1, 0, 0], [3, 0, 9]), windows)
+    refit.sweep(model, plans.Plan([0.0] * 3, [1, 0, 0], [3, 0, 9]), windows)
     first = layer_shapes(model)
-    refit.sweep(model, founding.Plan([0.0] * 3, [0, 1, 1], [5, 2, 0]), windows)
+    refit.sweep(model, plans.Plan([0.0] * 3, [0, 1, 1], [5, 2, 0]), windows)
     second = layer_shapes(model)
     assert (first["num_key_value_heads"] - second["num_key_value_heads"]).tolist() == [0, 1, 1]
     assert (first["intermediate_size"] - second["intermediate_size"]).tolist() == [5, 2, 0]
@@ -359,7 +357,7 @@ def test_input_refit_restores_a_drifted_stream(windows):
     model = small_model()
     stream = hidden_states_before(model, windows, 1)
     mix = torch.eye(32) + 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
-    attention, _ = refit.sublayers(model.model.layers[1])
+    attention, _ = sublayers(model, 1)
     drifted = stream @ mix
     with torch.no_grad():
         wanted = [linear(attention.norm(stream)) for linear in attention.inputs]
@@ -367,7 +365,7 @@ def test_input_refit_restores_a_drifted_stream(windows):
             (linear(attention.norm(drifted)) - y).square().sum()
             for linear, y in zip(attention.inputs, wanted, strict=True)
         ]
-        refit.refit_inputs(attention, *(refit.calls(model, 1, 0, x, windows) for x in (stream, drifted)), 1e-6)
+        refit.refit_inputs(attention, *(attention.calls(x, windows) for x in (stream, drifted)), 1e-6)
         after = [
             (linear(attention.norm(drifted)) - y).square().sum()
             for linear, y in zip(attention.inputs, wanted, strict=True)
@@ -382,7 +380,7 @@ def test_weighted_choice_uses_the_covariance(windows):
         model.model.layers[1].mlp.down_proj.weight[0, :6] *= 20  # channels 0–5 write strongly to coordinate 0 …
         model.model.layers[1].mlp.down_proj.weight[1, 6:12] *= 400  # … and 6–11 more strongly to 1
     covariance = torch.diag(torch.tensor([1.0] + [1e-6] * 31, dtype=torch.float64))
-    covariances, plan = [(covariance, covariance)] * 3, founding.Plan([0.0] * 3, [0] * 3, [0, 18, 0])
+    covariances, plan = [(covariance, covariance)] * 3, plans.Plan([0.0] * 3, [0] * 3, [0, 18, 0])
     kept = {}
     for weighted in (True, False):
         copy = small_model()
@@ -445,15 +443,15 @@ def test_gram_that_is_not_finite(model, windows):
 def test_plan_that_does_not_fit(model, windows):
     before = snapshot(model)
     with pytest.raises(InputError, match="layer 1 cannot lose"):
-        refit.sweep(model, founding.Plan([0.0] * 3, [0, 99, 0], [1, 0, 0]), windows)
+        refit.sweep(model, plans.Plan([0.0] * 3, [0, 99, 0], [1, 0, 0]), windows)
     assert_untouched(model, before)
 
 
 def test_the_tolerance_of_a_batch_is_its_matrices():
     matrices = torch.diag(torch.tensor([1.0, 1e-14], dtype=torch.float64)).expand(300, 2, 2)
-    assert torch.allclose(refit.cholesky(matrices)[0].diagonal(), matrices[0].diagonal().sqrt())
+    assert torch.allclose(least_squares.cholesky(matrices)[0].diagonal(), matrices[0].diagonal().sqrt())
     with pytest.raises(InputError, match="singular"):
-        refit.cholesky(torch.zeros(300, 2, 2, dtype=torch.float64))
+        least_squares.cholesky(torch.zeros(300, 2, 2, dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -470,7 +468,7 @@ def test_units_that_do_nothing_cost_nothing_and_go_first(windows, clone):
     expected, kept = clone(model), model.model.layers[0].self_attn.k_proj.weight[head_dim:].clone()
     refit.sweep(
         model,
-        founding.Plan([0.1] * 3, [1, 3, 0], [0] * 3),
+        plans.Plan([0.1] * 3, [1, 3, 0], [0] * 3),
         windows,
         refit.Ingredients(input_refit=False, newton_rounds=0, weighted=False),
     )
@@ -484,7 +482,7 @@ def test_streams_of_bf16_models_are_float32(windows, clone):
     model = small_model(tie_word_embeddings=False)
     model.model.embed_tokens.weight.mul_(50)
     model.to(torch.bfloat16)
-    plan, errors = founding.Plan([0.3] * 3, [1, 1, 1], [8, 8, 8]), []
+    plan, errors = plans.Plan([0.3] * 3, [1, 1, 1], [8, 8, 8]), []
     for dtype in (torch.float32, torch.bfloat16):
         pruned = clone(model).to(dtype)
         refit.sweep(pruned, plan, windows, refit.Ingredients(weighted=False))

@@ -10,7 +10,7 @@ from conftest import biased_model
 from gqalib import InputError
 from gqalib.measure.perplexity import kl_to, perplexity
 from gqalib.model.shapes import count_parameters, layer_shapes
-from gqalib.prune import allocate, founding, refit, scores, search
+from gqalib.prune import allocate, founding, plans, refit, scores, search
 
 QUICK = refit.Ingredients(newton_rounds=0)
 
@@ -18,7 +18,7 @@ QUICK = refit.Ingredients(newton_rounds=0)
 @pytest.fixture
 def table(model, windows):
     table = allocate.cost_table(model, windows, scores.gradient_covariances(model, windows), QUICK)
-    return table.with_layers(scores.removal_importance(model, windows), perplexity(model, windows))
+    return table.with_layers(founding.removal_importance(model, windows), perplexity(model, windows))
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def test_plans_meet_the_budget(table, fraction, seed):
 def test_plans_in_multiples(model, windows, multiple):
     """Of the channels that stay: 24 are no multiple of 5."""
     table = allocate.cost_table(model, windows, scores.gradient_covariances(model, windows), QUICK, multiple=multiple)
-    plans = [table.plan(0.4), founding.uniform_plan(model, 0.4, multiple=multiple)]
-    for plan in plans:
+    both = [table.plan(0.4), plans.uniform_plan(model, 0.4, multiple=multiple)]
+    for plan in both:
         assert all((24 - count) % multiple == 0 and count < 24 for count in plan.channels) and any(plan.channels)
         assert abs(removed(plan, table) - 0.4 * table.backbone) < multiple * table.prices[0][1]
-    assert removed(plans[0], table) >= 0.4 * table.backbone
+    assert removed(both[0], table) >= 0.4 * table.backbone
 
 
 def test_plans_go_down_to_one_channel(model, windows):
@@ -97,7 +97,7 @@ def test_a_layer_that_does_nothing_goes_whole(model, windows, logits_of):
         linear.weight.data.zero_()
     before, covariances = logits_of(model), scores.gradient_covariances(model, windows)
     table = allocate.cost_table(model, windows, covariances, QUICK)
-    table = table.with_layers(scores.removal_importance(model, windows), perplexity(model, windows))
+    table = table.with_layers(founding.removal_importance(model, windows), perplexity(model, windows))
     assert table.layers[1] == pytest.approx(0, abs=1e-6)
     plan = dataclasses.replace(table, layers=np.array([9.0, 0.0, 9.0])).plan(
         1 / 3
@@ -149,15 +149,9 @@ def test_search_is_repeatable(trial, table, windows):
     assert first.plan == second.plan and first.history.equals(second.history)
 
 
-def test_prune_to_kept(trial, table, windows):
-    dense = count_parameters(trial.model)
-    search.prune_to(trial, table, windows, kept=0.7)
-    assert count_parameters(trial.model)["total"] == pytest.approx(0.7 * dense["total"], abs=table.prices[0][0])
-
-
 def test_prune_to_perplexity(trial, table, windows, tmp_path):
     limit = 1.5 * perplexity(trial.model, windows)
-    trials = search.prune_to(trial, table, windows, perplexity=limit, trials=5)
+    trials = search.prune_to(trial, table, windows, limit, trials=5)
     best = trials[trials["perplexity"] <= limit]["fraction"].max()
     assert perplexity(trial.model, windows) == pytest.approx(trials.set_index("fraction")["perplexity"][best])
     assert perplexity(trial.model, windows) <= limit and trials["fraction"].gt(best).any()
@@ -170,8 +164,8 @@ def test_prune_to_perplexity(trial, table, windows, tmp_path):
 
 def test_a_target_that_no_trial_meets_leaves_the_model_dense(trial, table, windows, logits_of, monkeypatch):
     before = logits_of(trial.model)
-    monkeypatch.setattr(search, "perplexity_of", lambda model, text: 2.0 if model is trial.model else 9.0)
-    trials = search.prune_to(trial, table, windows, perplexity=2.1, trials=2)
+    monkeypatch.setattr(search, "perplexity", lambda model, text: 2.0 if model is trial.model else 9.0)
+    trials = search.prune_to(trial, table, windows, 2.1, trials=2)
     assert trials["perplexity"].tolist() == [9.0, 9.0] and trials["fraction"].gt(0).all()
     assert torch.equal(logits_of(trial.model), before)
 
@@ -180,28 +174,18 @@ def test_a_sweep_that_fails_is_no_model_too_far(trial, table, windows, logits_of
     """Too little text, or a singular matrix, is said; it is no perplexity."""
     before, few = logits_of(trial.model), dataclasses.replace(trial, windows=windows[:1])
     with pytest.raises(InputError, match="20 calibration tokens are too few"):
-        search.prune_to(few, table, windows, perplexity=2 * perplexity(trial.model, windows))
+        search.prune_to(few, table, windows, 2 * perplexity(trial.model, windows))
     assert torch.equal(logits_of(trial.model), before)
 
 
-@pytest.mark.parametrize(
-    ("target", "says"),
-    [
-        ({}, "one target"),
-        ({"kept": 0.5, "perplexity": 9.0}, "one target"),
-        ({"perplexity": 1.0}, "not above the dense model's"),
-        ({"kept": 0.001}, "outside|cannot go"),
-        ({"kept": 1.5}, "outside"),
-    ],
-)
-def test_targets_that_cannot_be(trial, table, windows, logits_of, target, says):
+def test_a_limit_that_the_dense_model_does_not_meet(trial, table, windows, logits_of):
     before = logits_of(trial.model)
-    with pytest.raises(InputError, match=says):
-        search.prune_to(trial, table, windows, **target)
+    with pytest.raises(InputError, match="not above the dense model's"):
+        search.prune_to(trial, table, windows, 1.0)
     assert torch.equal(logits_of(trial.model), before)
 
 
 def test_a_whole_layer_may_go_only_in_the_sweep(model, windows):
-    plan = founding.Plan([0.0] * 3, [0, layer_shapes(model)["num_key_value_heads"][1], 0], [0, 24, 0])
+    plan = plans.Plan([0.0] * 3, [0, layer_shapes(model)["num_key_value_heads"][1], 0], [0, 24, 0])
     with pytest.raises(InputError, match="at least one must stay"):
         founding.prune(model, plan, windows)

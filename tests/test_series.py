@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-
 from unittest import mock
 
 import nbformat
@@ -159,7 +158,7 @@ def test_an_open_notebook_and_a_runner_respect_each_other(job):
 
 
 def test_words_change_no_code(tmp_path):
-    source = "from gqalib.prune.rates import layer_rates"
+    source = "from gqalib.prune.plans import whole_units"
     assert resume.code_hash(source) == resume.code_hash("import torch\n" + source)
     assert resume.code_hash(source) != resume.code_hash("from gqalib.prune import search")
     plain, spoken = "def f():\n    return 1", 'def f():\n    """Says one."""\n    return 1  # one'
@@ -230,7 +229,7 @@ SLOW = """
 import os, pathlib, time, torch
 from gqalib.measure.perplexity import perplexity
 from gqalib.model import load
-from gqalib.prune import founding, refit
+from gqalib.prune import plans, refit
 
 
 def after_layer(layer):
@@ -241,8 +240,8 @@ def after_layer(layer):
 
 nb.upstream("01_first")
 model, text = load.load_model(nb.preset.model, device="cpu"), torch.arange(1, 61).repeat(3).view(9, 20)
-quick, plan = refit.Ingredients(newton_rounds=1, newton_steps=1), founding.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
-refit.sweep(model, plan, text, quick, after_layer=after_layer, progress=nb.progress("sweep"))
+quick, plan = refit.Ingredients(newton_rounds=1, newton_steps=1), plans.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
+nb.progress("sweep").run(refit.sweep, model, plan, text, quick, after_layer=after_layer)
 nb.metric("swept", perplexity(model, text), "perplexity")
 """
 

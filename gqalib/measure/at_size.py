@@ -26,7 +26,7 @@ from gqalib.measure import cost, speed
 from gqalib.model.load import load_config, random_model, resolve_device
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig
 from gqalib.model.shapes import layer_shapes
-from gqalib.prune import allocate, founding, refit, scores
+from gqalib.prune import allocate, founding, plans, refit, scores
 from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
 from gqalib.stream import streamed
@@ -116,7 +116,7 @@ def measure_pruning(nb: Notebook, config: GqaLlamaConfig) -> None:
     model = random_model(config, p.dtype, p.device)
     removal, calibration = (random_windows(config, sample) for sample in (p.removal, p.calibration))
     with nb.stage("layer removal", model, removal.shape, "removal.num_examples"):
-        importances = scores.removal_importance(model, removal)
+        importances = founding.removal_importance(model, removal)
     plan = founding.make_plan(model, importances, p.pruning)
     with nb.stage("sequential Taylor", model, calibration.shape, "calibration.num_examples"):
         nb.table("layers", founding.prune(model, plan, calibration).reset_index())
@@ -135,7 +135,7 @@ def measure_refit(nb: Notebook, config: GqaLlamaConfig) -> None:
             table = allocate.cost_table(model, windows, covariances)
         halves = [[units // 2 for units in column] for column in zip(*table.widths, strict=True)]
         nb.save()
-        plan, ends = founding.Plan([0.5] * len(table.widths), *halves), [time.perf_counter()]
+        plan, ends = plans.Plan([0.5] * len(table.widths), *halves), [time.perf_counter()]
         with nb.stage("sweep", model, **how):
             after = lambda _: ends.append(time.perf_counter())  # noqa: E731
             refit.sweep(model, plan, windows, covariances=covariances, after_layer=after)

@@ -25,7 +25,7 @@ from gqalib.measure.memory import measured_on
 from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, size_of
 from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, wanda_sp
-from gqalib.prune import allocate, founding, refit, scores
+from gqalib.prune import allocate, founding, plans, refit, scores
 from gqalib.run.presets import DEPTH, NO_MULTIPLE, PEERS, Pruning  # noqa: F401 notebooks read PEERS here
 from gqalib.run.resume import NOT_KEPT, Progress
 
@@ -36,7 +36,7 @@ def founding_taylor(
 ) -> None:  # fmt: skip
     """The founding document's recipe: Σ |W ⊙ G|, on the model pruned so far or all at once; rates inverse to
     `removal_importance`."""
-    removal = scores.removal_importance(model, windows) if removal is None else removal
+    removal = founding.removal_importance(model, windows) if removal is None else removal
     settings = Pruning(0.25, "inverse", alpha=1.0, min_rate=0.15, max_rate=0.5, channel_multiple=multiple)
     plan = founding.make_plan(model, removal, settings, mean_rate=fraction)
     founding.prune(model, plan, windows, sequential=sequential)
@@ -47,7 +47,7 @@ def refit_uniform(
     multiple: int = 1,
 ) -> None:  # fmt: skip
     """The sweep at the same rate in every layer."""
-    refit.sweep(model, founding.uniform_plan(model, fraction, multiple=multiple), windows, covariances=covariances)
+    refit.sweep(model, plans.uniform_plan(model, fraction, multiple=multiple), windows, covariances=covariances)
 
 
 def refit_allocated(
@@ -62,8 +62,8 @@ def covariances_and_table(
     model: nn.Module, windows: torch.Tensor, multiple: int = 1, progress: Progress = NOT_KEPT
 ) -> tuple[allocate.Covariances, allocate.CostTable]:
     """The gradients' covariances, and the cost table made of them."""
-    covariances = scores.gradient_covariances(model, windows, progress=progress)
-    return covariances, allocate.cost_table(model, windows, covariances, multiple=multiple, progress=progress)
+    covariances = progress.run(scores.gradient_covariances, model, windows)
+    return covariances, progress.run(allocate.cost_table, model, windows, covariances, multiple=multiple)
 
 
 OWN = "refit, allocated"
@@ -85,9 +85,9 @@ METHODS: dict[str, Callable[..., object]] = {
     OWN: refit_allocated,
 }
 PREPARATIONS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {  # the fourth argument
-    "layer removal": scores.removal_importance,
-    "founding Taylor": scores.removal_importance,
-    "founding Taylor, one shot": scores.removal_importance,
+    "layer removal": founding.removal_importance,
+    "founding Taylor": founding.removal_importance,
+    "founding Taylor, one shot": founding.removal_importance,
     "refit, uniform": scores.gradient_covariances,
     OWN: covariances_and_table,
 }
@@ -160,7 +160,7 @@ def check_budget(model: nn.Module, dense: nn.Module, fraction: float, multiple: 
     """Raises InputError if the backbone is off the fraction by more than one step: unequal sizes are no comparison."""
     backbone = count_parameters(dense)["backbone"]
     removed = backbone - count_parameters(model)["backbone"]
-    channel = max(founding.unit_costs(layer)[1] for layer in decoder_layers(dense))
+    channel = max(plans.unit_costs(layer)[1] for layer in decoder_layers(dense))
     if abs(removed - fraction * backbone) > multiple * channel:
         went = f"{removed / backbone:.2%} of the backbone went where {fraction:.2%} was asked"
         raise InputError(f"{went}: lower the fraction")

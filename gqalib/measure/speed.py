@@ -28,7 +28,7 @@ from gqalib.measure import cost
 from gqalib.model.load import random_model
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig
 from gqalib.model.shapes import count_parameters, decoder_layers, layer_shapes
-from gqalib.prune.founding import unit_costs
+from gqalib.prune.plans import unit_costs
 
 # ---------------------------------------------------------------- the two phases
 

@@ -23,13 +23,10 @@ def keep_groups(model: nn.Module, layer_index: int, groups: Sequence[int]) -> No
     Raises:
         InputError: layer or group out of range, a group named twice, or no group left.
     """
-    attention = _layer(model, layer_index).self_attn
-    shape = layer_shape(decoder_layers(model)[layer_index])
-    groups = _checked(groups, shape["num_key_value_heads"], "group", layer_index)
+    layer = _layer(model, layer_index)
+    groups = _checked(groups, layer_shape(layer)["num_key_value_heads"], "group", layer_index)
+    attention, query_rows = layer.self_attn, _query_rows(layer, groups)
     kv_rows = rows_of_heads(groups, attention.head_dim)
-    query_rows = rows_of_heads(
-        query_heads(groups, shape["num_attention_heads"] // shape["num_key_value_heads"]), attention.head_dim
-    )
     _keep_rows(attention.q_proj, query_rows)
     _keep_rows(attention.k_proj, kv_rows)
     _keep_rows(attention.v_proj, kv_rows)
@@ -110,9 +107,8 @@ def add_output_bias(model: nn.Module, layer_index: int, projection: str, bias: t
             f"a bias of {projection} must be {linear.out_features} finite numbers, not {list(bias.shape)}: check it"
         )
     old = 0 if linear.bias is None else linear.bias
-    linear.bias = nn.Parameter(
-        (old + bias.to(linear.weight.device)).to(linear.weight.dtype), linear.weight.requires_grad
-    )
+    total = (old + bias.to(linear.weight.device)).to(linear.weight.dtype)
+    linear.bias = nn.Parameter(total, linear.weight.requires_grad)
     record_shapes(model)
 
 
@@ -152,9 +148,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     decoder, config = model.get_decoder(), dict(vars(model.config))
     layers = decoder.layers
     sizes = ("in_features", "out_features", "num_key_value_groups", "layer_idx")
-    modules = [
-        (module, {name: value for name, value in vars(module).items() if name in sizes}) for module in layers.modules()
-    ]
+    modules = [(m, {name: value for name, value in vars(m).items() if name in sizes}) for m in layers.modules()]
     weights = [
         (module, name, None if p is None else (p.detach().cpu(), p.device, p.requires_grad))
         for module, _ in modules
@@ -183,10 +177,15 @@ def replace_weight(linear: nn.Linear, weight: torch.Tensor) -> None:
 @torch.no_grad()
 def mask_groups(model: nn.Module, layer_index: int, groups: Sequence[int]) -> None:
     """Zero the `o_proj` columns of these groups: what removing them must equal, with every shape left alone."""
-    attention = _layer(model, layer_index).self_attn
-    shape = layer_shape(decoder_layers(model)[layer_index])
+    layer = _layer(model, layer_index)
+    layer.self_attn.o_proj.weight[:, _query_rows(layer, groups)] = 0
+
+
+def _query_rows(layer: nn.Module, groups: Sequence[int]) -> torch.Tensor:
+    """Rows of q_proj and columns of o_proj that belong to these groups."""
+    shape = layer_shape(layer)
     heads = query_heads(groups, shape["num_attention_heads"] // shape["num_key_value_heads"])
-    attention.o_proj.weight[:, rows_of_heads(heads, attention.head_dim)] = 0
+    return rows_of_heads(heads, layer.self_attn.head_dim)
 
 
 def _layer(model: nn.Module, index: int) -> nn.Module:

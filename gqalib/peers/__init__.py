@@ -15,10 +15,6 @@ source leaves another choice open, the docstring of the peer says which one was 
 stay in a layer are a whole number; FLAP's one ranking over all layers and the depth pruners set their own widths and
 take none.
 
-`v2`, the pipeline whose failure the workbook starts from, meets no budget and is no entry of `PEERS`.
+`v2`, the pipeline whose failure the workbook starts from, meets no budget and is no such peer. `measure.frontier` has
+the names that tables and commands use.
 """
-
-from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, v2, wanda_sp
-from gqalib.peers.common import PEERS
-
-__all__ = ["PEERS", "controls", "depth", "flap", "llm_pruner", "osscar", "torch_pruning", "v2", "wanda_sp"]

@@ -1,4 +1,4 @@
-"""What the peers share: the door that checks and registers them, and a look at the features that pruning removes."""
+"""What the peers share: the door that checks what is asked, and a look at the features that pruning removes."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,11 +10,9 @@ from gqalib.errors import InputError
 from gqalib.model.surgery import restored_on_error
 from gqalib.stream import advance
 
-PEERS: dict[str, Callable[..., None]] = {}
-
 
 def peer(function: Callable[..., None]) -> Callable[..., None]:
-    """Enter a peer into `PEERS`: its arguments are checked first, and the model is as it was if it raises."""
+    """A method as a peer: the fraction is checked first, and the model is as it was if it raises."""
 
     @functools.wraps(function)
     def checked(model: nn.Module, windows: torch.Tensor, fraction: float, *more, **options) -> None:
@@ -25,7 +23,6 @@ def peer(function: Callable[..., None]) -> Callable[..., None]:
         model.requires_grad_(True)
         model.zero_grad(set_to_none=True)
 
-    PEERS[function.__name__] = checked
     return checked
 
 
@@ -57,8 +54,7 @@ def feed(
 class MeanVariance:
     """Sums over all tokens of features and of their squares, float64 [width], and what follows from them."""
 
-    def __init__(self) -> None:
-        self.count, self.sum, self.squares = 0, 0.0, 0.0
+    count, sum, squares = 0, 0.0, 0.0
 
     def see(self, features: torch.Tensor) -> None:
         self.count += len(features)

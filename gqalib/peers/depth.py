@@ -6,8 +6,9 @@ from torch import nn
 from gqalib.errors import InputError, OutOfReach
 from gqalib.model.surgery import drop_layers
 from gqalib.peers.common import peer
-from gqalib.prune.founding import layer_sizes
-from gqalib.prune.scores import activation_importance, removal_importance
+from gqalib.prune.founding import removal_importance
+from gqalib.prune.plans import layer_sizes
+from gqalib.prune.scores import activation_importance
 
 
 @peer
@@ -27,7 +28,7 @@ def layer_removal(
     """Drop the layers whose removal, one at a time, raises the calibration perplexity least (Kim et al., Shortened
     LLaMA, 2024).
 
-    Choices: measured once on the dense model, as published, by `scores.removal_importance` (`removal`, if it is at
+    Choices: measured once on the dense model, as published, by `founding.removal_importance` (`removal`, if it is at
     hand); as many layers as come nearest to the fraction, at least one.
     """
     _drop_least(model, removal_importance(model, windows) if removal is None else removal, fraction)

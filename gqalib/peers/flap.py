@@ -7,8 +7,8 @@ from gqalib.errors import InputError, OutOfReach
 from gqalib.model.shapes import count_parameters, decoder_layers
 from gqalib.model.surgery import add_output_bias, rows_of_heads
 from gqalib.peers.common import MeanVariance, feed, peer
-from gqalib.prune.founding import unit_costs
-from gqalib.prune.refit import sublayers
+from gqalib.prune.plans import unit_costs
+from gqalib.prune.sublayers import sublayers
 
 
 @peer
@@ -29,7 +29,7 @@ def flap(model: nn.Module, windows: torch.Tensor, fraction: float, by_column: bo
     """
     stream, parts, seen, costs = None, [], [], []
     for index, layer in enumerate(decoder_layers(model)):
-        parts += sublayers(layer)
+        parts += sublayers(model, index)
         seen += MeanVariance(), MeanVariance()
         costs += [torch.full((part.num_units,), cost) for part, cost in zip(parts[-2:], unit_costs(layer), strict=True)]
         see = {part.output: sums.see for part, sums in zip(parts[-2:], seen[-2:], strict=True)}
@@ -45,7 +45,7 @@ def flap(model: nn.Module, windows: torch.Tensor, fraction: float, by_column: bo
     for place, units in enumerate(stays.split([len(score) for score in scores])):
         part, kept = parts[place], units.nonzero().flatten().tolist()
         bias = removed_mean(part.output.weight, seen[place].mean, rows_of_heads(kept, part.unit))
-        part.keep(model, place // 2, kept)
+        part.keep(kept)
         add_output_bias(model, place // 2, ("o_proj", "down_proj")[place % 2], bias)
 
 

@@ -7,8 +7,8 @@ from gqalib.errors import OutOfReach
 from gqalib.model.shapes import decoder_layers
 from gqalib.model.surgery import keep_channels, keep_groups
 from gqalib.peers.common import peer
-from gqalib.prune.founding import Plan, uniform_plan
-from gqalib.prune.scores import backward, channel_scores, largest, misaligned_group_scores
+from gqalib.prune.plans import Plan, uniform_plan
+from gqalib.prune.scores import backward, channel_scores, head_scores, largest
 
 
 @peer
@@ -30,6 +30,16 @@ def llm_pruner(
         groups, channels = misaligned_group_scores(layer), channel_scores(layer)
         keep_groups(model, index, largest(groups, len(groups) - plan.groups[index]))
         keep_channels(model, index, largest(channels, len(channels) - plan.channels[index]))
+
+
+def misaligned_group_scores(layer: nn.Module, statistic: str = "taylor") -> torch.Tensor:
+    """Scores of KV heads by LLM-Pruner's fold: `view(size, groups).sum(0)` credits KV head k with query heads k,
+    k + groups, …
+
+    `repeat_kv` pairs *consecutive* query heads with a KV head, so for a 4:1 layer three of the four belong elsewhere.
+    """
+    heads = head_scores(layer, statistic)
+    return heads["q_proj"].view(-1, len(heads["k_proj"])).sum(0) + heads["k_proj"] + heads["v_proj"]
 
 
 def _plan(model: nn.Module, fraction: float, protect: bool, multiple: int) -> Plan:

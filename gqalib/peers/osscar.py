@@ -6,8 +6,9 @@ from torch import nn
 from gqalib.model.shapes import decoder_layers
 from gqalib.model.surgery import replace_weight, rows_of_heads
 from gqalib.peers.common import feed, peer
-from gqalib.prune import refit
-from gqalib.prune.founding import uniform_plan
+from gqalib.prune import least_squares, refit
+from gqalib.prune.plans import uniform_plan
+from gqalib.prune.sublayers import sublayers
 from gqalib.stream import advance
 
 RIDGE = 1e-2  # of the mean diagonal of a Gram matrix: what makes every solve well-posed
@@ -34,15 +35,15 @@ def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: i
     refit.check_tokens(model, windows)
     plan, stream = uniform_plan(model, fraction, multiple=multiple), None
     for index, layer in enumerate(decoder_layers(model)):
-        for part, removed in zip(refit.sublayers(layer), (plan.groups[index], plan.channels[index]), strict=True):
+        for part, removed in zip(sublayers(model, index), (plan.groups[index], plan.channels[index]), strict=True):
             weight = part.output.weight.detach().double()
             gram = torch.zeros(len(weight.T), len(weight.T), dtype=torch.float64, device=weight.device)
             feed(model, stream, windows, index, {part.output: lambda x, gram=gram: gram.add_(x.T @ x)})
-            gram = refit.damped(gram, RIDGE)
+            gram = least_squares.damped(gram, RIDGE)
             cross = gram @ weight.T
             kept = select_units(gram, cross, part.num_units, removed, ROUNDS).tolist()
             columns = rows_of_heads(kept, part.unit)
-            part.keep(model, index, kept)
+            part.keep(kept)
             replace_weight(part.output, torch.linalg.solve(gram[columns][:, columns], cross[columns]).T)
         stream = advance(model, stream, windows, index, index + 1)
 
@@ -54,8 +55,8 @@ def select_units(gram: torch.Tensor, cross: torch.Tensor, num_units: int, count:
         gram: H [features, features], positive definite; the features of unit u are consecutive.
         cross: B [features, outputs]. The error of a set S is constant − tr(B_Sᵀ H_SS⁻¹ B_S).
     """
-    weight, unit = torch.cholesky_solve(cross, refit.cholesky(gram)).T, len(gram) // num_units
-    kept = refit.choose(weight, gram, count, unit, damping=0.0, per_step=max(1, num_units // 64))
+    weight, unit = torch.cholesky_solve(cross, least_squares.cholesky(gram)).T, len(gram) // num_units
+    kept = least_squares.choose(weight, gram, count, unit, damping=0.0, per_step=max(1, num_units // 64))
     kept = torch.tensor(kept, device=gram.device)
     for _ in range(rounds if 0 < count else 0):
         swapped = _swap(gram, cross, kept, num_units)
@@ -69,8 +70,8 @@ def _rise_without(gram: torch.Tensor, cross: torch.Tensor, kept: torch.Tensor, n
     """Rise of the error when one more of the kept units goes: tr(W_uᵀ (H⁻¹_uu)⁻¹ W_u), with W = H_SS⁻¹ B_S; [kept]."""
     unit = len(gram) // num_units
     columns = rows_of_heads(kept.tolist(), unit)
-    inverse = torch.cholesky_inverse(refit.cholesky(gram[columns][:, columns]))
-    return refit.unit_losses((inverse @ cross[columns]).T, inverse, unit)
+    inverse = torch.cholesky_inverse(least_squares.cholesky(gram[columns][:, columns]))
+    return least_squares.unit_losses((inverse @ cross[columns]).T, inverse, unit)
 
 
 def _fall_with(
@@ -80,9 +81,9 @@ def _fall_with(
     explain; [out]."""
     unit = len(gram) // num_units
     inside, outside = rows_of_heads(kept.tolist(), unit), rows_of_heads(out.tolist(), unit)
-    explained = torch.cholesky_solve(gram[inside][:, outside], refit.cholesky(gram[inside][:, inside]))
+    explained = torch.cholesky_solve(gram[inside][:, outside], least_squares.cholesky(gram[inside][:, inside]))
     rest = cross[outside] - explained.T @ cross[inside]
-    return refit.unit_losses(rest.T, gram[outside][:, outside] - gram[outside][:, inside] @ explained, unit)
+    return least_squares.unit_losses(rest.T, gram[outside][:, outside] - gram[outside][:, inside] @ explained, unit)
 
 
 def _swap(gram: torch.Tensor, cross: torch.Tensor, kept: torch.Tensor, num_units: int) -> torch.Tensor | None:

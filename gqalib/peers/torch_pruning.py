@@ -8,8 +8,7 @@ from gqalib.model.shapes import count_parameters, decoder_layers, layer_shape, l
 from gqalib.model.surgery import record_shapes
 from gqalib.peers.common import peer
 from gqalib.peers.v2 import traced_inputs, traced_without_rotation
-from gqalib.prune.founding import size, spread_channels, unit_costs
-from gqalib.prune.rates import whole_units
+from gqalib.prune.plans import size, spread_channels, units, whole_units
 from gqalib.prune.scores import backward
 
 
@@ -33,17 +32,7 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float, 
     backward(model, windows)
     model.requires_grad_(True)  # the graph is traced through autograd
     layers = decoder_layers(model)
-    ratios, head_ratios, num_heads = {}, {}, {}
-    for layer, gone, width in zip(layers, heads, channels, strict=True):
-        attention, shape = layer.self_attn, layer_shape(layer)
-        if width:  # half a unit less or more than whole, so that the library's floor and ceil of a float cannot slip
-            ratios[layer.mlp.gate_proj] = (width - 0.5) / shape["intermediate_size"]
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-            queries = projection is attention.q_proj
-            num_heads[projection] = shape["num_attention_heads" if queries else "num_key_value_heads"]
-            if gone:
-                head_ratios[projection] = (gone - 0.5) / shape["num_attention_heads"]
-                ratios[projection] = 0.5  # any: head_dim is not pruned, but a ratio of 0 would skip the heads as well
+    outputs = [linear for layer in layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
     # eager: keys and values are repeated by an `expand`, which torch-pruning knows as GQA; it cannot see into fused
     # kernels
     with traced_without_rotation(), attention_implementation("eager", model):
@@ -52,13 +41,10 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float, 
             traced_inputs(model, windows),
             importance=tp.importance.GroupTaylorImportance(bias=True),
             pruning_ratio=0.0,
-            pruning_ratio_dict=ratios,
-            ignored_layers=[model.get_input_embeddings(), model.get_output_embeddings()]
-            + [linear for layer in layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)],
-            num_heads=num_heads,
+            ignored_layers=[model.get_input_embeddings(), model.get_output_embeddings(), *outputs],
             prune_num_heads=True,
             prune_head_dims=False,
-            head_pruning_ratio_dict=head_ratios,
+            **_what_goes(layers, heads, channels),
             in_channel_groups={},  # the defaults are dicts that every pruner of the process would share
             out_channel_groups={},
             channel_groups={},
@@ -70,15 +56,31 @@ def torch_pruning_gqa(model: nn.Module, windows: torch.Tensor, fraction: float, 
     record_shapes(model)
 
 
+def _what_goes(layers: nn.ModuleList, heads: list[int], channels: list[int]) -> dict[str, dict[nn.Linear, float]]:
+    """The library's arguments for it. Ratios are half a unit less than whole, so that its floor and ceil of a float
+    cannot slip."""
+    ratios, head_ratios, num_heads = {}, {}, {}
+    for layer, gone, width in zip(layers, heads, channels, strict=True):
+        attention, shape = layer.self_attn, layer_shape(layer)
+        if width:
+            ratios[layer.mlp.gate_proj] = (width - 0.5) / shape["intermediate_size"]
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            queries = projection is attention.q_proj
+            num_heads[projection] = shape["num_attention_heads" if queries else "num_key_value_heads"]
+            if gone:
+                head_ratios[projection] = (gone - 0.5) / shape["num_attention_heads"]
+                ratios[projection] = 0.5  # any: head_dim is not pruned, but a ratio of 0 would skip the heads as well
+    return {"pruning_ratio_dict": ratios, "head_pruning_ratio_dict": head_ratios, "num_heads": num_heads}
+
+
 def _query_heads_and_channels(model: nn.Module, fraction: float, multiple: int) -> tuple[list[int], list[int]]:
     """Query heads and channels that each layer loses.
 
     A step takes one query head from every group of a layer; on MHA it is one head with its key and value.
     """
-    layers, shapes = decoder_layers(model), layer_shapes(model)
-    queries, kv_heads, widths = (torch.tensor(shapes[name].to_numpy()) for name in shapes)
-    groups, channels = torch.tensor([unit_costs(layer) for layer in layers], dtype=torch.float64).T
-    own = [size(layer.self_attn.q_proj) + size(layer.self_attn.o_proj, rows=False) for layer in layers]
+    kv_heads, widths, costs = units(model)
+    queries, (groups, channels) = torch.tensor(layer_shapes(model)["num_attention_heads"]), costs.double().T
+    own = [size(x.self_attn.q_proj) + size(x.self_attn.o_proj, rows=False) for x in decoder_layers(model)]
     mha, per_group = queries == kv_heads, queries // kv_heads
     step_costs = torch.where(mha, groups, torch.tensor(own, dtype=torch.float64) / per_group)
     steps = torch.where(mha, kv_heads, per_group - 1)  # whole_units leaves one, so two query heads of a group stay

@@ -19,7 +19,8 @@ from transformers.models.llama import modeling_llama
 from gqalib.errors import InputError
 from gqalib.model.shapes import decoder_layers, layer_shape
 from gqalib.model.surgery import keep_channels, record_shapes, rows_of_heads
-from gqalib.prune.scores import channel_scores, largest, misaligned_group_scores
+from gqalib.peers.llm_pruner import misaligned_group_scores
+from gqalib.prune.scores import channel_scores, largest
 
 
 def kv_heads_to_remove(layer: nn.Module, count: int) -> list[int]:

@@ -5,9 +5,9 @@ from torch import nn
 
 from gqalib.model.shapes import decoder_layers
 from gqalib.peers.common import MeanVariance, feed, peer
-from gqalib.prune.founding import uniform_plan
-from gqalib.prune.refit import sublayers
+from gqalib.prune.plans import uniform_plan
 from gqalib.prune.scores import largest
+from gqalib.prune.sublayers import sublayers
 from gqalib.stream import advance
 
 
@@ -22,11 +22,11 @@ def wanda_sp(model: nn.Module, windows: torch.Tensor, fraction: float, multiple:
     """
     plan, stream = uniform_plan(model, fraction, multiple=multiple), None
     for index, layer in enumerate(decoder_layers(model)):
-        parts, seen = sublayers(layer), (MeanVariance(), MeanVariance())
+        parts, seen = sublayers(model, index), (MeanVariance(), MeanVariance())
         feed(model, stream, windows, index, {part.output: sums.see for part, sums in zip(parts, seen, strict=True)})
         for part, sums, removed in zip(parts, seen, (plan.groups[index], plan.channels[index]), strict=True):
             scores = wanda_scores(part.output.weight, sums.squares).view(part.num_units, -1).sum(1)
-            part.keep(model, index, largest(scores, part.num_units - removed))
+            part.keep(largest(scores, part.num_units - removed))
         stream = advance(model, stream, windows, index, index + 1)
 
 

@@ -3,10 +3,8 @@
 The estimate. Let e be the error that a pruned and refitted sublayer makes in its output at a token, and g the gradient
 of the loss there. To second order, with the covariance of g in the place of the Hessian (Gauss–Newton; Martens & Grosse
 2015), the loss rises by ½ E[(gᵀe)²] = ½ E[eᵀ G e]. That is what the weighted choice in `refit` lowers unit by unit, so
-one elimination of a module
-from whole to nothing gives its cost at every level: a table of 2 × layers rows for one pass over the text. That whole
-layers may
-go is one more level: their cost is measured (`scores.removal_importance`, `CostTable.with_layers`).
+one elimination of a module from whole to nothing gives its cost at every level: a table of 2 × layers rows for one pass
+over the text. That whole layers may go is one more level: their cost is measured (`founding.removal_importance`).
 
 The plan. `cheapest` picks one level for each layer, exactly, so that the parameters that go reach the budget at the
 least total cost; the costs are added up, as if each error stood alone.
@@ -23,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from gqalib.errors import OutOfReach
-from gqalib.model.shapes import decoder_layers, layer_shapes
+from gqalib.model.shapes import decoder_layers
 from gqalib.prune import refit
-from gqalib.prune.founding import Plan, layer_sizes, unit_costs
-from gqalib.prune.rates import beyond_multiples
-from gqalib.run.resume import NOT_KEPT, Progress
+from gqalib.prune.least_squares import damped, removal_order
+from gqalib.prune.plans import Plan, beyond_multiples, layer_sizes, units
+from gqalib.prune.sublayers import Sublayer, empty_like, sublayers
+from gqalib.steps import in_steps
 from gqalib.stream import at_work
 
 Covariances = Sequence[tuple[Tensor, Tensor]]
@@ -54,7 +53,7 @@ class CostTable:
     def with_layers(self, removal: Tensor, dense: float) -> "CostTable":
         """The same table with each whole layer as one more level; what helps costs nothing.
 
-        `removal`: from `scores.removal_importance`, [layers], rises of the dense model's perplexity, `dense`, on the
+        `removal`: from `founding.removal_importance`, [layers], rises of the dense model's perplexity, `dense`, on the
         same text.
         """
         return dataclasses.replace(self, layers=(1 + removal / dense).log().clamp(min=0).numpy())
@@ -72,18 +71,16 @@ class CostTable:
             raise OutOfReach(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
         factors = np.ones((2, len(self.steps))) if factors is None else factors
         options = [self._options(layer, *factors[:, layer]) for layer in range(len(self.steps))]
-        target = round(fraction * self.backbone)
-        coarsest = max(
-            max(group, step * channel) for (group, channel), step in zip(self.prices, self.steps, strict=True)
-        )
-        costs, sizes, units = zip(*options, strict=True)
-        chosen = cheapest(costs, sizes, target, coarsest)
-        removed = np.array([units[layer][choice] for layer, choice in enumerate(chosen)])
-        if (removed == self.widths).all():
+        costs, sizes, levels = zip(*options, strict=True)
+        target, prices, widths = round(fraction * self.backbone), np.array(self.prices), np.array(self.widths)
+        coarsest = max(prices[:, 0].max(), (self.steps * prices[:, 1]).max())
+        chosen = list(enumerate(cheapest(costs, sizes, target, int(coarsest))))
+        removed = np.array([levels[layer][choice] for layer, choice in chosen])
+        if (removed == widths).all():
             raise OutOfReach(f"no layer would be left without {fraction:.1%} of the backbone: give another fraction")
-        self._give_back(removed, sum(int(sizes[layer][choice]) for layer, choice in enumerate(chosen)) - target)
-        rates = (removed * self.prices).sum(1) / (np.array(self.widths) * self.prices).sum(1)
-        return Plan(rates.tolist(), removed[:, 0].tolist(), removed[:, 1].tolist())
+        self._give_back(removed, sum(int(sizes[layer][choice]) for layer, choice in chosen) - target)
+        rates = (removed * prices).sum(1) / (widths * prices).sum(1)
+        return Plan(rates.tolist(), *removed.T.tolist())
 
     def _options(self, layer: int, attention: float, mlp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Costs and sizes [options] and removed units [options, 2] of every pair of levels, and of the whole layer."""
@@ -109,14 +106,14 @@ class CostTable:
 
     def _give_back(self, removed: np.ndarray, excess: int) -> None:
         """Levels are coarse: channels that went beyond the target come back, where the last ones cost most."""
-        for layer in sorted(range(len(removed)), key=lambda i: self._last_cost(i, *removed[i]), reverse=True):
+        for layer in sorted(range(len(removed)), key=lambda i: self._last_cost(i, removed[i, 1]), reverse=True):
             whole = tuple(removed[layer]) == self.widths[layer]
             price, spare = self.multiple * self.prices[layer][1], removed[layer, 1] - self._first[layer]
             count = 0 if whole else min(spare // self.multiple, excess // price)
             removed[layer, 1] -= count * self.multiple
             excess -= count * price
 
-    def _last_cost(self, layer: int, groups: int, channels: int) -> float:
+    def _last_cost(self, layer: int, channels: int) -> float:
         """Cost per parameter of the last level of channels that went."""
         removed, costs = self._removed(layer), self.channels[layer]
         level = min(int(np.searchsorted(removed, channels)), len(costs) - 1)
@@ -124,7 +121,7 @@ class CostTable:
         return float(costs[level] - costs[level - 1]) / size if level else 0.0
 
 
-@torch.no_grad()
+@in_steps()
 def cost_table(
     model: nn.Module,
     windows: Tensor,
@@ -132,40 +129,30 @@ def cost_table(
     ingredients: refit.Ingredients = refit.RECIPE,
     *,
     multiple: int = 1,
-    progress: Progress = NOT_KEPT,
 ) -> CostTable:
-    """The estimates for a model, which stays as it is.
+    """The estimates for a model, which stays as it is; a step for each module.
 
     Args:
         windows: calibration text, token ids [count, length]. covariances: from `scores.gradient_covariances` on it.
         multiple: of which the channels that stay in a layer are a whole number.
-        progress: keeps each module's row.
 
     Raises:
         InputError: too little text, a singular or non-finite Gram matrix, fewer channels than `multiple`.
     """
     refit.check_tokens(model, windows)
-    beyond_multiples(layer_shapes(model)["intermediate_size"].to_numpy(), multiple)
-    layers = decoder_layers(model)
-    progress = progress.of("cost_table", model, windows, covariances, ingredients, multiple)
-    stream, rows, steps = refit.embedded(model, windows), [], []
-    for index, layer in enumerate(layers):
-        with at_work(layer), refit.in_tf32(True):
-            for half, sublayer in enumerate(refit.sublayers(layer)):
-                step = multiple * max(1, round(sublayer.num_units / ingredients.cuts / multiple)) if half else 1
-                current = refit.calls(model, index, half, stream, windows)
-                after = refit.through(stream, sublayer, current)
-                target = torch.sub(after, stream, out=refit.empty_like(stream))
-                what = (sublayer, current, target, covariances[index][half], step, ingredients)
-                costs = progress.once(f"layer-{index}-{half}", partial(_costs, *what))
+    kv_heads, channels, prices = units(model)
+    beyond_multiples(channels, multiple)
+    steps = [multiple * max(1, round(count / ingredients.cuts / multiple)) for count in channels.tolist()]
+    stream, rows = refit.embedded(model, windows), []
+    for index, layer in enumerate(decoder_layers(model)):
+        with torch.no_grad(), at_work(layer), refit.in_tf32(True):
+            for half, part in enumerate(sublayers(model, index)):
+                after, how = part.after(stream, windows), (covariances[index][half], steps[index] if half else 1)
+                costs = yield f"layer-{index}-{half}", partial(_costs, part, windows, stream, after, *how, ingredients)
                 rows.append(np.array(costs) / (2 * windows.numel()))
                 stream = after
-        steps.append(step)
-    return CostTable(
-        rows[::2], rows[1::2], steps, multiple, [unit_costs(layer) for layer in layers],
-        [tuple(sublayer.num_units for sublayer in refit.sublayers(layer)) for layer in layers],
-        layer_sizes(model).long().tolist(),
-    )  # fmt: skip
+    widths, sizes = zip(kv_heads.tolist(), channels.tolist(), strict=True), layer_sizes(model).long().tolist()
+    return CostTable(rows[::2], rows[1::2], steps, multiple, list(map(tuple, prices.tolist())), list(widths), sizes)
 
 
 def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: int, slack: int) -> list[int]:
@@ -199,17 +186,14 @@ def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: i
 
 
 def _costs(
-    sublayer: refit.Sublayer,
-    current: Sequence[refit.Call],
-    target: Tensor,
-    covariance: Tensor,
-    step: int,
+    sublayer: Sublayer, windows: Tensor, before: Tensor, after: Tensor, covariance: Tensor, step: int,
     ingredients: refit.Ingredients,
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
-    moments, _ = refit.output_moments(sublayer, current, target)
-    output = refit.damped(covariance.to(moments.gram.device), ingredients.output_damping)
-    _, rises = refit.removal_order(
+    target = torch.sub(after, before, out=empty_like(before))
+    moments, _ = refit.output_moments(sublayer, sublayer.calls(before, windows), target)
+    output = damped(covariance.to(moments.gram.device), ingredients.output_damping)
+    _, rises = removal_order(
         sublayer.output.weight, moments.gram, sublayer.num_units - 1, sublayer.unit, output, ingredients.damping, step
     )
     return [0.0, *rises.tolist()]

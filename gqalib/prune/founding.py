@@ -1,60 +1,103 @@
-"""From scores and rates to a pruned model: one shot, or layer by layer on the model pruned so far."""
+"""The founding document's method, whole: which layers matter, how much of each goes, and which groups and channels.
+
+    importance   rise of the perplexity without the layer
+    rates        in inverse proportion to it, between two bounds, so that the mean rate is met; `plans` makes them whole
+    scores       Σ |W ⊙ G| over a group's or a channel's weights W, G the gradient of the calibration loss (`scores`)
+    pruning      front to back: gradients of a layer on the model whose layers in front of it are cut already
+"""
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
-from gqalib.errors import InputError, OutOfReach
-from gqalib.model.shapes import count_parameters, decoder_layers, layer_shape, layer_shapes
+from gqalib.errors import InputError
+from gqalib.measure.perplexity import perplexity
+from gqalib.model.shapes import decoder_layers, layer_shapes
 from gqalib.model.surgery import keep_channels, keep_groups
-from gqalib.prune.rates import layer_rates, layer_weights, whole_units
-from gqalib.prune.scores import largest, unit_scores
-from gqalib.run.presets import Pruning
-from gqalib.run.resume import NOT_KEPT, Progress
+from gqalib.prune.plans import Plan, check_plan, layer_sizes
+from gqalib.prune.scores import as_gradients_come, channel_scores, finite, fisher_scores, group_scores, largest
+from gqalib.steps import in_steps
 from gqalib.stream import advance
 
+STRATEGIES = ("inverse", "proportional", "uniform")
 
-@dataclass(frozen=True)
-class Plan:
-    """How much each layer loses; lists with one entry per layer. A layer that loses all groups and all channels goes
-    whole."""
 
-    rates: list[float]  # the rate asked, of groups and channels alike
-    groups: list[int]  # whole groups to remove
-    channels: list[int]  # channels to remove
+@in_steps()
+def removal_importance(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Rise of the perplexity when a layer is replaced by the identity, float64 [layers]; a step for each. It can be
+    negative.
 
-    def whole_layers(self, model: nn.Module) -> list[int]:
-        """The layers of the model that go whole."""
-        shapes = layer_shapes(model)[["num_key_value_heads", "intermediate_size"]].to_numpy().tolist()
-        return [
-            i for i, removed in enumerate(zip(self.groups, self.channels, strict=True)) if list(removed) == shapes[i]
-        ]
+    The stream before each layer is at hand, so that only the layers above it are run again.
+    """
+    perplexities, stream = [], None
+    for layer in range(len(decoder_layers(model)) + 1):  # the last one is the model itself, nothing left out
+        stream = advance(model, stream, windows, max(0, layer - 1), layer)
+        perplexities.append((yield f"layer-{layer}", partial(perplexity, model, windows, stream, layer + 1)))
+    return torch.tensor(perplexities[:-1], dtype=torch.float64) - perplexities[-1]
 
-    @classmethod
-    def from_rates(cls, model: nn.Module, rates: torch.Tensor, channel_multiple: int = 1) -> "Plan":
-        """Whole groups and channels for these rates (fractions of each layer's parameters).
 
-        Groups are coarse, so what their rounding leaves of the total is spread over the channels of all layers: the
-        parameters removed meet Σ rate × size within one channel (or `channel_multiple`), as far as one unit per layer
-        stays. Output biases count in `layer_sizes` but never go; channels go for them.
-        """
-        shapes = layer_shapes(model)
-        kv_heads, widths = (
-            torch.tensor(shapes[name].to_numpy()) for name in ("num_key_value_heads", "intermediate_size")
+# ---------------------------------------------------------------- rates
+
+
+def layer_weights(importance: torch.Tensor, strategy: str = "inverse", alpha: float = 1.0) -> torch.Tensor:
+    """What the rates are proportional to, float64 [layers].
+
+    inverse: (importance + ε)^−α, the founding document's; proportional: importance^α; uniform: 1. ε is a thousandth of
+    the mean importance. A negative importance (removing the layer helps) counts as zero: the layer is as expendable as
+    one that does nothing, and the clip bounds then say how much of it goes.
+
+    Raises:
+        InputError: unknown strategy, or an importance that is not finite.
+    """
+    if strategy not in STRATEGIES:
+        raise InputError(f"unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
+    if not torch.isfinite(importance).all():
+        raise InputError(f"layer importances {importance.tolist()} are not all finite: use a longer sample or float32")
+    importance = importance.double().clamp(min=0)
+    if strategy == "uniform" or importance.sum() == 0:
+        return torch.ones_like(importance)
+    epsilon = importance.mean() * 1e-3
+    return (importance + epsilon) ** (-alpha if strategy == "inverse" else alpha)
+
+
+def layer_rates(
+    weights: torch.Tensor, sizes: torch.Tensor, mean_rate: float = 0.25, min_rate: float = 0.15, max_rate: float = 0.5
+) -> torch.Tensor:
+    """Rates in proportion to `weights`, clipped to the bounds, whose size-weighted mean is exactly `mean_rate`;
+    float64 [layers].
+
+    Water-filling: rate_l(c) = clip(c · w_l, min, max) grows with c, piecewise linearly, so the c that meets the mean is
+    found between two breakpoints min/w_l, max/w_l.
+
+    Args:
+        sizes: parameters of each layer, [layers].
+
+    Raises:
+        InputError: a rate outside (0, 1), or a mean outside the bounds.
+    """
+    if not 0 < mean_rate < 1:
+        raise InputError(f"mean rate {mean_rate} is outside (0, 1): give a fraction such as 0.25")
+    if not min_rate <= mean_rate <= max_rate:
+        raise InputError(
+            f"mean rate {mean_rate} is out of reach between min_rate {min_rate} and max_rate {max_rate}: move a bound"
         )
-        costs = torch.tensor([unit_costs(layer) for layer in decoder_layers(model)])
-        attention, mlp = kv_heads * costs[:, 0], widths * costs[:, 1]
-        groups = torch.tensor(whole_units(rates, kv_heads))
-        spare = (rates * (layer_sizes(model) - mlp) - groups / kv_heads * attention).sum() / mlp.sum()
-        return cls(rates.tolist(), groups.tolist(), whole_units((rates + spare).clamp(0, 1), widths, channel_multiple))
+    weights, sizes = weights.double(), sizes.double()
+    levels = torch.cat([min_rate / weights, max_rate / weights]).sort().values
+    means = torch.stack([((c * weights).clamp(min_rate, max_rate) * sizes).sum() / sizes.sum() for c in levels])
+    upper = int(torch.searchsorted(means, torch.tensor(mean_rate, dtype=torch.float64)).clamp(1, len(levels) - 1))
+    span = means[upper] - means[upper - 1]
+    between = (mean_rate - means[upper - 1]) / span if span > 0 else torch.tensor(1.0, dtype=torch.float64)
+    level = levels[upper - 1] + between.clamp(0, 1) * (levels[upper] - levels[upper - 1])
+    return (level * weights).clamp(min_rate, max_rate)
 
 
-def make_plan(model: nn.Module, layer_importance: torch.Tensor, settings: Pruning, **changes) -> Plan:
+def make_plan(model: nn.Module, layer_importance: torch.Tensor, settings: Any, **changes) -> Plan:
     """The plan for a preset's `pruning` section: importance → rates → whole groups and channels.
 
     `changes` replace single settings, e.g. `strategy="uniform"`. A change of `mean_rate` alone scales the clip bounds
@@ -70,67 +113,64 @@ def make_plan(model: nn.Module, layer_importance: torch.Tensor, settings: Prunin
     return Plan.from_rates(model, rates, s.channel_multiple)
 
 
-def unit_costs(layer: nn.Module) -> tuple[int, int]:
-    """Parameters that a group and a channel of this layer stand for, biases of their rows included."""
-    attention, mlp = layer.self_attn, layer.mlp
-    group = size(attention.o_proj, rows=False) + sum(
-        size(x) for x in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    channel = size(mlp.down_proj, rows=False) + size(mlp.gate_proj) + size(mlp.up_proj)
-    shape = layer_shape(layer)
-    return group // shape["num_key_value_heads"], channel // shape["intermediate_size"]
+# ---------------------------------------------------------------- scores
 
 
-def size(linear: nn.Linear, rows: bool = True) -> int:
-    """Parameters of a projection that go with its rows (weights and biases) or with its columns (weights)."""
-    return linear.weight.numel() + (linear.bias.numel() if rows and linear.bias is not None else 0)
+def taylor_scores(
+    model: nn.Module,
+    windows: torch.Tensor,
+    layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None,
+    first_layer: int = 0,
+    include_o_proj: bool = False,
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Σ |W ⊙ G| of groups and channels of `layers` (default: all), {layer: (groups, channels)}.
 
-
-def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = (), multiple: int = 1) -> Plan:
-    """The same rate for every layer that is not protected, so that `fraction` of the backbone goes.
-
-    Whole groups come as near to the rate as they can; what their rounding leaves is spread over the channels of the
-    same layers, so the budget is met within one channel. With a `multiple` each of these layers keeps a multiple of it.
+    Arguments as in `backward` and `group_scores`; the scores are those of `backward` with `group_scores` and
+    `channel_scores`, but the model's gradients are never there together, and none is left behind.
 
     Raises:
-        OutOfReach: more would go than layers that keep one group and one channel (or `multiple`) each can lose.
+        InputError: the loss or a gradient is not finite.
     """
-    layers = decoder_layers(model)
-    costs = torch.tensor([unit_costs(layer) for layer in layers], dtype=torch.float64)
-    shapes = layer_shapes(model)
-    kv_heads, widths = (torch.tensor(shapes[name].to_numpy()) for name in ("num_key_value_heads", "intermediate_size"))
-    target = fraction * count_parameters(model)["backbone"]
-    free = torch.ones(len(layers), dtype=torch.float64)
-    free[list(protected)] = 0
-    rates = free * target / (free * (kv_heads * costs[:, 0] + widths * costs[:, 1])).sum()
-    groups = torch.tensor(whole_units(rates, kv_heads))
-    left = target - (groups * costs[:, 0]).sum()
-    return Plan(rates.tolist(), groups.tolist(), spread_channels(left, widths, costs[:, 1], free, multiple))
+    decoder, found = decoder_layers(model), {}
+
+    def take(index: int, half: int) -> None:
+        layer = decoder[index]
+        scores = channel_scores(layer) if half else group_scores(layer, include_o_proj=include_o_proj)
+        found.setdefault(index, [None, None])[half] = scores
+
+    as_gradients_come(model, windows, take, layers, hidden_states, first_layer)
+    return {index: tuple(finite(scores, index) for scores in found[index]) for index in sorted(found)}
 
 
-def spread_channels(
-    parameters: torch.Tensor, widths: torch.Tensor, costs: torch.Tensor, free: torch.Tensor, multiple: int = 1
-) -> list[int]:
-    """Channels to remove so that `parameters` go, the same share of each free layer's width; tensors are [layers].
+def unit_scores(
+    model: nn.Module,
+    windows: torch.Tensor,
+    statistics: tuple[str, str] = ("taylor", "taylor"),
+    layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None,
+    first_layer: int = 0,
+    include_o_proj: bool = False,
+    generator: torch.Generator | None = None,
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Scores of groups and of channels by two statistics, with whatever pass these need; as `taylor_scores`."""
+    layers = list(range(len(decoder_layers(model))) if layers is None else layers)
+    passes = {"fisher": fisher_scores, "taylor": partial(taylor_scores, include_o_proj=include_o_proj)}
+    text, (of_groups, of_channels), scores = (model, windows, layers, hidden_states, first_layer), statistics, {}
+    taken = {name: passes[name](*text) for name in passes if name in statistics}
+    for index in layers:
+        layer, groups, channels = decoder_layers(model)[index], taken.get(of_groups), taken.get(of_channels)
+        scores[index] = (
+            groups[index][0] if groups else group_scores(layer, of_groups, include_o_proj, generator),
+            channels[index][1] if channels else channel_scores(layer, of_channels, generator),
+        )
+    return scores
 
-    Raises:
-        OutOfReach: the layers cannot lose as much and keep `multiple` channels each.
-    """
-    room = (free * costs * widths).sum()
-    channels = whole_units((free * parameters / room).clamp(0, 1), widths, multiple)
-    missing = parameters - (torch.tensor(channels) * costs).sum()
-    if missing > costs.max() * multiple:
-        most = f"{int((free * costs * (widths - multiple)).sum()):,} at most: every layer keeps {multiple} channel(s)"
-        raise OutOfReach(f"{int(parameters):,} MLP parameters cannot go, {most}; lower the fraction")
-    return channels
+
+# ---------------------------------------------------------------- pruning
 
 
-def layer_sizes(model: nn.Module) -> torch.Tensor:
-    """Parameters of the projections of each layer, all biases included, float64 [layers]."""
-    sizes = [sum(p.numel() for m in (x.self_attn, x.mlp) for p in m.parameters()) for x in decoder_layers(model)]
-    return torch.tensor(sizes, dtype=torch.float64)
-
-
+@in_steps("after_layer")
 def prune(
     model: nn.Module,
     plan: Plan,
@@ -142,92 +182,60 @@ def prune(
     sequential: bool = True,
     seed: int = 0,
     after_layer: Callable[[int], None] | None = None,
-    progress: Progress = NOT_KEPT,
 ) -> pd.DataFrame:
-    """Prune a model in place, front to back.
+    """Prune a model in place, front to back; a step for each layer.
 
     `sequential`: the gradients of a layer are taken on the model pruned so far, as the founding document does; the
     layers in front of it are frozen, and what they give is kept, so a step costs only the layers from there on.
-    Otherwise all scores come from the dense model in one pass.
+    Otherwise all scores come from the dense model in one pass, which a killed run begins anew.
 
     Args:
         windows: calibration text, token ids [count, length].
         group_statistic, channel_statistic: `taylor`, `fisher`, `magnitude` or `random`.
         after_layer: called with the index of each layer when it is done, pruned or not, now or by an earlier run.
-        progress: keeps each layer's choice if `sequential`; all at once is one pass, which a killed run begins anew.
 
     Returns:
         One row per layer: rate asked, units removed, rate reached (by parameters), shape, seconds.
     """
     check_plan(plan, model)
-    dense, before = layer_shapes(model), layer_sizes(model)
-    statistics = (group_statistic, channel_statistic)
-    needs_text = not {"taylor", "fisher"}.isdisjoint(statistics)
+    statistics, before = (group_statistic, channel_statistic), layer_shapes(model)
+    before["size"] = layer_sizes(model).numpy()
     options = {"include_o_proj": include_o_proj, "generator": torch.Generator().manual_seed(seed)}
-    progress = progress.of("prune", model, plan, windows, statistics, include_o_proj, seed) if sequential else NOT_KEPT
-    cut = [index for index in range(len(dense)) if plan.groups[index] or plan.channels[index]]
+    cut = [index for index in range(len(before)) if plan.groups[index] or plan.channels[index]]
     scores = {} if sequential or not cut else unit_scores(model, windows, statistics, cut, **options)
-    hidden_states, seconds = None, []
+    stream, seconds = None, []
 
     def choose() -> dict[str, torch.Tensor]:
         """The units of layer `index` that stay, and where the random numbers go on."""
-        text = (model, windows, statistics, [index], hidden_states, index)
+        text = model, windows, statistics, [index], stream, index
         groups, channels = (unit_scores(*text, **options) if sequential else scores)[index]
         groups = largest(groups, len(groups) - plan.groups[index])
         channels = largest(channels, len(channels) - plan.channels[index])
-        return {
-            "groups": torch.tensor(groups),
-            "channels": torch.tensor(channels),
-            "generator": options["generator"].get_state(),
-        }
+        kept = {"groups": torch.tensor(groups), "channels": torch.tensor(channels)}
+        return kept | {"generator": options["generator"].get_state()}
 
-    for index in range(len(dense)):
+    for index in range(len(before)):
         start = time.perf_counter()
         if index in cut:
-            kept = progress.once(f"layer-{index}", choose)
+            kept = (yield f"layer-{index}", choose) if sequential else choose()
             options["generator"].set_state(kept["generator"])
             keep_groups(model, index, kept["groups"])
             keep_channels(model, index, kept["channels"])
-        if needs_text and sequential:
-            hidden_states = advance(model, hidden_states, windows, index, index + 1)
-        seconds.append(progress.once(f"seconds-{index}", lambda start=start: time.perf_counter() - start))
+        if sequential and not {"taylor", "fisher"}.isdisjoint(statistics):
+            stream = advance(model, stream, windows, index, index + 1)
+        seconds.append((yield f"seconds-{index}", lambda start=start: time.perf_counter() - start))
         if after_layer is not None:
             after_layer(index)
     model.requires_grad_(True)
-    return _table(model, plan, dense, before, seconds)
+    return _table(model, plan, before, seconds)
 
 
-def check_plan(plan: Plan, model: nn.Module, whole_layers: bool = False) -> None:
-    """Raises InputError if the plan does not fit the model's layers, or leaves nothing of one (but for layers that
-    may go whole)."""
-    shapes = layer_shapes(model)
-    if len(plan.groups) != len(shapes) or len(plan.channels) != len(shapes):
-        raise InputError(
-            f"the plan names {len(plan.groups)} layers, the model has {len(shapes)}: make the plan for this model"
-        )
-    dropped = plan.whole_layers(model) if whole_layers else []
-    for index, (groups, channels) in enumerate(zip(plan.groups, plan.channels, strict=True)):
-        if index in dropped:
-            continue
-        for removed, total, kind in (
-            (groups, shapes["num_key_value_heads"][index], "groups"),
-            (channels, shapes["intermediate_size"][index], "channels"),
-        ):
-            if not 0 <= removed < total:
-                raise InputError(f"layer {index} cannot lose {removed} of its {total} {kind}: at least one must stay")
-
-
-def _table(
-    model: nn.Module, plan: Plan, dense: pd.DataFrame, before: torch.Tensor, seconds: list[float]
-) -> pd.DataFrame:
+def _table(model: nn.Module, plan: Plan, before: pd.DataFrame, seconds: list[float]) -> pd.DataFrame:
     after = layer_shapes(model)
-    return pd.DataFrame(
-        {
-            "rate_asked": plan.rates,
-            "groups_removed": dense["num_key_value_heads"] - after["num_key_value_heads"],
-            "channels_removed": dense["intermediate_size"] - after["intermediate_size"],
-            "rate_reached": (1 - layer_sizes(model) / before).numpy(),
-            **after.to_dict("series"),
-            "seconds": seconds,
-        }
-    ).rename_axis("layer")
+    columns = {
+        "rate_asked": plan.rates,
+        "groups_removed": before["num_key_value_heads"] - after["num_key_value_heads"],
+        "channels_removed": before["intermediate_size"] - after["intermediate_size"],
+        "rate_reached": 1 - layer_sizes(model).numpy() / before["size"],
+    }
+    return pd.DataFrame(columns | after.to_dict("series") | {"seconds": seconds}).rename_axis("layer")

@@ -1,51 +1,34 @@
 """Cut and mend: second-order choice of what goes, least-squares repair of what stays, one sweep from front to back.
 
-With X the inputs of `o_proj` or `down_proj` on calibration text, [tokens, features], Y the output that is wanted, W the
-dense weight [hidden, features], all sums in float64:
-
-    H = XᵀX + λI,  B = YᵀX + λW         λ = damping × mean diagonal of XᵀX
-    refit       W'_S = B_S H_SS⁻¹       the best weight on the kept features S, drawn towards W
-    choice      start from W = B H⁻¹; remove the unit u with the least tr(G W_u (H⁻¹_uu)⁻¹ W_uᵀ),
-                correct W and H⁻¹, repeat (optimal brain surgery, Hassibi & Stork 1993; in whole units: SlimGPT 2024); G
-                is the covariance of the loss' gradient at the output (K-FAC's other factor), or I
-
-Y is what the dense model's residual stream is after this sublayer, less what the pruned model's stream is before it:
-each sublayer also repairs what those in front of it broke. The *input refit* does the same for q, k, v, gate and up
-before
-the cut: on the pruned stream they are to give what they gave on the dense one. After the cut they are refitted
-together, by Gauss–Newton, for the one thing that counts, the sublayer's output against Y; that and the refit of the
-output projection take turns.
+The algebra is in `least_squares`: X are the inputs of `o_proj` or `down_proj` on calibration text, G the covariance of
+the loss' gradient at its output, and Y what the dense model's residual stream is after this sublayer, less what the
+pruned model's stream is before it: each sublayer also repairs what those in front of it broke. The *input refit* does
+the same for q, k, v, gate and up before the cut: on the pruned stream they are to give what they gave on the dense one.
+After the cut they are refitted together, by Gauss–Newton, for the one thing that counts, the sublayer's output against
+Y; that and the refit of the output projection take turns.
 
 Memory is for one sublayer at a time; `memory` has the sums. The weights of the layers done wait in host memory, so that
-an error leaves the model as it was. The weighted choice needs `scores.gradient_covariances`, a backward pass without
-weight gradients.
+an error leaves the model as it was.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp
+from torch.func import vjp
 
 from gqalib.errors import InputError
-from gqalib.model.shapes import decoder_layers, layer_shape
-from gqalib.model.surgery import (
-    drop_layers,
-    keep_channels,
-    keep_groups,
-    replace_weight,
-    restored_on_error,
-    rows_of_heads,
-    take_weights,
-)
-from gqalib.prune.founding import Plan, check_plan
+from gqalib.model.shapes import decoder_layers
+from gqalib.model.surgery import drop_layers, replace_weight, restored_on_error, rows_of_heads, take_weights
+from gqalib.prune.least_squares import Moments, at_least_float32, cholesky, choose, conjugate_gradients, damped, solve
+from gqalib.prune.plans import Plan, check_plan
 from gqalib.prune.scores import gradient_covariances, largest
-from gqalib.run.resume import NOT_KEPT, Progress
-from gqalib.stream import advance, at_work, batches, is_streamed
+from gqalib.prune.sublayers import Call, Sublayer, empty_like, sublayers
+from gqalib.steps import in_steps
+from gqalib.stream import advance, at_work, is_streamed
 
 
 @dataclass(frozen=True)
@@ -67,238 +50,42 @@ class Ingredients:
 
 RECIPE = Ingredients()
 
-# ---------------------------------------------------------------- linear algebra
-
-
-class Moments:
-    """Running sums XᵀX [features, features] and YᵀX [out, features]: a batch's in float32, their sum in float64."""
-
-    gram: Tensor | float = 0.0
-    cross: Tensor | float = 0.0
-
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        inputs = at_least_float32(inputs.flatten(0, -2))
-        outputs = outputs.flatten(0, -2).to(inputs)
-        self.gram += (inputs.T @ inputs).double()
-        self.cross += (outputs.T @ inputs).double()
-
-
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """`gram` + damping × its mean diagonal × I."""
-    damped = gram.clone()
-    damped.diagonal().add_(_ridge(gram, damping))
-    return damped
-
-
-def _ridge(gram: Tensor, damping: float) -> Tensor:
-    """Never zero, so that features that are zero on all of the text, as masked heads leave them, can be solved for."""
-    return (damping * gram.diagonal().mean()).clamp(min=1e-30)
-
-
-def solve(weight: Tensor, gram: Tensor, cross: Tensor, damping: float, kept: Sequence[int] | None = None) -> Tensor:
-    """W'_S = (YᵀX + λW)_S (XᵀX + λI)_SS⁻¹, float64 [out, |S|]: least squares on the kept features, drawn towards
-    `weight`.
-
-    Args:
-        weight: [out, features]. gram: XᵀX [features, features]. cross: YᵀX [out, features]. kept: S (default: all
-        features).
-    """
-    columns = torch.arange(len(gram), device=gram.device) if kept is None else torch.as_tensor(kept, device=gram.device)
-    ridge, inner = _ridge(gram, damping), gram[columns][:, columns]
-    inner.diagonal().add_(ridge)
-    target = cross[:, columns] + ridge * weight[:, columns].double()
-    return torch.cholesky_solve(target.T, cholesky(inner)).T
-
-
-def cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor(s) of [..., n, n]. Raises InputError if it is not finite, or singular to working
-    precision."""
-    if not torch.isfinite(matrix.sum()):
-        raise InputError("a Gram matrix is not finite: use dtype float32 or another calibration text")
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    pivots, scale = factor.diagonal(dim1=-2, dim2=-1).square(), matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
-    if failed.any() or (pivots <= matrix.shape[-1] * torch.finfo(matrix.dtype).eps * scale).any():
-        raise InputError("a Gram matrix is singular: raise the damping, or give other calibration text")
-    return factor
-
-
-def choose(weight: Tensor, gram: Tensor, num_removed: int, unit: int = 1, *more, **options) -> list[int]:
-    """The units that stay when `num_removed` go one step after the other, ascending. Arguments as in
-    `removal_order`."""
-    gone = set(removal_order(weight, gram, num_removed, unit, *more, **options)[0])
-    return [u for u in range(len(gram) // unit) if u not in gone]
-
-
-def removal_order(
-    weight: Tensor,
-    gram: Tensor,
-    num_removed: int,
-    unit: int = 1,
-    output: Tensor | None = None,
-    damping: float = 1e-2,
-    per_step: int = 1,
-) -> tuple[list[int], Tensor]:
-    """The first `num_removed` units to go, in their order, by optimal brain surgery, and what that costs.
-
-    Args:
-        weight: [out, features], the best one with all features (`solve`); a unit is `unit` neighbouring columns.
-        gram: XᵀX. output: G [out, out], damped already; None is the identity.
-        per_step: units that go before the rest is corrected for their loss.
-
-    Returns:
-        The units; and after each step the rise of Σ (output error)ᵀ G (output error) so far, float64 [steps].
-    """
-    inverse = torch.cholesky_inverse(cholesky(damped(gram, damping)))
-    weight = weight.double() * (gram.diagonal() > 0)  # what does nothing costs nothing
-    weight = weight if output is None else cholesky(output).T @ weight  # tr(G A Aᵀ) = ‖LᵀA‖², G = LLᵀ
-    alive, order, rises = torch.ones(len(gram) // unit, dtype=torch.bool, device=gram.device), [], []
-    while len(order) < num_removed:
-        losses = unit_losses(weight, inverse, unit).masked_fill(~alive, torch.inf)
-        gone = losses.argsort(stable=True)[: min(per_step, num_removed - len(order))]
-        columns = (gone[:, None] * unit + torch.arange(unit, device=gone.device)).flatten()
-        rises.append(_eliminate(weight, inverse, columns))
-        alive[gone] = False
-        order += gone.tolist()
-    return order, torch.tensor(rises, dtype=torch.float64).cumsum(0)
-
-
-def unit_losses(weight: Tensor, inverse: Tensor, unit: int = 1) -> Tensor:
-    """Rise of the squared error when one unit goes and the rest is corrected: tr(W_u (H⁻¹_uu)⁻¹ W_uᵀ), [units]."""
-    if unit == 1:
-        return weight.square().sum(0) / inverse.diagonal()
-    blocks = torch.stack([inverse[i : i + unit, i : i + unit] for i in range(0, len(inverse), unit)])
-    columns = weight.unflatten(1, (-1, unit)).permute(1, 2, 0)  # [units, unit, out]
-    return (columns * torch.cholesky_solve(columns, cholesky(blocks))).sum((1, 2))
-
-
-def _eliminate(weight: Tensor, inverse: Tensor, gone: Tensor) -> float:
-    """Correct weight and H⁻¹, in place, for the loss of these columns, which become 0 and an identity block; the rise
-    of the error."""
-    across, columns = inverse[gone], weight[:, gone]
-    factor = cholesky(across[:, gone])
-    rise = (columns * torch.cholesky_solve(columns.T, factor).T).sum().item()
-    correction = torch.cholesky_solve(across, factor)
-    weight.addmm_(columns, correction, alpha=-1)
-    inverse.addmm_(across.T, correction, alpha=-1)
-    inverse[gone] = inverse[:, gone] = 0
-    inverse[gone, gone] = 1
-    return rise
-
-
 # ---------------------------------------------------------------- one sublayer
 
 
-@dataclass(frozen=True)
-class Call:
-    """One batch on its way into a sublayer."""
+def mend(
+    sublayer: Sublayer, num_removed: int, windows: Tensor, wanted: Tensor, current: Tensor, goal: Tensor,
+    ingredients: Ingredients = RECIPE, scores: Tensor | None = None, covariance: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Cut one sublayer and refit it.
 
-    rows: slice  # of the windows
-    stream: Tensor  # before the sublayer's norm, [windows, length, hidden], wherever it is kept
-    norm: nn.Module
-    others: dict[str, Any]  # position embeddings, mask, …
+    Args:
+        wanted, current: the dense and the pruned model's streams before it, [count, length, hidden]; goal: the dense
+            one after it. scores, covariance: as in `cut`.
 
-    @property
-    @torch.no_grad()
-    def inputs(self) -> Tensor:
-        """The normalised stream, where the layer is; made when it is asked for: kept, it would be as long as the
-        text."""
-        return self.norm(self.stream.to(self.norm.weight, non_blocking=True))
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """Attention or MLP of a layer, in the words that both share."""
-
-    module: nn.Module
-    norm: nn.Module
-    input_names: tuple[str, ...]  # of the projections that read the normalised stream
-    output: nn.Linear  # o_proj or down_proj; its input features are the units' activations
-    num_units: int  # groups or channels
-    keep: Callable[[nn.Module, int, Sequence[int]], None]  # surgery
-
-    @property
-    def unit(self) -> int:
-        """Features per unit."""
-        return self.output.in_features // self.num_units
-
-    @property
-    def inputs(self) -> list[nn.Linear]:
-        return [getattr(self.module, name) for name in self.input_names]
-
-    def split(self, weights: Tensor) -> tuple[Tensor, ...]:
-        """The weight of each input projection, of a stack of them."""
-        return weights.split([linear.out_features for linear in self.inputs])
-
-    def run(self, call: Call, weights: Tensor | None = None) -> Tensor:
-        """What the sublayer, as it is now, adds to the stream; `weights`: of its inputs, stacked, instead of their
-        own."""
-        parts = () if weights is None else self.split(weights)
-        named = {f"{name}.weight": part for name, part in zip(self.input_names, parts, strict=False)}
-        outputs = functional_call(self.module, named, (call.inputs,), call.others)
-        return outputs[0] if isinstance(outputs, tuple) else outputs
+    Returns:
+        Its weights and biases.
+    """
+    now, output = list(sublayer.calls(current, windows)), sublayer.output
+    if ingredients.input_refit:
+        refit_inputs(sublayer, sublayer.calls(wanted, windows), now, ingredients.input_damping)
+    target = empty_like(goal)
+    if ingredients.residual_target:
+        torch.sub(goal, current, out=target)
+    else:
+        for call in now:
+            target[call.rows].copy_(sublayer.run(call))
+    kept, weight = cut(sublayer, output_moments(sublayer, now, target)[0], num_removed, ingredients, scores, covariance)
+    sublayer.keep(kept)
+    replace_weight(output, weight)
+    for _ in range(ingredients.newton_rounds):
+        steps = ingredients.newton_steps, ingredients.input_damping, ingredients.newton_share
+        moments = refit_together(sublayer, now, target, *steps)
+        replace_weight(output, solve(output.weight, moments.gram, moments.cross, ingredients.damping))
+    return sublayer.module.state_dict()
 
 
-def sublayers(layer: nn.Module) -> tuple[Sublayer, Sublayer]:
-    """Attention and MLP, in the order in which they run."""
-    attention, mlp, shape = layer.self_attn, layer.mlp, layer_shape(layer)
-    heads, width = shape["num_key_value_heads"], shape["intermediate_size"]
-    before, between = layer.input_layernorm, layer.post_attention_layernorm
-    return (
-        Sublayer(attention, before, ("q_proj", "k_proj", "v_proj"), attention.o_proj, heads, keep_groups),
-        Sublayer(mlp, between, ("gate_proj", "up_proj"), mlp.down_proj, width, keep_channels),
-    )
-
-
-def calls(model: nn.Module, index: int, half: int, stream: Tensor, windows: Tensor) -> list[Call]:
-    """The batches of a residual stream that stands before the attention (half 0) or the MLP (half 1) of a layer."""
-    norm, noted = sublayers(decoder_layers(model)[index])[half].norm, []
-    for rows in batches(windows):
-        others = _attention_arguments(model, index, stream[rows].to(norm.weight), windows[rows]) if half == 0 else {}
-        noted.append(Call(rows, stream[rows], norm, others))
-    return noted
-
-
-class _Noted(Exception):
-    pass
-
-
-def _attention_arguments(model: nn.Module, index: int, stream: Tensor, windows: Tensor) -> dict[str, Any]:
-    """What the decoder gives a layer's attention besides the hidden states: its own forward pass, stopped at that
-    call."""
-    noted: dict[str, Any] = {}
-
-    def stop(module: nn.Module, inputs: tuple, arguments: dict[str, Any]) -> None:
-        noted.update(arguments)
-        raise _Noted
-
-    hook = decoder_layers(model)[index].self_attn.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        advance(model, stream, windows, index, index + 1)
-    except _Noted:
-        return {name: value for name, value in noted.items() if name != "hidden_states"}
-    finally:
-        hook.remove()
-
-
-def through(stream: Tensor, sublayer: Sublayer, current: Sequence[Call]) -> Tensor:
-    """The residual stream after the sublayer."""
-    after = empty_like(stream)
-    for call in current:
-        after[call.rows].copy_(_rows(stream, call) + sublayer.run(call))
-    return after
-
-
-def empty_like(stream: Tensor) -> Tensor:
-    """Room for another stream, pinned if this one is: pinned memory is lent again, and is copied without a detour."""
-    return torch.empty_like(stream, pin_memory=stream.is_pinned())
-
-
-def _rows(stream: Tensor, call: Call) -> Tensor:
-    """The rows of a stream that belong to a batch, where the batch is; the stream itself may wait in host memory."""
-    return stream[call.rows].to(call.norm.weight.device, non_blocking=True)
-
-
-def refit_inputs(sublayer: Sublayer, wanted: Sequence[Call], current: Sequence[Call], damping: float) -> None:
+def refit_inputs(sublayer: Sublayer, wanted: Iterable[Call], current: Iterable[Call], damping: float) -> None:
     """Make q, k, v (or gate, up) give on the current stream what they give on the wanted one."""
     moments = Moments()
     for call, goal in zip(current, wanted, strict=True):
@@ -307,14 +94,14 @@ def refit_inputs(sublayer: Sublayer, wanted: Sequence[Call], current: Sequence[C
         replace_weight(linear, solve(linear.weight, moments.gram, linear.weight.double() @ moments.cross, damping))
 
 
-def output_moments(sublayer: Sublayer, current: Sequence[Call], target: Tensor) -> tuple[Moments, float]:
+def output_moments(sublayer: Sublayer, current: Iterable[Call], target: Tensor) -> tuple[Moments, float]:
     """XᵀX and YᵀX at `o_proj` or `down_proj`, Y: the target [count, length, hidden], less the bias if there is one;
     and Σ‖output − target‖²."""
     moments, error, seen, bias = Moments(), 0.0, [], 0.0 if sublayer.output.bias is None else sublayer.output.bias
     hook = sublayer.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
         for call in current:
-            goal = _rows(target, call)
+            goal = call.of(target)
             error += _squared(sublayer.run(call) - goal)
             moments.add(seen.pop(), goal - bias)
     finally:
@@ -327,13 +114,9 @@ def _squared(difference: Tensor) -> Tensor:
 
 
 def cut(
-    sublayer: Sublayer,
-    moments: Moments,
-    num_removed: int,
-    ingredients: Ingredients,
-    scores: Tensor | None = None,
-    covariance: Tensor | None = None,
-) -> tuple[list[int], Tensor]:
+    sublayer: Sublayer, moments: Moments, num_removed: int, ingredients: Ingredients,
+    scores: Tensor | None = None, covariance: Tensor | None = None,
+) -> tuple[list[int], Tensor]:  # fmt: skip
     """The units to keep, and the weight of the output projection on them, float64; nothing changes yet.
 
     Args:
@@ -351,6 +134,9 @@ def cut(
     return kept, solve(weight, gram, cross, damping, columns) if ingredients.refit else weight[:, columns]
 
 
+# ---------------------------------------------------------------- Gauss–Newton
+
+
 def refit_together(
     sublayer: Sublayer, current: Sequence[Call], target: Tensor, num_steps: int, damping: float, share: float = 1.0
 ) -> Moments:
@@ -365,7 +151,7 @@ def refit_together(
     """
     start = torch.cat([linear.weight for linear in sublayer.inputs]).detach()
     some = current[:: max(1, round(1 / share))]
-    wanted, before = _pull(sublayer, current, start, lambda call, outputs: _rows(target, call) - outputs)
+    wanted, before = _pull(sublayer, current, start, lambda call, outputs: call.of(target) - outputs)
 
     def product(direction: Tensor) -> Tensor:
         """JᵀJ·direction; J·direction is a difference quotient: one forward pass, where forward AD takes the time of
@@ -376,7 +162,8 @@ def refit_together(
             pulled = _pull(sublayer, some, start, lambda call, out: (sublayer.run(call, moved) - out) / width)[0]
         return pulled * (len(current) / len(some))
 
-    change = conjugate_gradients(product, wanted, cholesky(damped(_gram(current), damping)), num_steps)
+    gram = sum((x.T @ x).double() for x in (call.inputs.flatten(0, -2) for call in current))
+    change = conjugate_gradients(product, wanted, cholesky(damped(gram, damping)), num_steps)
     for scale in (1.0, 0.5, 0.25, 0.125, 0.0):
         parts = sublayer.split((start + scale * change).to(start.dtype) if scale else start)
         for linear, part in zip(sublayer.inputs, parts, strict=True):
@@ -385,10 +172,6 @@ def refit_together(
         if error < before:
             break
     return moments
-
-
-def _gram(current: Sequence[Call]) -> Tensor:
-    return sum((x.T @ x).double() for x in (call.inputs.flatten(0, -2) for call in current))
 
 
 def _pull(
@@ -416,85 +199,10 @@ def in_tf32(allowed: bool) -> Iterator[None]:
         backend.allow_tf32 = before
 
 
-def conjugate_gradients(
-    product: Callable[[Tensor], Tensor], residual: Tensor, factor: Tensor, num_steps: int
-) -> Tensor:
-    """D after some steps towards product(D) = residual, [rows, features]; preconditioned by LLᵀ, `factor` = L. All are
-    large: none outlives its use."""
-    direction = torch.cholesky_solve(residual.T, factor).T
-    result, size = torch.zeros_like(residual), (residual * direction).sum()
-    for _ in range(num_steps):
-        along = product(direction)
-        curvature = (direction * along).sum()
-        if not curvature > 0:  # there is nothing left to gain
-            break
-        result += size / curvature * direction
-        residual = residual - size / curvature * along
-        del along
-        solved = torch.cholesky_solve(residual.T, factor).T
-        last, size = size, (residual * solved).sum()
-        direction = solved + size / last * direction
-        del solved
-    return result
-
-
-def mend(
-    model: nn.Module,
-    index: int,
-    half: int,
-    num_removed: int,
-    windows: Tensor,
-    wanted: Tensor,
-    current: Tensor,
-    ingredients: Ingredients,
-    scores: Tensor | None = None,
-    covariance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Cut one sublayer and refit it; returns the dense and the pruned model's streams after it, given those before
-    it."""
-    sublayer = sublayers(decoder_layers(model)[index])[half]
-    dense, now = calls(model, index, half, wanted, windows), calls(model, index, half, current, windows)
-    goal = through(wanted, sublayer, dense)
-    if ingredients.input_refit:
-        refit_inputs(sublayer, dense, now, ingredients.input_damping)
-    del dense
-    target = empty_like(goal)
-    if ingredients.residual_target:
-        torch.sub(goal, current, out=target)
-    else:
-        for call in now:
-            target[call.rows].copy_(sublayer.run(call))
-    kept, weight = cut(sublayer, output_moments(sublayer, now, target)[0], num_removed, ingredients, scores, covariance)
-    sublayer.keep(model, index, kept)
-    replace_weight(sublayer.output, weight)
-    for _ in range(ingredients.newton_rounds):
-        steps = (ingredients.newton_steps, ingredients.input_damping, ingredients.newton_share)
-        moments, output = refit_together(sublayer, now, target, *steps), sublayer.output
-        replace_weight(output, solve(output.weight, moments.gram, moments.cross, ingredients.damping))
-    return goal, through(current, sublayer, now)
-
-
-def mended(
-    model: nn.Module,
-    index: int,
-    half: int,
-    weights: Mapping[str, Tensor],
-    windows: Tensor,
-    wanted: Tensor,
-    current: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """What `mend` did, given the weights that it left: the same streams, bit for bit, by one forward pass each."""
-    sublayer = sublayers(decoder_layers(model)[index])[half]
-    dense, now = calls(model, index, half, wanted, windows), calls(model, index, half, current, windows)
-    goal = through(wanted, sublayer, dense)
-    take_weights(model, sublayer.module, weights)
-    return goal, through(current, sublayer, now)
-
-
 # ---------------------------------------------------------------- the sweep
 
 
-@torch.no_grad()
+@in_steps("after_layer")
 def sweep(
     model: nn.Module,
     plan: Plan,
@@ -504,17 +212,15 @@ def sweep(
     scores: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     covariances: Sequence[tuple[Tensor, Tensor]] | None = None,
     after_layer: Callable[[int], None] | None = None,
-    progress: Progress = NOT_KEPT,
 ) -> None:
-    """Prune and refit a model in place, front to back; what it was before is what it is fitted to.
+    """Prune and refit a model in place, front to back; what it was before is what it is fitted to. A step for each
+    sublayer: its weights, in at least float32, as they are at work.
 
     Args:
         windows: calibration text, token ids [count, length].
-        scores: from `scores.unit_scores`; the units with the largest stay (default: chosen by OBS).
-        covariances: from `scores.gradient_covariances`, of the model as it is (default: computed here if they are
-        needed).
+        scores: from `founding.unit_scores`; the units with the largest stay (default: chosen by OBS).
+        covariances: from `scores.gradient_covariances`, of the model as it is (default: taken here if needed).
         after_layer: called with the index of each layer when it is done, now or by an earlier run.
-        progress: keeps the mended weights of each sublayer, in at least float32, as they were at work.
 
     Raises:
         InputError: a plan that does not fit, too little text, a singular or non-finite Gram matrix; the model is as
@@ -522,28 +228,25 @@ def sweep(
     """
     check_plan(plan, model, whole_layers=True)
     check_tokens(model, windows)
-    progress = progress.of("sweep", model, plan, windows, ingredients, scores, covariances)
     if not ingredients.weighted or scores is not None:
         covariances = None
     elif covariances is None:
-        with torch.enable_grad():
-            covariances = gradient_covariances(model, windows)
+        covariances = gradient_covariances(model, windows)
     wanted = current = embedded(model, windows)
     dropped = plan.whole_layers(model)
-    with restored_on_error(model), in_tf32(True):
+    with torch.no_grad(), restored_on_error(model), in_tf32(True):
         for index, layer in enumerate(decoder_layers(model)):
             with at_work(layer), _layer_at_least_float32(layer):
                 if index in dropped:  # the next layers' target makes up for it
                     wanted = advance(model, wanted, windows, index, index + 1)
                     continue
-                for half, removed in enumerate((plan.groups, plan.channels)):
-                    done = progress.load(f"layer-{index}-{half}")
-                    if done is not None:
-                        wanted, current = mended(model, index, half, done, windows, wanted, current)
-                        continue
-                    how = (ingredients, *(table and table[index][half] for table in (scores, covariances)))
-                    wanted, current = mend(model, index, half, removed[index], windows, wanted, current, *how)
-                    progress.keep(f"layer-{index}-{half}", sublayers(layer)[half].module.state_dict())
+                for half, part in enumerate(sublayers(model, index)):
+                    goal, removed = part.after(wanted, windows), (plan.groups, plan.channels)[half][index]
+                    how = ingredients, *(table and table[index][half] for table in (scores, covariances))
+                    mending = partial(mend, part, removed, windows, wanted, current, goal, *how)
+                    take_weights(model, part.module, (yield f"layer-{index}-{half}", mending))
+                    del mending  # and with it the streams in front
+                    wanted, current = goal, part.after(current, windows)
             if after_layer is not None:
                 after_layer(index)
         if dropped:
@@ -555,11 +258,6 @@ def embedded(model: nn.Module, windows: Tensor) -> Tensor:
     in host memory."""
     stream = at_least_float32(advance(model, None, windows, 0, 0))
     return stream.pin_memory() if is_streamed(model) and torch.cuda.is_available() else stream
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Float32 where it is of fewer bits; else as it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager

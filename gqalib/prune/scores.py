@@ -1,8 +1,7 @@
-"""How much a group, a channel or a layer matters.
+"""How much a group, a channel or a layer matters; the founding document's own measures are in `founding`.
 
-A *unit* is what surgery removes: a GQA group (a KV head with its query heads) or an MLP channel. Scores are float64
-tensors with one entry per unit, the larger the more important. With W a weight and G the gradient of the calibration
-loss, summed over the calibration text:
+Scores are float64 tensors with one entry per unit (GQA group or MLP channel), the larger the more important. With W a
+weight and G the gradient of the calibration loss, summed over the calibration text:
 
     taylor      Σ |W ⊙ G|   first-order estimate of the change of the loss (Molchanov et al. 2019;
                             LLM-Pruner's element-wise form)
@@ -21,58 +20,99 @@ import torch
 from torch import nn
 
 from gqalib.errors import InputError
-from gqalib.measure.perplexity import perplexity, token_losses
+from gqalib.measure.perplexity import token_losses
 from gqalib.model.shapes import decoder_layers, layer_shape
-from gqalib.run.resume import NOT_KEPT, Progress
-from gqalib.stream import advance, batches, is_streamed, layers_between, only_layers, stream_through
+from gqalib.steps import in_steps
+from gqalib.stream import advance, batches, is_streamed, layers_between, stream_through
 
-STATISTICS = ("taylor", "magnitude", "random")
-
-
-# ---------------------------------------------------------------- gradients
+# ---------------------------------------------------------------- passes forward and backward
 
 
-def backward(
+@dataclass(frozen=True)
+class Piece:
+    """A piece of the calibration: some layers, on some windows."""
+
+    layers: range  # those that are run
+    rows: slice  # of the windows
+    backward: Callable[[], float]  # forward and backward through them; returns the loss where they end in it
+
+
+def differentiate(
     model: nn.Module,
     windows: torch.Tensor,
-    layers: Iterable[int] | None = None,
+    each: Callable[[Piece], object],
     hidden_states: torch.Tensor | None = None,
     first_layer: int = 0,
-) -> float:
-    """Leave the gradient of the mean calibration loss in `.grad` of the projections of `layers` (default: all), and
-    only there.
+    lowest: int = 0,
+    by_layer: bool = False,
+    divisor: float = 1.0,
+) -> None:
+    """The gradient of the calibration loss (summed over tokens, over `divisor`), in pieces: `each` is called with every
+    one and runs it.
 
-    With `hidden_states` [count, length, hidden], the stream before `first_layer`, the layers below it are not run.
-
-    Returns:
-        The calibration loss in nats per token.
-
-    Raises:
-        InputError: the loss or a gradient is not finite.
+    All layers at once, batch by batch: the activations of all layers are kept, of one batch. `by_layer`: the last layer
+    on all batches, then the one below it, down to `lowest`. Only one layer's activations and gradients are kept at a
+    time, beside the streams before each layer, [layers, count, length, hidden], in host memory; each layer runs forward
+    twice. The gradients are the same.
     """
-    decoder = decoder_layers(model)
-    layers = list(range(len(decoder)) if layers is None else layers)
-    model.requires_grad_(False)
-    model.zero_grad(set_to_none=True)
-    asked = [part.requires_grad_(True) for index in layers for part in _halves(decoder[index])]
-    losses, num_predicted = [], windows.shape[0] * (windows.shape[1] - 1)
-    where = {"hidden_states": hidden_states, "first_layer": first_layer, "divisor": num_predicted}
-    with _summed_in_float32(asked, windows):
-        differentiate(model, windows, lambda step: losses.append(step.backward()), **where)
-    for index in layers:
-        for parameter in (p for p in decoder[index].parameters() if p.grad is not None):
-            _finite(parameter.grad, index)
-    return sum(losses)
+    if by_layer:
+        _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor)
+        return
+    layers = range(first_layer, len(decoder_layers(model)))
+    with layers_between(model, first_layer), torch.enable_grad():
+        for rows in batches(windows):
+            stream = None if hidden_states is None else hidden_states[rows]
+            each(Piece(layers, rows, partial(_backward_loss, model, windows[rows], stream, divisor)))
 
 
-def _summed_loss(model: nn.Module, input_ids: torch.Tensor, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
-    """−log p summed over the predicted tokens of some windows, in nats, with its graph."""
+@torch.enable_grad()
+def _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor) -> None:
+    count, stream = len(decoder_layers(model)), advance(model, hidden_states, windows, first_layer, lowest)
+    streams = [stream.cpu()]
+    for index in range(lowest, count):
+        stream = advance(model, stream, windows, index, index + 1)
+        streams.append(stream.cpu())
+    gradient, stream = torch.empty_like(stream), None
+    with layers_between(model, count):  # the final norm and lm_head alone
+        for rows in batches(windows):
+            inputs = streams[-1][rows].to(model.device).requires_grad_()
+            _backward_loss(model, windows[rows], inputs, divisor)
+            gradient[rows] = inputs.grad
+    for index in reversed(range(lowest, count)):
+        streams.pop()
+        with stream_through(model, index, index + 1) as run:
+            for rows in batches(windows):
+                backward = partial(_backward_layer, partial(run, windows[rows]), streams[-1][rows], gradient[rows])
+                each(Piece(range(index, index + 1), rows, backward))
+
+
+def _backward_loss(
+    model: nn.Module, input_ids: torch.Tensor, hidden_states: torch.Tensor | None, divisor: float
+) -> float:
+    """−log p summed over the predicted tokens of some windows, over `divisor`, in nats."""
     input_ids = input_ids.to(model.device)
     inputs = {"input_ids": input_ids} if hidden_states is None else {"inputs_embeds": hidden_states}
     loss = token_losses(model(**inputs, use_cache=False).logits, input_ids).sum()
     if not torch.isfinite(loss):
         raise InputError(f"the calibration loss is {loss.item()}: use dtype float32 or another calibration text")
-    return loss
+    loss = loss / divisor
+    loss.backward()
+    return loss.item()
+
+
+def _backward_layer(run: Callable[[torch.Tensor], torch.Tensor], stream: torch.Tensor, gradient: torch.Tensor) -> float:
+    """One layer forward and backward; the gradient at its output is overwritten by that at its input."""
+    inputs = stream.to(gradient.device).requires_grad_()
+    outputs = run(inputs)
+    outputs.backward(gradient.to(outputs.device))
+    gradient.copy_(inputs.grad)
+    return 0.0
+
+
+def one_layer_at_a_time(model: nn.Module) -> bool:
+    """Whether gradients are to come layer by layer: where memory is scarcer than time, on a GPU or with streamed
+    layers."""
+    return model.device.type != "cpu" or is_streamed(model)
 
 
 @contextmanager
@@ -105,156 +145,85 @@ def _summed_in_float32(modules: Iterable[nn.Module], windows: torch.Tensor) -> I
             parameter.grad = None if total is None else total.to(parameter.dtype)
 
 
-# ---------------------------------------------------------------- passes forward and backward
+# ---------------------------------------------------------------- gradients of weights
 
 
-@dataclass(frozen=True)
-class Step:
-    """A piece of the calibration: some layers, on some windows."""
-
-    layers: range  # those that are run
-    rows: slice  # of the windows
-    backward: Callable[[], float]  # forward and backward through them; returns the loss where they end in it
-
-
-def differentiate(
-    model: nn.Module,
-    windows: torch.Tensor,
-    each: Callable[[Step], object],
-    hidden_states: torch.Tensor | None = None,
-    first_layer: int = 0,
-    lowest: int = 0,
-    by_layer: bool = False,
-    divisor: float = 1.0,
-) -> None:
-    """The gradient of the calibration loss (summed over tokens, over `divisor`), in steps: `each` is called with
-    every one and runs it.
-
-    All layers at once, batch by batch: the activations of all layers are kept, of one batch. `by_layer`: the last layer
-    on all batches, then the one below it, down to `lowest`. Only one layer's activations and gradients are kept at a
-    time, beside the streams before each layer, [layers, count, length, hidden], in host memory; each layer runs forward
-    twice. The gradients are the same.
-    """
-    if by_layer:
-        _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor)
-        return
-    layers = range(first_layer, len(decoder_layers(model)))
-    with layers_between(model, first_layer):
-        for rows in batches(windows):
-            stream = None if hidden_states is None else hidden_states[rows]
-            each(Step(layers, rows, partial(_backward_loss, model, windows[rows], stream, divisor)))
-
-
-def _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor) -> None:
-    count, stream = len(decoder_layers(model)), advance(model, hidden_states, windows, first_layer, lowest)
-    streams = [stream.cpu()]
-    for index in range(lowest, count):
-        stream = advance(model, stream, windows, index, index + 1)
-        streams.append(stream.cpu())
-    gradient, stream = torch.empty_like(stream), None
-    with layers_between(model, count):  # the final norm and lm_head alone
-        for rows in batches(windows):
-            inputs = streams[-1][rows].to(model.device).requires_grad_()
-            _backward_loss(model, windows[rows], inputs, divisor)
-            gradient[rows] = inputs.grad
-    for index in reversed(range(lowest, count)):
-        streams.pop()
-        with stream_through(model, index, index + 1) as run:
-            for rows in batches(windows):
-                backward = partial(_backward_layer, partial(run, windows[rows]), streams[-1][rows], gradient[rows])
-                each(Step(range(index, index + 1), rows, backward))
-
-
-def _backward_loss(
-    model: nn.Module, input_ids: torch.Tensor, hidden_states: torch.Tensor | None, divisor: float
-) -> float:
-    loss = _summed_loss(model, input_ids, hidden_states) / divisor
-    loss.backward()
-    return loss.item()
-
-
-def _backward_layer(run: Callable[[torch.Tensor], torch.Tensor], stream: torch.Tensor, gradient: torch.Tensor) -> float:
-    """One layer forward and backward; the gradient at its output is overwritten by that at its input."""
-    inputs = stream.to(gradient.device).requires_grad_()
-    outputs = run(inputs)
-    outputs.backward(gradient.to(outputs.device))
-    gradient.copy_(inputs.grad)
-    return 0.0
-
-
-def _one_layer_at_a_time(model: nn.Module, by_layer: bool | None) -> bool:
-    """`by_layer`, or what suits the model: layer by layer where memory is scarcer than time, on a GPU or with
-    streamed layers."""
-    return (model.device.type != "cpu" or is_streamed(model)) if by_layer is None else by_layer
-
-
-# ---------------------------------------------------------------- scores that are taken as gradients appear
-
-
-def taylor_scores(
+def backward(
     model: nn.Module,
     windows: torch.Tensor,
     layers: Iterable[int] | None = None,
     hidden_states: torch.Tensor | None = None,
     first_layer: int = 0,
-    include_o_proj: bool = False,
-    by_layer: bool | None = None,
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Σ |W ⊙ G| of groups and channels of `layers` (default: all), without the model's gradients ever being there
-    together.
+) -> float:
+    """Leave the gradient of the mean calibration loss in `.grad` of the projections of `layers` (default: all), and
+    only there.
 
-    As soon as the last gradient of a layer's attention or MLP has come, hooks take its scores and drop it. The gradient
-    is summed over the text before its magnitude is taken, so with more than one batch (and layer) the text goes through
-    layer by layer, see `differentiate`; `by_layer` True or False decides otherwise. Arguments as in `backward` and
-    `group_scores`; no `.grad` is left behind, and the scores are those of `backward` with `group_scores` and
-    `channel_scores`.
+    With `hidden_states` [count, length, hidden], the stream before `first_layer`, the layers below it are not run.
+
+    Returns:
+        The calibration loss in nats per token.
 
     Raises:
         InputError: the loss or a gradient is not finite.
     """
-    decoder, found = decoder_layers(model), {}
+    decoder, losses = decoder_layers(model), []
     layers = list(range(len(decoder)) if layers is None else layers)
-    num_batches = len(list(batches(windows)))
-    by_layer = min(num_batches, len(layers)) > 1 if by_layer is None else by_layer
-    scores_of = partial(group_scores, include_o_proj=include_o_proj), channel_scores
+    model.requires_grad_(False)
     model.zero_grad(set_to_none=True)
-    asked = [part for i in layers for part in _halves(decoder[i])]
+    asked = [part.requires_grad_(True) for index in layers for part in _halves(decoder[index])]
+    where = {"hidden_states": hidden_states, "first_layer": first_layer, "divisor": windows[:, 1:].numel()}
+    with _summed_in_float32(asked, windows):
+        differentiate(model, windows, lambda piece: losses.append(piece.backward()), **where)
+    for index in layers:
+        for parameter in (p for p in decoder[index].parameters() if p.grad is not None):
+            finite(parameter.grad, index)
+    return sum(losses)
+
+
+def as_gradients_come(
+    model: nn.Module,
+    windows: torch.Tensor,
+    take: Callable[[int, int], None],
+    layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None,
+    first_layer: int = 0,
+) -> None:
+    """Call `take(index, half)` as soon as the last gradient of a layer's attention (0) or MLP (1) has come; then it
+    goes, so that the model's gradients are never there together. Other arguments as in `backward`.
+
+    A gradient is summed over the text before it is taken, so with more than one batch (and layer) the text goes through
+    layer by layer, see `differentiate`.
+    """
+    decoder, num_batches = decoder_layers(model), len(list(batches(windows)))
+    layers = list(range(len(decoder)) if layers is None else layers)
+    model.zero_grad(set_to_none=True)
+    asked = [part for index in layers for part in _halves(decoder[index])]
     with _asking(model, asked), _summed_in_float32(asked, windows), ExitStack() as hooks:
-        for index in layers:
-            for half, part in enumerate(_halves(decoder[index])):
-                take = partial(_take, found, (index, half), scores_of[half], decoder[index], part)
-                _when_complete(part, num_batches, take, hooks)
-        num_predicted = windows.shape[0] * (windows.shape[1] - 1)
-        lowest = min(layers, default=0)
-        differentiate(
-            model, windows, lambda step: step.backward(), hidden_states, first_layer, lowest, by_layer, num_predicted
-        )
-    return {index: (_finite(found[index, 0], index), _finite(found[index, 1], index)) for index in layers}
+        for place, part in enumerate(asked):
+            _when_complete(part, num_batches, partial(take, layers[place // 2], place % 2), hooks)
+        where = hidden_states, first_layer, min(layers, default=0), min(num_batches, len(layers)) > 1
+        differentiate(model, windows, lambda piece: piece.backward(), *where, divisor=windows[:, 1:].numel())
+
+
+def _when_complete(part: nn.Module, num_batches: int, take: Callable[[], None], hooks: ExitStack) -> None:
+    """Take and drop the gradients of a module when each of its parameters has got that from the last batch."""
+    parameters = list(part.parameters())
+    outstanding = iter(reversed(range(num_batches * len(parameters))))
+
+    def arrived(_: nn.Parameter) -> None:
+        if next(outstanding) == 0:
+            take()
+            part.zero_grad(set_to_none=True)
+
+    for parameter in parameters:
+        hooks.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)
 
 
 def _halves(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     return layer.self_attn, layer.mlp
 
 
-def _when_complete(part: nn.Module, num_batches: int, then: Callable[[], None], hooks: ExitStack) -> None:
-    """Call `then` when each parameter of a module has got its gradient from the last batch."""
-    parameters = list(part.parameters())
-    outstanding = iter(reversed(range(num_batches * len(parameters))))
-
-    def arrived(_: nn.Parameter) -> None:
-        if next(outstanding) == 0:
-            then()
-
-    for parameter in parameters:
-        hooks.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)
-
-
-def _take(found: dict, key: tuple[int, int], scores_of: Callable, layer: nn.Module, part: nn.Module) -> None:
-    found[key] = scores_of(layer)
-    part.zero_grad(set_to_none=True)
-
-
-def _finite(values: torch.Tensor, index: int) -> torch.Tensor:
+def finite(values: torch.Tensor, index: int) -> torch.Tensor:
     """Gradients of a layer, or scores that were taken of them."""
     if not torch.isfinite(values).all():
         raise InputError(f"a gradient of layer {index} is not finite: use dtype float32 or another calibration text")
@@ -270,33 +239,32 @@ def fisher_scores(
     layers: Iterable[int] | None = None,
     hidden_states: torch.Tensor | None = None,
     first_layer: int = 0,
-    by_layer: bool | None = None,
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Mask-gradient scores of `layers` (default: all): {layer: (groups [num_key_value_heads], channels
     [intermediate_size])}.
 
     A mask of ones multiplies each group at `o_proj`'s input and each channel at `down_proj`'s; the score is the mean
     over windows of (∂ window's mean loss / ∂ mask)²: the diagonal Fisher information of the mask (Kwon et al. 2022).
-    Other arguments as in `backward` and `differentiate` (`by_layer` None: on a GPU). Activations and their gradients
-    only: the weights' `.grad` is neither made nor touched.
+    Other arguments as in `backward`. Activations and their gradients only: the weights' `.grad` is neither made nor
+    touched.
 
     Raises:
         InputError: the loss or a score is not finite.
     """
     layers, decoder = list(range(len(decoder_layers(model))) if layers is None else layers), decoder_layers(model)
     scores, count = {index: [0.0, 0.0] for index in layers}, len(windows)
-    by_layer = _one_layer_at_a_time(model, by_layer)
 
-    def add(step: Step) -> None:
-        here = [index for index in layers if index in step.layers]
-        with _masks([decoder[index] for index in here], len(windows[step.rows])) as masks:
-            step.backward()
+    def add(piece: Piece) -> None:
+        here = [index for index in layers if index in piece.layers]
+        with _masks([decoder[index] for index in here], len(windows[piece.rows])) as masks:
+            piece.backward()
         for place, mask in enumerate(masks):
             gradient = mask.grad.double().flatten(1) / (windows.shape[1] - 1)  # [windows, units]
             scores[here[place // 2]][place % 2] += gradient.square().sum(0) / count
 
     with _asking(model):
-        differentiate(model, windows, add, hidden_states, first_layer, min(layers, default=0), by_layer)
+        lowest, by_layer = min(layers, default=0), one_layer_at_a_time(model)
+        differentiate(model, windows, add, hidden_states, first_layer, lowest, by_layer)
     if not all(torch.isfinite(score).all() for pair in scores.values() for score in pair):
         raise InputError("a mask gradient is not finite: use dtype float32 or another calibration text")
     return {index: tuple(pair) for index, pair in scores.items()}
@@ -320,32 +288,30 @@ def _masks(layers: list[nn.Module], num_windows: int) -> Iterator[list[torch.Ten
 
 
 def _apply_mask(mask: torch.Tensor, module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-    units = inputs[0].unflatten(
-        -1, (mask.shape[2], -1)
-    )  # [windows, length, features] → [windows, length, units, features of one]
+    units = inputs[0].unflatten(-1, (mask.shape[2], -1))  # [windows, length, units, features of one]
     return (units * mask).flatten(-2).to(inputs[0].dtype)
 
 
-def gradient_covariances(
-    model: nn.Module, windows: torch.Tensor, by_layer: bool | None = None, progress: Progress = NOT_KEPT
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+@in_steps()
+def gradient_covariances(model: nn.Module, windows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per layer, the covariances of the gradient at the outputs of `o_proj` and of `down_proj`, each float64 [hidden,
-    hidden].
+    hidden]; all in one step.
 
     G = mean over tokens of g gᵀ, g = ∂(summed loss) / ∂(output at that token): K-FAC's output factor (Martens & Grosse
-    2015), in nats² per squared unit of the residual stream. No weight has a gradient. `by_layer` (default: on a GPU) as
-    in `differentiate`; then the covariances wait in host memory. `progress` keeps them when they are done.
+    2015), in nats² per squared unit of the residual stream. No weight has a gradient. On a GPU, or with streamed
+    layers, they come layer by layer, see `differentiate`, and wait in host memory.
 
     Raises:
         InputError: the loss or a covariance is not finite.
     """
-    progress = progress.of("gradient_covariances", model, windows)
-    parts = progress.once("covariances", partial(_covariances, model, windows, by_layer))
+    parts = yield "covariances", partial(_covariances, model, windows)
     return [(parts[f"o_proj.{layer}"], parts[f"down_proj.{layer}"]) for layer in range(len(decoder_layers(model)))]
 
 
-def _covariances(model: nn.Module, windows: torch.Tensor, by_layer: bool | None) -> dict[str, torch.Tensor]:
+def _covariances(model: nn.Module, windows: torch.Tensor) -> dict[str, torch.Tensor]:
     sums: dict[nn.Module, torch.Tensor] = {}
+    outputs = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in decoder_layers(model)]
+    by_layer = one_layer_at_a_time(model)
 
     def add(module: nn.Module, gradient: torch.Tensor) -> None:
         gradient = gradient.flatten(0, -2).double()
@@ -355,45 +321,36 @@ def _covariances(model: nn.Module, windows: torch.Tensor, by_layer: bool | None)
         if output.requires_grad:
             output.register_hook(partial(add, module))
 
-    def each(step: Step) -> None:
-        step.backward()
-        if by_layer and step.rows.stop >= len(windows):  # this layer is done
-            sums.update({module: sums[module].cpu() for module in modules[step.layers[0]]})
+    def run(piece: Piece) -> None:
+        piece.backward()
+        if by_layer and piece.rows.stop >= len(windows):  # this layer is done
+            sums.update({module: sums[module].cpu() for module in outputs[piece.layers[0]]})
 
-    modules = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in decoder_layers(model)]
-    by_layer = _one_layer_at_a_time(model, by_layer)
     with _asking(model), ExitStack() as hooks:
-        for module in (module for pair in modules for module in pair):
+        for module in (module for pair in outputs for module in pair):
             hooks.callback(module.register_forward_hook(watch).remove)
-        hooks.callback(
-            model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_()).remove
-        )
-        differentiate(model, windows, each, by_layer=by_layer)
+        embedding = model.get_input_embeddings()  # where no weight asks, the stream has to
+        hooks.callback(embedding.register_forward_hook(lambda *call: call[-1].requires_grad_()).remove)
+        differentiate(model, windows, run, by_layer=by_layer)
     if not all(torch.isfinite(total).all() for total in sums.values()):
         raise InputError("a gradient covariance is not finite: use dtype float32 or another calibration text")
-    names = ("o_proj", "down_proj")
-    return {
-        f"{name}.{i}": sums[module] / windows.numel()
-        for i, pair in enumerate(modules)
-        for name, module in zip(names, pair, strict=True)
-    }
+    means = [[sums[module] / windows.numel() for module in pair] for pair in outputs]
+    names = "o_proj", "down_proj"
+    return {f"{name}.{i}": mean for i, pair in enumerate(means) for name, mean in zip(names, pair, strict=True)}
 
 
 # ---------------------------------------------------------------- units of one layer
 
 
-def element_scores(weight: nn.Parameter, statistic: str, generator: torch.Generator | None = None) -> torch.Tensor:
-    """The statistic of every element of a weight, in float64 on the weight's device, same shape."""
-    if statistic not in STATISTICS:
-        raise InputError(
-            f"unknown statistic {statistic!r}: use one of {', '.join(STATISTICS)} (or fisher, by unit_scores)"
-        )
-    if statistic == "random":
-        return torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+def element_scores(weight: nn.Parameter, statistic: str) -> torch.Tensor:
+    """The statistic of every element of a weight, `taylor` or `magnitude`, in float64 on its device, same shape."""
     if statistic == "magnitude":
         return weight.detach().double().square()
+    if statistic != "taylor":
+        known = "taylor, magnitude or random (or fisher, by unit_scores)"
+        raise InputError(f"unknown statistic {statistic!r}: use {known}")
     if weight.grad is None:
-        raise InputError("a weight has no gradient: call importance.backward on this layer before taylor scores")
+        raise InputError("a weight has no gradient: call scores.backward on this layer before taylor scores")
     return (weight.detach() * weight.grad).double().abs()
 
 
@@ -431,15 +388,6 @@ def group_scores(
     return sum(score for name, score in parts.items() if include_o_proj or name != "o_proj")
 
 
-def misaligned_group_scores(layer: nn.Module, statistic: str = "taylor") -> torch.Tensor:
-    """LLM-Pruner's fold, for comparison: `view(size, groups).sum(0)` credits KV head k with query heads k, k+groups, …
-
-    `repeat_kv` pairs *consecutive* query heads with a KV head, so for a 4:1 layer three of the four belong elsewhere.
-    """
-    heads = head_scores(layer, statistic)
-    return heads["q_proj"].view(-1, len(heads["k_proj"])).sum(0) + heads["k_proj"] + heads["v_proj"]
-
-
 def channel_scores(
     layer: nn.Module, statistic: str = "taylor", generator: torch.Generator | None = None
 ) -> torch.Tensor:
@@ -450,71 +398,10 @@ def channel_scores(
     return rows + element_scores(layer.mlp.down_proj.weight, statistic).sum(0)
 
 
-def unit_scores(
-    model: nn.Module,
-    windows: torch.Tensor,
-    statistics: tuple[str, str] = ("taylor", "taylor"),
-    layers: Iterable[int] | None = None,
-    hidden_states: torch.Tensor | None = None,
-    first_layer: int = 0,
-    include_o_proj: bool = False,
-    generator: torch.Generator | None = None,
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Scores of groups and of channels of `layers` (default: all) by two statistics, with whatever pass these need.
-
-    Arguments as in `backward` and `group_scores`; no gradient is left behind.
-    """
-    layers = list(range(len(decoder_layers(model))) if layers is None else layers)
-    text = (model, windows, layers, hidden_states, first_layer)
-    taken = {"fisher": fisher_scores(*text)} if "fisher" in statistics else {}
-    if "taylor" in statistics:
-        taken["taylor"] = taylor_scores(*text, include_o_proj)
-    scores = {}
-    for index in layers:
-        layer, (groups, channels) = decoder_layers(model)[index], statistics
-        scores[index] = (
-            taken[groups][index][0] if groups in taken else group_scores(layer, groups, include_o_proj, generator),
-            taken[channels][index][1] if channels in taken else channel_scores(layer, channels, generator),
-        )
-    return scores
-
-
 def largest(scores: torch.Tensor, count: int) -> list[int]:
     """The `count` best units, ascending; of equal scores the lower index stays."""
     order = torch.argsort(scores, descending=True, stable=True)
     return sorted(order[:count].tolist())
-
-
-# ---------------------------------------------------------------- layers
-
-
-def removal_importance(
-    model: nn.Module, windows: torch.Tensor, cached_prefix: bool = True, progress: Progress = NOT_KEPT
-) -> torch.Tensor:
-    """Rise of the perplexity when a layer is replaced by the identity, float64 [layers]. It can be negative.
-
-    With `cached_prefix` the stream before each layer is kept, so that only the layers above it are run again.
-    `progress` keeps the layers' perplexities.
-    """
-    progress, num_layers = progress.of("removal_importance", model, windows, cached_prefix), len(decoder_layers(model))
-    perplexities, hidden_states = [], None
-    for layer in range(num_layers + 1):  # the last one is the model itself, nothing left out
-        if cached_prefix:
-            hidden_states = advance(model, hidden_states, windows, max(0, layer - 1), layer)
-        perplexities.append(
-            progress.once(f"layer-{layer}", partial(_perplexity_without, model, windows, layer, hidden_states))
-        )
-    return torch.tensor(perplexities[:-1], dtype=torch.float64) - perplexities[-1]
-
-
-def _perplexity_without(
-    model: nn.Module, windows: torch.Tensor, layer: int, hidden_states: torch.Tensor | None
-) -> float:
-    """Without a layer, and with `hidden_states`, the stream before it, without those in front of it."""
-    if hidden_states is not None:
-        return perplexity(model, windows, hidden_states, first_layer=layer + 1)
-    with only_layers(model, [i for i in range(len(decoder_layers(model))) if i != layer]):
-        return perplexity(model, windows)
 
 
 def activation_importance(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Plans that are tried out: an evolution strategy on the cost table, and a search for the largest cut within a target.
+"""Plans that are tried out: an evolution strategy on the cost table, and the largest cut within a perplexity.
 
 The cost table adds its estimates up; errors in different layers act together. An evolution strategy, (1 + 1) with
 Rechenberg's rule for the width of its steps, multiplies the table's rows by factors that differ smoothly from layer to
@@ -17,16 +17,12 @@ import torch
 from torch import nn
 
 from gqalib.errors import InputError, OutOfReach
-from gqalib.measure.perplexity import kl_to
-from gqalib.measure.perplexity import perplexity as perplexity_of
-from gqalib.model.shapes import count_parameters
+from gqalib.measure.perplexity import kl_to, perplexity
 from gqalib.model.surgery import take_layers
 from gqalib.prune import refit
 from gqalib.prune.allocate import CostTable, Covariances
-from gqalib.prune.founding import Plan, uniform_plan
-from gqalib.run.resume import NOT_KEPT, Progress
-
-# ---------------------------------------------------------------- trying plans out
+from gqalib.prune.plans import Plan, uniform_plan
+from gqalib.steps import in_steps
 
 
 @dataclass(frozen=True)
@@ -47,52 +43,46 @@ class Trial:
     covariances: Covariances
     ingredients: refit.Ingredients = refit.RECIPE
 
-    def __call__(self, plan: Plan, progress: Progress = NOT_KEPT) -> nn.Module:
+    def __call__(self, plan: Plan) -> nn.Module:
         """The model that the sweep makes of a copy."""
         pruned = copy.deepcopy(self.model)
-        refit.sweep(pruned, plan, self.windows, self.ingredients, covariances=self.covariances, progress=progress)
+        refit.sweep(pruned, plan, self.windows, self.ingredients, covariances=self.covariances)
         return pruned
 
+    def kl(self, plan: Plan, scoring: torch.Tensor) -> float:
+        """KL to the dense model, in nats per token of the windows `scoring`."""
+        return kl_to(self.model, self(plan), scoring)
 
+
+@in_steps("candidates")
 def evolve(
-    trial: Trial,
-    table: CostTable,
-    fraction: float,
-    scoring: torch.Tensor,
-    candidates: int = 24,
-    seed: int = 0,
-    progress: Progress = NOT_KEPT,
+    trial: Trial, table: CostTable, fraction: float, scoring: torch.Tensor, candidates: int = 24, seed: int = 0
 ) -> Found:
-    """Search the factors of the table's rows for the plan whose model is nearest to the dense one.
+    """Search the factors of the table's rows for the plan whose model is nearest to the dense one; a step for each
+    candidate, so that a run with more of them goes on.
 
-    The first candidates are the uniform plan and the cheapest one; a step that helps makes the next 1.5 times as wide,
-    one that does not makes it narrower, so that one in five helps.
+    The first candidates are the uniform plan and the cheapest one; a change that helps makes the next 1.5 times as
+    wide, one that does not makes it narrower, so that one in five helps.
 
     Args:
         scoring: windows [count, length] apart from the calibration text. candidates: sweeps in all, at least two.
-        progress: keeps each candidate's score. All else, random numbers included, follows from scores and seed, and is
-            made again; so a run with more candidates goes on as well.
 
     Raises:
-        InputError: a fraction that no plan reaches.
+        OutOfReach: a fraction that no plan reaches.
     """
-    progress = progress.of("evolve", trial, table, fraction, scoring, seed)
-
-    def score_of(name: str) -> float:
-        return progress.once(name, lambda: kl_to(trial.model, trial(plans[name]), scoring))
-
     generator, width, factors = np.random.default_rng(seed), 0.4, np.ones((2, len(table.steps)))
-    uniform = uniform_plan(trial.model, fraction, multiple=table.multiple)
-    plans = {"uniform": uniform, "cheapest": table.plan(fraction)}
-    scores = {name: score_of(name) for name in plans}
+    plans = {"uniform": uniform_plan(trial.model, fraction, multiple=table.multiple), "cheapest": table.plan(fraction)}
+    scores = {}
+    for name in plans:
+        scores[name] = yield name, partial(trial.kl, plans[name], scoring)
     centre = scores["cheapest"]
     for number in range(1, candidates - 1):
-        tried = factors * np.exp(width * smooth_noise(generator, factors.shape[1]))
-        plans[f"step {number}"] = table.plan(fraction, tried)
-        score = scores[f"step {number}"] = score_of(f"step {number}")
-        width *= 1.5 if score < centre else 1.5**-0.25
-        if score < centre:
-            centre, factors = score, tried
+        name, tried = f"step {number}", factors * np.exp(width * smooth_noise(generator, factors.shape[1]))
+        plans[name] = table.plan(fraction, tried)
+        scores[name] = yield name, partial(trial.kl, plans[name], scoring)
+        width *= 1.5 if scores[name] < centre else 1.5**-0.25
+        if scores[name] < centre:
+            centre, factors = scores[name], tried
     history = pd.DataFrame({"candidate": scores.keys(), "kl": scores.values()})
     best = history["candidate"][history["kl"].idxmin()]
     return Found(plans[best], factors, history.assign(best=history["kl"].cummin()))
@@ -107,51 +97,22 @@ def smooth_noise(generator: np.random.Generator, num_layers: int) -> np.ndarray:
     return np.stack(rows) + generator.standard_normal((2, 1)) * 0.7
 
 
-def prune_to(
-    trial: Trial,
-    table: CostTable,
-    scoring: torch.Tensor,
-    *,
-    kept: float | None = None,
-    perplexity: float | None = None,
-    trials: int = 7,
-    progress: Progress = NOT_KEPT,
-) -> pd.DataFrame:
-    """Prune `trial.model` in place as far as a target allows, by the cheapest plan and the whole sweep.
+@in_steps("trials")
+def prune_to(trial: Trial, table: CostTable, scoring: torch.Tensor, limit: float, trials: int = 7) -> pd.DataFrame:
+    """Prune `trial.model` in place as far as a perplexity allows, by the cheapest plan and the whole sweep; a step for
+    each of the `trials` that narrow the fraction down.
 
     Args:
-        scoring: windows [count, length] for the perplexities, apart from the calibration text.
-        kept: the fraction of all parameters that is to stay; met within one unit, by one sweep.
-        perplexity: the most it may become; the fraction that goes is narrowed down in `trials` sweeps.
-        progress: keeps the perplexity of each sweep, and the layers of the one that is `kept`'s.
+        scoring: windows [count, length] for the perplexities, apart from the calibration text. limit: of them.
 
     Returns:
-        One row per sweep: `fraction` of the backbone removed, `perplexity`, infinite where it is more than can go. The
-        model is that of the largest fraction within the target, made by one more sweep; as it was where none is.
+        One row per trial: `fraction` of the backbone removed, `perplexity`, infinite where it is more than can go. The
+        model is that of the largest fraction within the limit, made by one more sweep; as it was where none is.
 
     Raises:
-        InputError: not one target but none or two, one not above the dense perplexity, one that no plan reaches, or as
-            `refit.sweep`; the model is as before.
+        InputError: a limit not above the dense perplexity, or as `refit.sweep`; the model is as before.
     """
-    if (perplexity is None) == (kept is None):
-        raise InputError("prune_to needs one target: give either kept or perplexity")
-    if kept is not None:
-        counts = count_parameters(trial.model)
-        fraction = (1 - kept) * counts["total"] / counts["backbone"]
-        pruned = trial(table.plan(fraction), progress)
-        rows = [{"fraction": fraction, "perplexity": perplexity_of(pruned, scoring)}]
-    else:
-        progress = progress.of("prune_to", trial, table, scoring, perplexity)
-        pruned, rows = _narrow_down(trial, table, scoring, perplexity, trials, progress)
-    take_layers(trial.model, pruned)
-    return pd.DataFrame(rows)
-
-
-def _narrow_down(
-    trial: Trial, table: CostTable, scoring: torch.Tensor, limit: float, trials: int, progress: Progress
-) -> tuple[nn.Module, list[dict]]:
-    """The model of the largest fraction within the limit, and a row per sweep."""
-    dense = perplexity_of(trial.model, scoring)
+    dense = perplexity(trial.model, scoring)
     if limit <= dense:
         raise InputError(
             f"a perplexity of {limit:.4g} is not above the dense model's {dense:.4g}: give a higher target"
@@ -159,11 +120,12 @@ def _narrow_down(
     low, high, rows = (0.0, dense), (1.0, math.inf), []
     for number in range(trials):
         fraction = _between(low, high, dense, limit)
-        reached = progress.once(f"trial-{number}", partial(_reached, trial, table, fraction, scoring))
+        reached = yield f"trial-{number}", partial(_reached, trial, table, fraction, scoring)
         rows.append({"fraction": fraction, "perplexity": reached})
         low, high = ((fraction, reached), high) if reached <= limit else (low, (fraction, reached))
-    # made again, because to keep the best one meanwhile takes the memory of another model
-    return trial(table.plan(low[0])) if low[0] else trial.model, rows
+    if low[0]:  # made again, because to keep the best one meanwhile takes the memory of another model
+        take_layers(trial.model, trial(table.plan(low[0])))
+    return pd.DataFrame(rows)
 
 
 def _reached(trial: Trial, table: CostTable, fraction: float, scoring: torch.Tensor) -> float:
@@ -172,7 +134,7 @@ def _reached(trial: Trial, table: CostTable, fraction: float, scoring: torch.Ten
         plan = table.plan(fraction)
     except OutOfReach:
         return math.inf
-    return perplexity_of(trial(plan), scoring)
+    return perplexity(trial(plan), scoring)
 
 
 def _between(low: tuple[float, float], high: tuple[float, float], dense: float, limit: float) -> float:

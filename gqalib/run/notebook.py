@@ -288,8 +288,7 @@ class Notebook:
         self.texts[name] = value
 
     def progress(self, name: str) -> Progress:
-        """Where a long computation keeps what it has done so far, for a `progress=` argument; calls with other
-        arguments may share one.
+        """Where a long computation keeps what it has done so far; calls with other arguments may share one.
 
         A run with another parameter, seed, model or corpus file, device or version of anything finds nothing in it.
         """

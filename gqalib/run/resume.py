@@ -1,6 +1,8 @@
 """What a long computation has done so far, kept while it runs, so that a killed run goes on where it was.
 
-    progress = progress.of("removal", model, windows)                      # all that its parts depend on
+    removal = progress.run(removal_importance, model, windows)      # a function in steps, see `gqalib.steps`
+
+    progress = progress.of("mine", model, windows)                      # all that its parts depend on
     loss = progress.once("layer-3", lambda: perplexity(model, windows))    # computed, or read from an earlier run
 
 A *part* is what JSON can say (numbers come back bit for bit, infinite ones too) or a dict of tensors (safetensors). It
@@ -12,6 +14,7 @@ are drawn, the generator's state belongs into the part.
 import ast
 import dataclasses
 import hashlib
+import inspect
 import json
 import numbers
 import os
@@ -28,6 +31,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from gqalib.steps import drive
 
 PACKAGE = Path(__file__).parents[1]
 Part = Any  # what JSON can say, or a dict of tensors
@@ -54,6 +59,14 @@ class Progress:
         """Progress for these inputs alone: models, tensors, dataclasses, numbers, lists and dicts of them, seen by
         `digest`."""
         return Progress(self.folder / digest(*inputs)[:32], {})
+
+    def run(self, function: Callable, *args: Any, **options: Any) -> Any:
+        """What a function `in_steps` comes to for these arguments, its steps kept; calls with other arguments may share
+        one progress."""
+        call = inspect.signature(function).bind(*args, **options)
+        call.apply_defaults()
+        inputs = {name: value for name, value in call.arguments.items() if name not in function.apart}
+        return drive(function.steps(*args, **options), self.of(function.__name__, inputs).once)
 
     def once(self, name: str, compute: Callable[[], Part]) -> Part:
         """The part, computed if it is not there."""
@@ -91,6 +104,9 @@ class _NotKept(Progress):
 
     def of(self, *inputs: Any) -> Progress:
         return self
+
+    def run(self, function: Callable, *args: Any, **options: Any) -> Any:
+        return function(*args, **options)
 
     def load(self, name: str) -> None:
         return None
