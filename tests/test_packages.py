@@ -18,6 +18,7 @@ from gqalib.model import gguf as gguf_files
 from gqalib.model.load import load_config, load_model, load_tokenizer
 from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run import corpora, olmo_eval
+from gqalib.run.cli import main
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_boolq_is_scored_on_passages_that_nothing_was_learned_from(olmo):
 
 def test_tasks_are_scored_with_errors_and_paired_differences(olmo):
     model, tokenizer = load_model("data/reference_model", device="cpu"), load_tokenizer("data/reference_model")
-    rows = tasks.score_tasks(model, tokenizer, [], limit=4)
+    rows = tasks.score_tasks(model, tokenizer, ["all"], limit=4)
     assert rows["task"].unique().tolist() == list(tasks.TASKS)
     assert rows.groupby("task")["example"].count().eq(4).all()
     assert rows["right"].isin([0, 1]).all() and (rows["nats"] < 0).all()
@@ -259,8 +260,17 @@ def test_the_right_answer_is_the_one_that_counts(olmo):
     assert likely["nats"][0] == pytest.approx(nats / len(" Count."), rel=1e-3)
 
 
-def test_unknown_tasks_are_named():
-    with pytest.raises(InputError, match="unknown task 'arc': use some of boolq, piqa"):
+def test_evaluate_scores_tasks_beside_another_model(olmo, capsys):
+    where = ["--model", "data/reference_model", "--against", "data/reference_model", "--tokens", "256"]
+    assert main(["evaluate", *where, "--tasks", "piqa,arc_easy", "--limit", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "difference_error" in said and "arc_easy" in said and "mean" in said
+
+
+def test_unknown_tasks_are_named(capsys):
+    assert main(["evaluate", "--model", "data/reference_model", "--tasks", "piqua"]) == 2
+    assert "unknown task 'piqua': use all" in capsys.readouterr().err
+    with pytest.raises(InputError, match="unknown task 'arc': use all, or some of boolq, piqa"):
         tasks.check_tasks(["arc"])
 
 

@@ -6,17 +6,22 @@ the accuracy that is published for a task, every example gives the log-likelihoo
 long before an answer does.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from gqalib.errors import InputError
 from gqalib.run import olmo_eval
+
+if TYPE_CHECKING:  # whoever only checks a name need not wait for torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,13 @@ TASKS = {
 
 
 def check_tasks(names: list[str]) -> list[str]:
-    """Raises InputError if a task is unknown; no name stands for all of `TASKS`."""
+    """The tasks meant, `all` for all of `TASKS`. Raises InputError if one is unknown."""
     for name in names:
+        if name == "all":
+            return list(TASKS)
         if name not in TASKS:
-            raise InputError(f"unknown task {name!r}: use some of {', '.join(TASKS)}")
-    return names or list(TASKS)
+            raise InputError(f"unknown task {name!r}: use all, or some of {', '.join(TASKS)}")
+    return names
 
 
 def score_tasks(
@@ -66,6 +73,8 @@ def score_tasks(
     from lm_eval.models.huggingface import HFLM
 
     names = check_tasks(names)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit = {limit} cannot be: give a positive number of examples")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=rows, softmax_dtype="float32")
     members = [_member(name, limit) for name in names]

@@ -104,6 +104,9 @@ def prune(options: Namespace) -> None:
 def evaluate(options: Namespace) -> None:
     """Perplexity and size of a model, alone or against another one on the same text."""
     _check(options.corpus, options.model, *filter(None, [options.against]))
+    from gqalib.measure import tasks
+
+    names = tasks.check_tasks(options.tasks.split(",")) if options.tasks else []
     from gqalib.run import front
 
     where = options.dtype, options.device
@@ -112,6 +115,9 @@ def evaluate(options: Namespace) -> None:
     found = front.evaluate(model, tokenizer, against=against, corpus=options.corpus, tokens=options.tokens)
     for name, value in found.items():
         print(f"{name:16s} {value:{',' if isinstance(value, int) else ',.4f'}}")
+    if names:
+        scored = [tasks.score_tasks(each, tokenizer, names, options.limit) for each in (model, against) if each]
+        print(tasks.summary(*scored).to_string(index=False, float_format="{:.2f}".format))
 
 
 def _check(corpus: str, *models: str) -> None:
@@ -180,6 +186,8 @@ def _of_evaluate(add) -> None:
     _of_a_model(add)
     add("--against", metavar="FOLDER", help="another model of the same vocabulary")
     add("--tokens", type=int, default=16_384, help="of the test text (default: 16384)")
+    add("--tasks", metavar="NAMES", help="also downstream tasks, zero-shot: all, or some of boolq,piqa,… (see README)")
+    add("--limit", type=int, metavar="N", help="examples of each task, spread over it (default: all)")
 
 
 def _of_a_preset(add, default: str = "tiny") -> None:
