@@ -1,13 +1,15 @@
 """Llama-3-8B's measurements, on the small shape of the same ratios and a CPU."""
 
+import math
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 
 from gqalib import InputError
-from gqalib.measure import at_size, speed
-from gqalib.model.load import shape_config
+from gqalib.measure import at_size, recovery, speed
+from gqalib.model.load import load_model, shape_config
 from gqalib.run.cli import main
 from gqalib.run.notebook import read_record
 
@@ -46,6 +48,35 @@ def test_pruning_and_refit(measured):
     assert len(record["tables"]["sweep_seconds"]) == record["metrics"]["layers"]["value"] == 2
 
 
+REAL = {
+    "model": "data/reference_model", "corpus": "python-docs", "device": "cpu", "frontier.fractions": [0.5],
+    "frontier.calibration.num_examples": 8, "frontier.calibration.length": 64, "frontier.test.num_examples": 4,
+    "frontier.test.length": 64, "distillation.num_tokens": 256, "distillation.batch_tokens": 128,
+    "evaluation.num_tokens": 512, "evaluation.short_window": 32, "evaluation.long_window": 64,
+}  # fmt: skip
+
+
+def test_recovery(tmp_path, monkeypatch):
+    def scored(model, tokenizer, names, limit, rows):
+        return pd.DataFrame({"task": "piqa", "example": [0, 1], "right": [0, 1], "nats": [-1.0, -2.0]})
+
+    monkeypatch.setattr(recovery.tasks, "score_tasks", scored)
+    monkeypatch.setattr(recovery, "PROBES", 1)
+    at_size.at_size("smollm2-gpu", REAL, tmp_path, ["recovery"], also="python-source")
+    tables = read_record(tmp_path / "at_size_recovery.json")["tables"]
+    rows = pd.DataFrame(tables["models"])
+    assert rows["model"].unique().tolist() == ["dense", "refit-50", "distilled-50"]
+    assert (
+        rows.groupby("model")["corpus"].apply(list).tolist() == [["python-docs", "python-source", "python-source"]] * 3
+    )
+    assert (rows.loc[rows["model"] == "dense", "ratio"] == 1).all()
+    assert rows.loc[rows["model"] == "refit-50", "backbone_removed_percent"].between(49, 51).all()
+    losses = {row["muon_lr"]: row["validation_loss"] for row in tables["probes"]}
+    assert len(losses) == len(recovery.PROBED) and all(map(math.isfinite, losses.values()))
+    assert {row["model"] for row in tables["tasks"]} == {"dense", "distilled-50"}
+    assert load_model(str(tmp_path / "models" / "distilled-50"), device="cpu").dtype == torch.float32
+
+
 def test_widths_are_multiples_where_some_are_left():
     found = at_size.shapes(shape_config("shape:llama-3-8b"), 128)
     assert found["84.64 % kept"].intermediate_size % 128 == found["half kept"].intermediate_size % 128 == 0
@@ -53,7 +84,7 @@ def test_widths_are_multiples_where_some_are_left():
 
 
 def test_unknown_step(tmp_path, capsys):
-    with pytest.raises(InputError, match="unknown step 'sped': use speed, pruning, refit"):
+    with pytest.raises(InputError, match="unknown step 'sped': use speed, pruning, refit, recovery"):
         at_size.at_size("llama3-8b-shape", {}, tmp_path / "out", ["sped"])
     assert main(["at-size", "--out", str(tmp_path / "out"), "--steps", "sped"]) == 2
     assert not (tmp_path / "out").exists() and "unknown step" in capsys.readouterr().err

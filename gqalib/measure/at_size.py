@@ -1,12 +1,14 @@
 """Cost and pruning of a model too large to run the series on, by its shape alone: `python -m gqalib at-size`.
 
-Weights and words are random, so time, memory and speed are the real model's, and perplexities mean nothing. Three
-steps, each with a record of its own that is written as results come, so that a run that is cut off keeps what it has:
+Steps, each with a record of its own that is written as results come, so that a run that is cut off keeps what it has.
+In the first three weights and words are random, so time, memory and speed are the real model's, and perplexities mean
+nothing:
 
     speed     prefill and decode at every batch size and context, beside the ceilings; widths that
               hardware likes and that it does not
     pruning   the founding document's method: layer removal, sequential scores, surgery
     refit     gradient covariances, cost table and sweep, with layers and streams waiting in host memory
+    recovery  a real model, preset `smollm2-gpu`: the refit and distillation with much text, see `measure.recovery`
 """
 
 import contextlib
@@ -23,6 +25,7 @@ from torch import nn
 
 from gqalib.errors import InputError
 from gqalib.measure import cost, speed
+from gqalib.measure.recovery import measure_recovery
 from gqalib.model.load import load_config, random_model, resolve_device
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig
 from gqalib.model.shapes import layer_shapes
@@ -31,15 +34,19 @@ from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
 from gqalib.stream import streamed
 
-READS = ("removal", "calibration", "pruning", "frontier", "cost")
+READS = ("removal", "calibration", "pruning", "frontier", "cost", "evaluation", "distillation")
 KEPT = {"84.64 % kept": 0.8464, "half kept": 0.5, "84.64 % removed": 0.1536}  # of all parameters
 
 
-def at_size(preset: str, overrides: dict[str, Any], out: Path, steps: list[str], num_layers: int | None = None) -> None:
+def at_size(
+    preset: str, overrides: dict[str, Any], out: Path, steps: list[str], num_layers: int | None = None,
+    also: str | None = None,
+) -> None:  # fmt: skip
     """Run some of `STEPS`, each into its record in the folder `out`.
 
     Args:
         num_layers: of the model that `refit` goes through (default: all); time per layer is what counts.
+        also: a corpus whose test text `recovery` reads beside the preset's own.
 
     Raises:
         InputError: an unknown step, or a step that needs more memory than there is.
@@ -48,6 +55,10 @@ def at_size(preset: str, overrides: dict[str, Any], out: Path, steps: list[str],
         raise InputError(f"unknown step {unknown!r}: use {', '.join(STEPS)}")
     for step in steps:
         nb = Notebook(f"at_size_{step}", preset, overrides, out, reads=READS)
+        if step == "recovery":
+            measure_recovery(nb, also)
+            nb.finish()
+            continue
         config = load_config(nb.preset.model)
         config.num_hidden_layers = num_layers if step == "refit" and num_layers else config.num_hidden_layers
         nb.metric("layers", config.num_hidden_layers, "decoder layers")
@@ -148,4 +159,4 @@ def random_windows(config: GqaLlamaConfig, sample: Sample) -> torch.Tensor:
     return torch.randint(config.vocab_size, (sample.num_examples, length), generator=torch.Generator().manual_seed(0))
 
 
-STEPS = {"speed": measure_speed, "pruning": measure_pruning, "refit": measure_refit}
+STEPS = {"speed": measure_speed, "pruning": measure_pruning, "refit": measure_refit, "recovery": measure_recovery}

@@ -1,9 +1,9 @@
 """The founding document's method, whole: which layers matter, how much of each goes, and which groups and channels.
 
-    importance   rise of the perplexity without the layer
-    rates        in inverse proportion to it, between two bounds, so that the mean rate is met; `plans` makes them whole
-    scores       Σ |W ⊙ G| over a group's or a channel's weights W, G the gradient of the calibration loss (`scores`)
-    pruning      front to back: gradients of a layer on the model whose layers in front of it are cut already
+importance   rise of the perplexity without the layer
+rates        in inverse proportion to it, between two bounds, so that the mean rate is met; `plans` makes them whole
+scores       Σ |W ⊙ G| over a group's or a channel's weights W, G the gradient of the calibration loss (`scores`)
+pruning      front to back: gradients of a layer on the model whose layers in front of it are cut already
 """
 
 import dataclasses

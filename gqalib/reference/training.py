@@ -155,7 +155,9 @@ def train(
             model = deepen(model, stage.num_hidden_layers)
         text, settings = text_from(ids, seen, stage.window, recipe.seed), recipe.settings(number)
         place, watch = folder / f"stage-{number}", [_Validation(validation)]
-        log = distill(model, None, text[: settings.num_tokens // stage.window + 1], settings, place, micro_tokens, watch)
+        log = distill(
+            model, None, text[: settings.num_tokens // stage.window + 1], settings, place, micro_tokens, watch
+        )
         logs.append(log.assign(tokens=log["tokens"] + seen))
         seen += stage.num_tokens
     return model, pd.concat(logs, ignore_index=True)

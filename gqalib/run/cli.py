@@ -67,10 +67,12 @@ def distill(options: Namespace) -> None:
 def at_size(options: Namespace) -> None:
     """Speed and pruning of the preset's shape, measured with random weights."""
     preset(options)
+    if options.also:
+        check_corpus(options.also)
     from gqalib.measure import at_size
 
     steps = options.steps.split(",")
-    at_size.at_size(options.preset, overrides(options.overrides), options.out, steps, options.layers)
+    at_size.at_size(options.preset, overrides(options.overrides), options.out, steps, options.layers, options.also)
 
 
 def publish(options: Namespace) -> None:
@@ -229,7 +231,8 @@ def _of_recovery(add) -> None:
 def _of_at_size(add) -> None:
     example = "data/results/llama3-8b-shape"
     add("--out", type=Path, required=True, metavar="FOLDER", help=f"where the records go, for example {example}")
-    add("--steps", default="speed,pruning,refit", help="some of speed,pruning,refit (default: all)")
+    add("--steps", default="speed,pruning,refit", help="some of speed,pruning,refit (default: these),recovery")
+    add("--also", metavar="CORPUS", help="another text that recovery is measured on")
     add("--layers", type=int, help="layers of the model that is refitted (default: all)")
     _of_a_preset(add, "llama3-8b-shape")
 

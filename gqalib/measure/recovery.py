@@ -1,0 +1,118 @@
+"""A real model pruned and taught with as much text as a GPU reads in minutes: step `recovery` of `measure.at_size`.
+
+Every size of `frontier.fractions`, the smallest model first: the refit with its allocated rates, then distillation of
+all weights by `distillation.num_tokens`, whose Muon rate short runs choose, then the downstream tasks. Models are saved
+in `models/` beside the record, which is written anew after each of them; a distillation that was cut off goes on at its
+last checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from gqalib.measure import tasks
+from gqalib.measure.frontier import covariances_and_table
+from gqalib.measure.perplexity import ratio_with_error, window_losses
+from gqalib.model.load import load_model, load_tokenizer, save_model
+from gqalib.model.shapes import count_parameters, size_of
+from gqalib.prune import refit
+from gqalib.recover.distill import distill
+from gqalib.run import corpora
+from gqalib.run.notebook import Notebook
+from gqalib.run.presets import Sample
+
+PROBED = (1, 2, 4, 8)  # times `distillation.muon_lr`
+PROBES = 20  # a probe is so much shorter than the run
+EXAMPLES = 1000  # of each task
+KNOB = "frontier.calibration.num_examples"
+
+
+def measure_recovery(nb: Notebook, also: str | None = None) -> None:
+    """All sizes; `also` is another corpus whose test text is read at both windows of `evaluation`."""
+    bench = Bench(nb, also)
+    dense, multiple = bench.dense, nb.preset.pruning.channel_multiple
+    with nb.stage("cost table", dense, bench.calibration.shape, KNOB, of=("gradient covariances", "cost table")):
+        covariances, table = covariances_and_table(dense, bench.calibration, multiple)
+    for fraction in sorted(nb.preset.frontier.fractions, reverse=True):
+        size, model = f"{100 * fraction:g}", copy.deepcopy(dense)
+        with nb.stage("sweep", model, bench.calibration.shape, KNOB):
+            refit.sweep(model, table.plan(fraction), bench.calibration, covariances=covariances)
+        bench.record(model, f"refit-{size}", fraction=fraction, num_tokens=0)
+        rate = bench.best_rate(model)
+        bench.teach(model, f"distilled-{size}", muon_lr=rate)
+        bench.record(model, f"distilled-{size}", fraction=fraction, num_tokens=nb.preset.distillation.num_tokens)
+        bench.score(model, f"distilled-{size}")
+    bench.score(dense, "dense")
+
+
+class Bench:
+    """What all sizes share: models, texts, and the record."""
+
+    def __init__(self, nb: Notebook, also: str | None) -> None:
+        p, self.nb, self.rows, self.answers, self.probes = nb.preset, nb, [], [], {}
+        self.dense, self.teacher = (load_model(p.model, dtype, p.device) for dtype in ("float32", "bfloat16"))
+        self.tokenizer, self.counts = load_tokenizer(p.model), count_parameters(self.dense)
+        self.calibration, self.validation, own = (
+            self.windows(p.corpus, split, sample)
+            for split, sample in zip(
+                ("train", "validation", "test"), (p.frontier.calibration, p.frontier.test, p.frontier.test), strict=True
+            )
+        )
+        self.text = corpora.training_windows(p.corpus, self.tokenizer, own.shape[1], p.distillation.num_tokens)
+        whole = [Sample(p.evaluation.num_tokens // n, n) for n in (p.evaluation.short_window, p.evaluation.long_window)]
+        self.tests = [(p.corpus, own), *((also, self.windows(also, "test", sample)) for sample in whole if also)]
+        self.reference = [window_losses(self.dense, windows) for _, windows in self.tests]
+        self.record(self.dense, "dense")
+
+    def windows(self, corpus: str, split: str, sample: Sample) -> torch.Tensor:
+        return corpora.evaluation_windows(corpus, split, self.tokenizer, sample.length, sample.num_tokens)
+
+    def record(self, model: nn.Module, name: str, **what: Any) -> None:
+        """Save the model; a row per test text: perplexity, its ratio to dense with the paired error, what was done."""
+        save_model(copy.deepcopy(model).to(torch.bfloat16), self.tokenizer, self.nb.artefact(name))
+        for (corpus, windows), reference in zip(self.tests, self.reference, strict=True):
+            losses = window_losses(model, windows)
+            ratio, error = ratio_with_error(losses, reference)
+            row = {"model": name, "window": windows.shape[1], "test_tokens": windows.numel()}
+            row |= {"corpus": corpus.split("/")[-1], "perplexity": losses.mean().exp().item()}
+            self.rows.append(row | {"ratio": ratio, "error": error} | size_of(model, self.counts) | what)
+            print(f"{name}, {row['corpus']}, ctx{row['window']}: {row['perplexity']:.2f}, {ratio:.3f} ± {error:.3f}")
+        self.nb.table("models", pd.DataFrame(self.rows))
+        self.nb.save()
+
+    def best_rate(self, start: nn.Module) -> float:
+        """Muon's rate that leaves the least loss on validation text after a short run; each is tried once, from the
+        smallest model."""
+        settings, rows = self.nb.preset.distillation, []
+        if not self.probes:
+            for rate in (factor * settings.muon_lr for factor in PROBED):
+                model = copy.deepcopy(start)
+                self.teach(model, f"probe-{rate:g}", muon_lr=rate, num_tokens=settings.num_tokens // PROBES)
+                self.probes[rate] = window_losses(model, self.validation).mean().item()
+                rows.append({"muon_lr": rate, "validation_loss": self.probes[rate]})
+            self.nb.table("probes", pd.DataFrame(rows))
+        return min(self.probes, key=self.probes.get)
+
+    def teach(self, model: nn.Module, name: str, **changes: Any) -> None:
+        settings = dataclasses.replace(self.nb.preset.distillation, **changes)
+        started = time.monotonic()
+        log = distill(model, self.teacher, self.text, settings, self.nb.run_dir / "training" / name)
+        speed = log["tokens"].iloc[-1] / log["seconds"].sum()
+        print(
+            f"{name}: {time.monotonic() - started:.0f} s, {speed:,.0f} tokens/s, last loss {log['loss'].iloc[-1]:.3f}"
+        )
+        self.nb.table(f"training {name}", log.iloc[:: max(1, len(log) // 50)])
+
+    def score(self, model: nn.Module, name: str) -> None:
+        """The downstream tasks of a model, in bfloat16."""
+        found = tasks.score_tasks(copy.deepcopy(model).to(torch.bfloat16), self.tokenizer, ["all"], EXAMPLES, rows=64)
+        self.answers.append(tasks.summary(found).assign(model=name))
+        self.nb.table("tasks", pd.concat(self.answers))
+        self.nb.save()
