@@ -55,10 +55,9 @@ class Recipe:
         """A stage as a training without a teacher."""
         num_tokens, is_last = self.stages[number].num_tokens, number == len(self.stages) - 1
         decay = min(1.0, self.decay_tokens / num_tokens) if is_last else 1e-9
-        return Distillation(
-            num_tokens, self.batch_tokens, 0.0, 1.0, self.muon_lr, 5, self.adamw_lr, self.weight_decay,
-            self.warmup_steps, decay, self.final_rate, seed=self.seed + number,
-        )  # fmt: skip
+        names = "batch_tokens", "muon_lr", "adamw_lr", "weight_decay", "warmup_steps", "final_rate"
+        same = {name: getattr(self, name) for name in names}
+        return Distillation(num_tokens=num_tokens, alpha=0.0, decay=decay, seed=self.seed + number, **same)
 
 
 def train_tokenizer(documents, vocab_size: int = 4096) -> PreTrainedTokenizerFast:
