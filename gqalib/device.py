@@ -13,6 +13,11 @@ def bf16_is_fast(device: torch.device) -> bool:
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def in_bf16(dtype: str, device: torch.device) -> bool:
+    """Whether a training's matrix products are in bf16, if its settings say `auto`, `float32` or `bfloat16`."""
+    return dtype == "bfloat16" or (dtype == "auto" and bf16_is_fast(device))
+
+
 def is_one_of_several() -> bool:
     """Whether a launcher (`torchrun`, `accelerate launch`) started this process beside others.
 

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gqalib import InputError
+from gqalib import InputError, device
 from gqalib.measure.perplexity import kl_divergence
 from gqalib.model import load, shapes, surgery
 from gqalib.model.names import NO_LABEL
@@ -161,7 +161,7 @@ def test_micro_batches_are_weighted_by_their_labels(student, teacher, windows, c
 @pytest.mark.parametrize(("dtype", "fast"), [("auto", True), ("auto", False), ("bfloat16", False), ("float32", True)])
 def test_products_are_in_the_dtype_that_was_asked_for(dtype, fast, student, teacher, windows, tmp_path, monkeypatch):
     """On a CPU without instructions for it neither the model's products nor Muon's are in bf16, unless told so."""
-    for place in (module, optimizer):
+    for place in (device, optimizer):
         monkeypatch.setattr(place, "bf16_is_fast", lambda device: fast)
     seen = set()
 
@@ -314,7 +314,7 @@ def test_impossible_input(student, windows, clone, tmp_path):
 def test_rows_cover_a_pass_once_and_then_differ():
     windows = torch.arange(7 * 4).view(7, 4)
     lessons = Lessons.of(windows, Distillation(num_tokens=7 * 4 * 3, batch_tokens=12))
-    passes = torch.stack(list(lessons.rows))[:, 0].view(3, 7)
+    passes = torch.stack([row["input_ids"][0] for row in lessons.rows]).view(3, 7)
     assert (passes.sort(1).values == windows[:, 0]).all() and not torch.equal(passes[0], passes[1])
     assert lessons.per_step == 3 and lessons.tokens_seen == list(range(0, 85, 12))
     assert Lessons.of(windows, Distillation(num_tokens=1, batch_tokens=80)).tokens_seen == [0, 80]

@@ -107,7 +107,7 @@ def test_distillation_where_bf16_is_slow(model, monkeypatch):
     """In float32 there are no copies, and activations are larger."""
     needs = {}
     for fast in (True, False):
-        monkeypatch.setattr(memory, "bf16_is_fast", lambda device, fast=fast: fast)
+        monkeypatch.setattr("gqalib.device.bf16_is_fast", lambda device, fast=fast: fast)
         needs[fast] = memory.expected("distillation", model, 2, 32, settings=Distillation(num_tokens=64))
     assert "weights in bf16" in needs[True] and "weights in bf16" not in needs[False]
     work = "activations, logits, gradients"

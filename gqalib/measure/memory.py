@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from gqalib import stream
-from gqalib.device import bf16_is_fast
+from gqalib.device import in_bf16
 from gqalib.errors import InputError
 from gqalib.measure.cost import Used, free_bytes, measured, weight_bytes
 from gqalib.model import attention
@@ -162,13 +162,12 @@ def _distillation(c: _Sizes, settings: Recovery | Distillation) -> Terms:
     all layers keep, and logits of student and teacher with lm_head's gradient. Where products are in bf16, so are
     activations, and there are copies of the weights. On a CPU also the probabilities of `attention.blocked`: per layer
     and token h times half of the keys, in float32 (and in bf16)."""
-    dtype = getattr(settings, "dtype", "auto")
-    in_bf16 = dtype == "bfloat16" or (dtype == "auto" and bf16_is_fast(c.device))
+    narrow = in_bf16(getattr(settings, "dtype", "auto"), c.device)
     keys = min(c.length, (c.length + attention.BLOCK) / 2)
-    probabilities = c.in_host * c.h * keys * (4 + 2 * in_bf16)
-    kept = 8 * c.d + 2 * (2 * c.d + 3 * c.q + 2 * c.k + 4 * c.f) if in_bf16 else c.kept(True)
-    work = c.n * c.L * (kept + probabilities) + 2 * (2 if in_bf16 else 4) * c.n * c.V
-    copies = {"weights in bf16": c.all / 2 if in_bf16 and c.s == 4 else 0}
+    probabilities = c.in_host * c.h * keys * (4 + 2 * narrow)
+    kept = 8 * c.d + 2 * (2 * c.d + 3 * c.q + 2 * c.k + 4 * c.f) if narrow else c.kept(True)
+    work = c.n * c.L * (kept + probabilities) + 2 * (2 if narrow else 4) * c.n * c.V
+    copies = {"weights in bf16": c.all / 2 if narrow and c.s == 4 else 0}
     if getattr(settings, "lora_r", 0):
         return {**_adapter(c, settings), **copies, "activations and logits": work}
     by_muon = c.L * c.layer * c.s if getattr(settings, "muon_lr", 0) else 0

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gqalib.device import bf16_is_fast, is_one_of_several
+from gqalib.device import in_bf16, is_one_of_several
 from gqalib.errors import InputError
 from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
@@ -83,7 +83,7 @@ def distill(
         return pd.DataFrame(columns=COLUMNS, dtype=float)
     lessons = Lessons.of(rows, settings)
     args = _arguments(lessons, settings, folder, student.device, micro_tokens)
-    start, code = digest(student, teacher, lessons.tokens()), code_hash(Path(__file__).read_text(encoding="utf-8"))
+    start, code = digest(student, teacher, _batch(lessons.rows.dataset)), code_hash(Path(__file__).read_text("utf-8"))
     with args.main_process_first(local=False):
         state = Progress(folder, {"settings": dataclasses.asdict(settings), "start": start, "library": code})
     on_cpu = [model for model in (student, teacher) if model is not None and args.device.type == "cpu"]
@@ -112,7 +112,9 @@ class Lessons:
     @classmethod
     def of(cls, rows: Rows, settings: Distillation) -> "Lessons":
         """Each pass over the rows is shuffled anew; a step may take its rows from two passes."""
-        lengths = torch.tensor([len(_input_ids(row)) for row in rows])
+        if isinstance(rows, torch.Tensor):
+            rows = [{"input_ids": row, "labels": row} for row in rows]
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         per_step = max(1, settings.batch_tokens // int(lengths.max()))
         passes = settings.num_tokens // int(lengths.sum()) + per_step // len(lengths) + 2
         seeds = (torch.Generator().manual_seed(settings.seed * 1000 + number) for number in range(passes))
@@ -121,20 +123,10 @@ class Lessons:
         seen = [0, *seen[: int((seen < settings.num_tokens).sum()) + 1].tolist()]
         return cls(Subset(rows, order[: per_step * (len(seen) - 1)].tolist()), per_step, int(lengths.max()), seen)
 
-    def tokens(self) -> list[torch.Tensor]:
-        """What a run depends on, for `digest`."""
-        rows = self.rows.dataset
-        return [rows] if isinstance(rows, torch.Tensor) else list(_batch(rows).values())
 
-
-def _input_ids(row: torch.Tensor | dict[str, list[int]]) -> Sequence[int]:
-    return row["input_ids"] if isinstance(row, dict) else row
-
-
-def _batch(rows: Sequence[torch.Tensor | dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+def _batch(rows: Sequence[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
     """`input_ids` and `labels` [rows, length], filled on the right with what no loss sees; the first token of a row has
     no label, because nothing predicts it."""
-    rows = [row if isinstance(row, dict) else {"input_ids": row, "labels": row} for row in rows]
     filling = {"input_ids": 0, "labels": NO_LABEL}.items()
     batch = {key: pad_sequence([torch.as_tensor(row[key]) for row in rows], True, value) for key, value in filling}
     batch["labels"][:, 0] = NO_LABEL
@@ -192,7 +184,7 @@ class Distiller(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         s, ids, labels = self.settings, inputs["input_ids"], inputs["labels"]
         at = pad(labels[:, 1:] != NO_LABEL, (0, 1))  # the tokens that predict one with a label
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=in_bf16(s, ids.device)):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=in_bf16(s.dtype, ids.device)):
             logits, target = logits_at(model, self.model, ids, at), None
             if s.alpha:
                 with torch.no_grad():
@@ -208,11 +200,6 @@ class Distiller(Trainer):
             logs |= {"kl": kl} if self.settings.alpha else {}
             self.terms.zero_()
         super().log(logs, start_time)
-
-
-def in_bf16(settings: Distillation, device: torch.device) -> bool:
-    """Whether matrix products are in bf16 there; the weights that are trained stay in their dtype."""
-    return settings.dtype == "bfloat16" or (settings.dtype == "auto" and bf16_is_fast(device))
 
 
 def logits_at(model: nn.Module, inner: nn.Module, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

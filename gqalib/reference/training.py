@@ -55,10 +55,9 @@ class Recipe:
         """A stage as a training without a teacher."""
         num_tokens, is_last = self.stages[number].num_tokens, number == len(self.stages) - 1
         decay = min(1.0, self.decay_tokens / num_tokens) if is_last else 1e-9
-        return Distillation(
-            num_tokens, self.batch_tokens, 0.0, 1.0, self.muon_lr, 5, self.adamw_lr, self.weight_decay,
-            self.warmup_steps, decay, self.final_rate, seed=self.seed + number,
-        )  # fmt: skip
+        names = "batch_tokens", "muon_lr", "adamw_lr", "weight_decay", "warmup_steps", "final_rate"
+        same = {name: getattr(self, name) for name in names}
+        return Distillation(num_tokens=num_tokens, alpha=0.0, decay=decay, seed=self.seed + number, **same)
 
 
 def train_tokenizer(documents, vocab_size: int = 4096) -> PreTrainedTokenizerFast:
@@ -154,10 +153,8 @@ def train(
         if model.config.num_hidden_layers != stage.num_hidden_layers:
             model = deepen(model, stage.num_hidden_layers)
         text, settings = text_from(ids, seen, stage.window, recipe.seed), recipe.settings(number)
-        place, watch = folder / f"stage-{number}", [_Validation(validation)]
-        log = distill(
-            model, None, text[: settings.num_tokens // stage.window + 1], settings, place, micro_tokens, watch
-        )
+        text, watch = text[: stage.num_tokens // stage.window + 1], [_Validation(validation)]
+        log = distill(model, None, text, settings, folder / f"stage-{number}", micro_tokens, watch)
         logs.append(log.assign(tokens=log["tokens"] + seen))
         seen += stage.num_tokens
     return model, pd.concat(logs, ignore_index=True)
@@ -186,6 +183,22 @@ def model_card(recipe: Recipe, num_text_tokens: int, quality: dict[str, float], 
     stages = "; ".join(
         f"{s.num_tokens:,} tokens at {s.num_hidden_layers} layers, windows of {s.window}" for s in recipe.stages
     )
+    rows = {
+        "data": "python-docs: docstrings of CPython and of the pinned packages, "
+        f"{num_text_tokens:,} tokens after removing repeated paragraphs",
+        "split": f"by a hash of the module's name, 1 in {HELD_OUT_ONE_IN} each for validation and test",
+        "tokens seen": f"{recipe.num_tokens:,} ({recipe.num_tokens / num_text_tokens:.2f} times the text)",
+        "stages": stages,
+        "optimisers": f"Muon {recipe.muon_lr} (matrices of the layers, weight decay {recipe.weight_decay}), "
+        f"AdamW {recipe.adamw_lr} (the rest)",
+        "schedule": f"{recipe.batch_tokens:,} tokens a step; constant rates, then linear decay over the last "
+        f"{recipe.decay_tokens:,} tokens",
+        "precision": "fp32 weights, matrix products in bf16; shipped in bf16",
+        **{f"{split} perplexity": f"{ppl:.2f} (256-token windows, 65,536 tokens)" for split, ppl in quality.items()},
+        "hardware, time": f"{platform.machine()}, {os.cpu_count()} cores, {seconds / 60:.0f} minutes in training steps",
+        "licences of the text": "those of CPython (PSF) and of the packages (BSD, Apache-2.0, MIT); no text is shipped",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""# Reference model
 
 Llama-3-8B's topology in miniature (32 layers, 32 query and 8 KV heads, SwiGLU at 3.5 ×, rope θ 500,000): hidden 128,
@@ -194,17 +207,7 @@ head_dim 8, MLP 448, byte-level BPE of 4,096 tokens, tied embeddings; 8.66 milli
 
 | | |
 |---|---|
-| data | python-docs: docstrings of CPython and of the pinned packages, {num_text_tokens:,} tokens after removing repeated paragraphs |
-| split | by a hash of the module's name, 1 in {HELD_OUT_ONE_IN} each for validation and test |
-| tokens seen | {recipe.num_tokens:,} ({recipe.num_tokens / num_text_tokens:.2f} times the text) |
-| stages | {stages} |
-| optimisers | Muon {recipe.muon_lr} (matrices of the layers, weight decay {recipe.weight_decay}), AdamW {recipe.adamw_lr} (the rest) |
-| schedule | {recipe.batch_tokens:,} tokens a step; constant rates, then linear decay over the last {recipe.decay_tokens:,} tokens |
-| precision | fp32 weights, matrix products in bf16; shipped in bf16 |
-| validation perplexity | {quality["validation"]:.2f} (256-token windows, 65,536 tokens) |
-| test perplexity | {quality["test"]:.2f} (256-token windows, 65,536 tokens) |
-| hardware, time | {platform.machine()} CPU, {os.cpu_count()} cores, {seconds / 60:.0f} minutes in training steps |
-| licences of the text | those of CPython (PSF) and of the packages (BSD, Apache-2.0, MIT); no text is shipped |
+{table}
 """
 
 
