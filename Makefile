@@ -33,12 +33,12 @@ lab: env
 
 # nbval executes the committed notebooks, in order, at the scale of a preset of its own, in a run folder of its own
 test: env
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest -p no:nbval tests -m "not slow"
 	$(NBVAL)
 
 # the same with what is slow and rarely needed
 test-all: env
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -p no:nbval tests
 	$(NBVAL)
 
 define NBVAL

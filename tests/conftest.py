@@ -7,10 +7,8 @@ import os
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import nbformat
 import pytest
 import torch
-from papermill.engines import Engine, NBClientEngine, papermill_engines
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -85,26 +83,29 @@ def kv_heads(model, layer=0) -> int:
     return shapes.layer_shape(shapes.decoder_layers(model)[layer])["num_key_value_heads"]
 
 
-class InThisProcess(Engine):
-    """Papermill runs the cells here: a kernel of their own takes ten seconds to load torch."""
-
-    @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, **_):
-        names = {}
-        for cell in (cell for cell in nb_man.nb.cells if cell.cell_type == "code"):
-            try:
-                exec(cell.source, names)
-            except Exception as error:
-                said = {"ename": type(error).__name__, "evalue": str(error), "traceback": []}
-                cell.outputs = [nbformat.v4.new_output("error", **said)]
-                break
-
-
 @contextlib.contextmanager
 def without_kernels():
+    """Papermill runs the cells here: a kernel of their own takes ten seconds to load torch."""
+    from nbformat.v4 import new_output
+    from papermill.engines import Engine, NBClientEngine, papermill_engines
+
+    class InThisProcess(Engine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **_):
+            names = {}
+            for cell in (cell for cell in nb_man.nb.cells if cell.cell_type == "code"):
+                try:
+                    exec(cell.source, names)
+                except Exception as error:
+                    said = {"ename": type(error).__name__, "evalue": str(error), "traceback": []}
+                    cell.outputs = [new_output("error", **said)]
+                    break
+
     papermill_engines.register(None, InThisProcess)
-    yield
-    papermill_engines.register(None, NBClientEngine)
+    try:
+        yield
+    finally:
+        papermill_engines.register(None, NBClientEngine)
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """The first notebooks on shapes that they were not drawn for: a single group, one or two layers, layers that differ."""
 
+import json
 from collections import defaultdict
 
 import matplotlib.pyplot as plt
-import nbformat
 import pytest
 from conftest import biased_model, small_model
 
@@ -31,9 +31,9 @@ def run(tmp_path, tokenizer, monkeypatch):
         load.save_model(model, tokenizer, tmp_path / "model")
         overrides = SMALL | {"model": str(tmp_path / "model")}
         names = {"preset": "tiny", "overrides": overrides, "run_dir": tmp_path, "seed": 0}
-        for cell in nbformat.read(next(NOTEBOOKS.glob(f"{number}_*.ipynb")), as_version=4).cells:
-            given = dict(names) | parameters if "parameters" in cell.metadata.get("tags", []) else {}
-            exec(cell.source if cell.cell_type == "code" else "", names)
+        for cell in json.loads(next(NOTEBOOKS.glob(f"{number}_*.ipynb")).read_text(encoding="utf-8"))["cells"]:
+            given = dict(names) | parameters if "parameters" in cell["metadata"].get("tags", []) else {}
+            exec("".join(cell["source"]) if cell["cell_type"] == "code" else "", names)
             names |= given
         return names
 

@@ -9,13 +9,12 @@ import sys
 import time
 from unittest import mock
 
-import nbformat
 import pytest
 from conftest import small_model, without_kernels
 
 from gqalib import InputError
 from gqalib.prune import refit
-from gqalib.run import publish, resume, series
+from gqalib.run import resume, series
 from gqalib.run.cli import main
 from gqalib.run.notebook import Notebook, default_run_dir, fitting_record, locked, progress_dir, read_record
 from gqalib.run.presets import load_preset
@@ -25,11 +24,15 @@ PARAMETERS = 'preset = "tiny"\noverrides = {}\nrun_dir = ""\nseed = 0'
 
 
 def write_notebook(folder, name, *code, records=True):
-    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    """A notebook that keeps a record, or (without `records`) has these cells alone."""
     start = f"from gqalib.run.notebook import Notebook\nnb = Notebook({name!r}, preset, overrides, run_dir, seed)"
-    cells += [nbformat.v4.new_code_cell(source) for source in ((start, *code, "nb.finish()") if records else code)]
+    sources = [PARAMETERS, *((start, *code, "nb.finish()") if records else code)]
+    empty = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
+    cells = [{**empty, "source": source} for source in sources]
+    cells[0]["metadata"] = {"tags": ["parameters"]}
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+    whole = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 4}
+    (folder / f"{name}.ipynb").write_text(json.dumps(whole))
 
 
 def write_series(folder):
@@ -283,9 +286,8 @@ def test_kill_in_the_middle_and_resume(finished, notebooks, monkeypatch):
 
 
 def test_notebook_without_a_parameter(job, notebooks):
-    notebook = nbformat.read(notebooks / "01_first.ipynb", as_version=4)
-    notebook.cells[0].source = 'preset = "tiny"'
-    nbformat.write(notebook, notebooks / "01_first.ipynb")
+    path = notebooks / "01_first.ipynb"
+    path.write_text(path.read_text().replace(json.dumps(PARAMETERS), json.dumps('preset = "tiny"')))
     with pytest.raises(InputError, match="no parameter overrides, run_dir, seed"):
         job().run()
 
@@ -318,6 +320,10 @@ def test_metrics_must_be_finite(tmp_path):
 
 
 def test_published_notebooks_are_clean(finished, tmp_path):
+    import nbformat
+
+    from gqalib.run import publish
+
     notebook = publish._clean(nbformat.read(finished().run_dir / "02_second.ipynb", as_version=4))
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
