@@ -506,14 +506,13 @@ import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from conftest import small_model
-from test_progress import QUICK, sweep
 from gqalib.prune import plans, refit
 from gqalib.run.resume import Progress
 text = torch.tensor({text.tolist()})
 die = lambda layer: os.kill(os.getpid(), signal.SIGKILL) if layer == 1 else None
 plan = plans.Plan([0.3] * 3, [1, 2, 1], [5, 0, 9])
 progress = Progress(__import__("pathlib").Path({str(tmp_path)!r}) / "progress", "key")
-progress.run(refit.sweep, small_model(), plan, text, QUICK, after_layer=die)
+progress.run(refit.sweep, small_model(), plan, text, refit.{QUICK!r}, after_layer=die)
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr
