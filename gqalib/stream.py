@@ -137,17 +137,10 @@ def stream_through(
 
 @contextmanager
 def layers_between(model: nn.Module, first: int = 0, last: int | None = None) -> Iterator[None]:
-    """Inside, the model consists of layers first … last − 1 only."""
-    with only_layers(model, range(len(model.get_decoder().layers))[first:last]):
-        yield
-
-
-@contextmanager
-def only_layers(model: nn.Module, indices) -> Iterator[None]:
-    """Inside, the model consists of these layers only, in this order; afterwards it is as before."""
+    """Inside, the model consists of layers first … last − 1 only; afterwards it is as before."""
     decoder = model.get_decoder()
     layers = decoder.layers
-    decoder.layers = nn.ModuleList(layers[i] for i in indices)
+    decoder.layers = layers[first:last]
     try:
         yield
     finally:

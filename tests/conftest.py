@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+from contextlib import contextmanager
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -77,6 +78,15 @@ def logits_of(windows):
 @pytest.fixture
 def clone():
     return copy.deepcopy
+
+
+@contextmanager
+def only_layers(model, indices):
+    """Inside, the model consists of these layers only."""
+    decoder, layers = model.model, model.model.layers
+    decoder.layers = torch.nn.ModuleList(layers[i] for i in indices)
+    yield
+    decoder.layers = layers
 
 
 def kv_heads(model, layer=0) -> int:

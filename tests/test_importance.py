@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import biased_model, kv_heads, small_model
+from conftest import biased_model, kv_heads, only_layers, small_model
 
 from gqalib import InputError
 from gqalib.measure.perplexity import perplexity, ratio_with_error, window_losses
@@ -17,7 +17,7 @@ from gqalib.prune.scores import (
     head_scores,
     largest,
 )
-from gqalib.stream import hidden_states_before, only_layers
+from gqalib.stream import hidden_states_before
 
 
 def test_group_scores_by_hand(model, windows):

@@ -57,7 +57,7 @@ def test_plans_heed_the_multiple(notebook):
 
 LONG = {
     "covariances_and_table", "cost_table", "distill", "evolve", "frontier.frontier", "mend", "prune_and_recover",
-    "prune_to", "pruning.prune", "refit.sweep", "trial",
+    "prune_to", "founding.prune", "refit.sweep", "trial",
 }  # fmt: skip
 
 
@@ -143,6 +143,13 @@ def test_nothing_of_anybodys_machine():
             and path.name != "test_repository.py"
         ):
             assert not pattern.search(path.read_text(encoding="utf-8")), path
+
+
+def test_algorithms_know_nothing_of_runs():
+    for room in ("model", "prune", "peers"):
+        for path in (REPOSITORY / "gqalib" / room).glob("*.py"):
+            assert "import gqalib.run" not in (text := path.read_text(encoding="utf-8")), path
+            assert "from gqalib.run" not in text and "from gqalib import run" not in text, path
 
 
 def test_no_pickles_and_no_remote_code():

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import kv_heads
+from conftest import kv_heads, only_layers
 
 from gqalib import InputError
 from gqalib.model import shapes, surgery
 from gqalib.prune import scores
-from gqalib.stream import only_layers
 
 
 def test_removed_groups_equal_masked_groups(model, clone, logits_of):

@@ -1,21 +1,22 @@
 """What the peers share: the door that checks what is asked, and a look at the features that pruning removes."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gqalib.errors import InputError
 from gqalib.model.surgery import restored_on_error
+from gqalib.prune.sublayers import Sublayer
 from gqalib.stream import advance
 
 
 def peer(function: Callable[..., None]) -> Callable[..., None]:
     """A method as a peer: the fraction is checked first, and the model is as it was if it raises."""
 
-    @functools.wraps(function)
-    def checked(model: nn.Module, windows: torch.Tensor, fraction: float, *more, **options) -> None:
+    @wraps(function)
+    def checked(model: nn.Module, windows: Tensor, fraction: float, *more, **options) -> None:
         if not 0 < fraction < 1:
             raise InputError(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
         with restored_on_error(model):
@@ -28,24 +29,17 @@ def peer(function: Callable[..., None]) -> Callable[..., None]:
 
 @torch.no_grad()
 def feed(
-    model: nn.Module,
-    stream: torch.Tensor | None,
-    windows: torch.Tensor,
-    index: int,
-    see: Mapping[nn.Linear, Callable[[torch.Tensor], object]],
-) -> torch.Tensor:
-    """Carry the residual stream (None: the embeddings) through one layer, and show the inputs of its projections on
-    the way.
+    parts: Sequence[Sublayer], see: Sequence[Callable[[Tensor], object]], stream: Tensor | None, windows: Tensor
+) -> Tensor:
+    """Carry the residual stream (None: the embeddings) through the layer of these sublayers, and show what enters
+    their output projections on the way: to `see`, [tokens, features] of one batch, in float64."""
 
-    `see`: {projection: function of its inputs [tokens, features] of one batch, in float64}.
-    """
+    def show(look: Callable[[Tensor], object], _: nn.Linear, inputs: tuple[Tensor]) -> None:
+        look(inputs[0].flatten(0, -2).double())
 
-    def show(linear: nn.Linear, args: tuple[torch.Tensor]) -> None:
-        see[linear](args[0].flatten(0, -2).double())
-
-    hooks = [linear.register_forward_pre_hook(show) for linear in see]
+    hooks = [p.output.register_forward_pre_hook(partial(show, look)) for p, look in zip(parts, see, strict=True)]
     try:
-        return advance(model, stream, windows, index, index + 1)
+        return advance(parts[0].model, stream, windows, parts[0].index, parts[0].index + 1)
     finally:
         for hook in hooks:
             hook.remove()
@@ -56,15 +50,15 @@ class MeanVariance:
 
     count, sum, squares = 0, 0.0, 0.0
 
-    def see(self, features: torch.Tensor) -> None:
+    def see(self, features: Tensor) -> None:
         self.count += len(features)
         self.sum = self.sum + features.sum(0)
         self.squares = self.squares + features.square().sum(0)
 
     @property
-    def mean(self) -> torch.Tensor:
+    def mean(self) -> Tensor:
         return self.sum / self.count
 
     @property
-    def variance(self) -> torch.Tensor:
+    def variance(self) -> Tensor:
         return (self.squares / self.count - self.mean.square()).clamp(min=0)

@@ -27,17 +27,14 @@ def flap(model: nn.Module, windows: torch.Tensor, fraction: float, by_column: bo
     model, where it cuts into the first layer, and at some sizes better on stories260K. A module keeps at least its best
     unit; a unit that no longer fits the budget is passed over for the next.
     """
-    stream, parts, seen, costs = None, [], [], []
+    stream, parts, seen, scores, costs = None, [], [], [], []
     for index, layer in enumerate(decoder_layers(model)):
         parts += sublayers(model, index)
         seen += MeanVariance(), MeanVariance()
-        costs += [torch.full((part.num_units,), cost) for part, cost in zip(parts[-2:], unit_costs(layer), strict=True)]
-        see = {part.output: sums.see for part, sums in zip(parts[-2:], seen[-2:], strict=True)}
-        stream = feed(model, stream, windows, index, see)
-    scores = [
-        flap_scores(part.output.weight, sums.variance, part.num_units, by_column).cpu()
-        for part, sums in zip(parts, seen, strict=True)
-    ]
+        stream = feed(parts[-2:], [sums.see for sums in seen[-2:]], stream, windows)
+        for part, sums, cost in zip(parts[-2:], seen[-2:], unit_costs(layer), strict=True):
+            scores.append(flap_scores(part.output.weight, sums.variance, part.num_units, by_column).cpu())
+            costs.append(torch.full((part.num_units,), cost))
     best = torch.cat([torch.arange(len(score)) == score.argmax() for score in scores])
     biases = sum(part.output.out_features for part in parts if part.output.bias is None)
     target = fraction * count_parameters(model)["backbone"] + biases
@@ -46,7 +43,7 @@ def flap(model: nn.Module, windows: torch.Tensor, fraction: float, by_column: bo
         part, kept = parts[place], units.nonzero().flatten().tolist()
         bias = removed_mean(part.output.weight, seen[place].mean, rows_of_heads(kept, part.unit))
         part.keep(kept)
-        add_output_bias(model, place // 2, ("o_proj", "down_proj")[place % 2], bias)
+        add_output_bias(model, part.index, ("o_proj", "down_proj")[part.half], bias)
 
 
 def flap_scores(weight: torch.Tensor, variance: torch.Tensor, num_units: int, by_column: bool = False) -> torch.Tensor:

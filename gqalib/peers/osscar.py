@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from gqalib.model.shapes import decoder_layers
 from gqalib.model.surgery import replace_weight, rows_of_heads
 from gqalib.peers.common import feed, peer
 from gqalib.prune import least_squares, refit
@@ -34,11 +33,11 @@ def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: i
     """
     refit.check_tokens(model, windows)
     plan, stream = uniform_plan(model, fraction, multiple=multiple), None
-    for index, layer in enumerate(decoder_layers(model)):
+    for index in range(len(plan.groups)):
         for part, removed in zip(sublayers(model, index), (plan.groups[index], plan.channels[index]), strict=True):
             weight = part.output.weight.detach().double()
             gram = torch.zeros(len(weight.T), len(weight.T), dtype=torch.float64, device=weight.device)
-            feed(model, stream, windows, index, {part.output: lambda x, gram=gram: gram.add_(x.T @ x)})
+            feed([part], [lambda x, gram=gram: gram.add_(x.T @ x)], stream, windows)
             gram = least_squares.damped(gram, RIDGE)
             cross = gram @ weight.T
             kept = select_units(gram, cross, part.num_units, removed, ROUNDS).tolist()

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from gqalib.model.shapes import decoder_layers
 from gqalib.peers.common import MeanVariance, feed, peer
 from gqalib.prune.plans import uniform_plan
 from gqalib.prune.scores import largest
@@ -21,9 +20,9 @@ def wanda_sp(model: nn.Module, windows: torch.Tensor, fraction: float, multiple:
     Choices: no calibration text of its own; units are ranked within a layer, as in FLAP's code.
     """
     plan, stream = uniform_plan(model, fraction, multiple=multiple), None
-    for index, layer in enumerate(decoder_layers(model)):
+    for index in range(len(plan.groups)):
         parts, seen = sublayers(model, index), (MeanVariance(), MeanVariance())
-        feed(model, stream, windows, index, {part.output: sums.see for part, sums in zip(parts, seen, strict=True)})
+        feed(parts, [sums.see for sums in seen], stream, windows)
         for part, sums, removed in zip(parts, seen, (plan.groups[index], plan.channels[index]), strict=True):
             scores = wanda_scores(part.output.weight, sums.squares).view(part.num_units, -1).sum(1)
             part.keep(largest(scores, part.num_units - removed))

@@ -123,13 +123,9 @@ class CostTable:
 
 @in_steps()
 def cost_table(
-    model: nn.Module,
-    windows: Tensor,
-    covariances: Covariances,
-    ingredients: refit.Ingredients = refit.RECIPE,
-    *,
+    model: nn.Module, windows: Tensor, covariances: Covariances, ingredients: refit.Ingredients = refit.RECIPE, *,
     multiple: int = 1,
-) -> CostTable:
+) -> CostTable:  # fmt: skip
     """The estimates for a model, which stays as it is; a step for each module.
 
     Args:

@@ -117,13 +117,9 @@ def make_plan(model: nn.Module, layer_importance: torch.Tensor, settings: Any, *
 
 
 def taylor_scores(
-    model: nn.Module,
-    windows: torch.Tensor,
-    layers: Iterable[int] | None = None,
-    hidden_states: torch.Tensor | None = None,
-    first_layer: int = 0,
-    include_o_proj: bool = False,
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    model: nn.Module, windows: torch.Tensor, layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None, first_layer: int = 0, include_o_proj: bool = False,
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
     """Σ |W ⊙ G| of groups and channels of `layers` (default: all), {layer: (groups, channels)}.
 
     Arguments as in `backward` and `group_scores`; the scores are those of `backward` with `group_scores` and
@@ -144,15 +140,10 @@ def taylor_scores(
 
 
 def unit_scores(
-    model: nn.Module,
-    windows: torch.Tensor,
-    statistics: tuple[str, str] = ("taylor", "taylor"),
-    layers: Iterable[int] | None = None,
-    hidden_states: torch.Tensor | None = None,
-    first_layer: int = 0,
-    include_o_proj: bool = False,
-    generator: torch.Generator | None = None,
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    model: nn.Module, windows: torch.Tensor, statistics: tuple[str, str] = ("taylor", "taylor"),
+    layers: Iterable[int] | None = None, hidden_states: torch.Tensor | None = None, first_layer: int = 0,
+    include_o_proj: bool = False, generator: torch.Generator | None = None,
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
     """Scores of groups and of channels by two statistics, with whatever pass these need; as `taylor_scores`."""
     layers = list(range(len(decoder_layers(model))) if layers is None else layers)
     passes = {"fisher": fisher_scores, "taylor": partial(taylor_scores, include_o_proj=include_o_proj)}
@@ -172,17 +163,10 @@ def unit_scores(
 
 @in_steps("after_layer")
 def prune(
-    model: nn.Module,
-    plan: Plan,
-    windows: torch.Tensor,
-    *,
-    group_statistic: str = "taylor",
-    channel_statistic: str = "taylor",
-    include_o_proj: bool = False,
-    sequential: bool = True,
-    seed: int = 0,
+    model: nn.Module, plan: Plan, windows: torch.Tensor, *, group_statistic: str = "taylor",
+    channel_statistic: str = "taylor", include_o_proj: bool = False, sequential: bool = True, seed: int = 0,
     after_layer: Callable[[int], None] | None = None,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Prune a model in place, front to back; a step for each layer.
 
     `sequential`: the gradients of a layer are taken on the model pruned so far, as the founding document does; the

@@ -204,15 +204,10 @@ def in_tf32(allowed: bool) -> Iterator[None]:
 
 @in_steps("after_layer")
 def sweep(
-    model: nn.Module,
-    plan: Plan,
-    windows: Tensor,
-    ingredients: Ingredients = RECIPE,
-    *,
+    model: nn.Module, plan: Plan, windows: Tensor, ingredients: Ingredients = RECIPE, *,
     scores: Mapping[int, tuple[Tensor, Tensor]] | None = None,
-    covariances: Sequence[tuple[Tensor, Tensor]] | None = None,
-    after_layer: Callable[[int], None] | None = None,
-) -> None:
+    covariances: Sequence[tuple[Tensor, Tensor]] | None = None, after_layer: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
     """Prune and refit a model in place, front to back; what it was before is what it is fitted to. A step for each
     sublayer: its weights, in at least float32, as they are at work.
 

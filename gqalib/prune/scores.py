@@ -38,15 +38,9 @@ class Piece:
 
 
 def differentiate(
-    model: nn.Module,
-    windows: torch.Tensor,
-    each: Callable[[Piece], object],
-    hidden_states: torch.Tensor | None = None,
-    first_layer: int = 0,
-    lowest: int = 0,
-    by_layer: bool = False,
-    divisor: float = 1.0,
-) -> None:
+    model: nn.Module, windows: torch.Tensor, each: Callable[[Piece], object], hidden_states: torch.Tensor | None = None,
+    first_layer: int = 0, lowest: int = 0, by_layer: bool = False, divisor: float = 1.0,
+) -> None:  # fmt: skip
     """The gradient of the calibration loss (summed over tokens, over `divisor`), in pieces: `each` is called with every
     one and runs it.
 
@@ -149,12 +143,9 @@ def _summed_in_float32(modules: Iterable[nn.Module], windows: torch.Tensor) -> I
 
 
 def backward(
-    model: nn.Module,
-    windows: torch.Tensor,
-    layers: Iterable[int] | None = None,
-    hidden_states: torch.Tensor | None = None,
-    first_layer: int = 0,
-) -> float:
+    model: nn.Module, windows: torch.Tensor, layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None, first_layer: int = 0,
+) -> float:  # fmt: skip
     """Leave the gradient of the mean calibration loss in `.grad` of the projections of `layers` (default: all), and
     only there.
 
@@ -181,13 +172,9 @@ def backward(
 
 
 def as_gradients_come(
-    model: nn.Module,
-    windows: torch.Tensor,
-    take: Callable[[int, int], None],
-    layers: Iterable[int] | None = None,
-    hidden_states: torch.Tensor | None = None,
-    first_layer: int = 0,
-) -> None:
+    model: nn.Module, windows: torch.Tensor, take: Callable[[int, int], None], layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None, first_layer: int = 0,
+) -> None:  # fmt: skip
     """Call `take(index, half)` as soon as the last gradient of a layer's attention (0) or MLP (1) has come; then it
     goes, so that the model's gradients are never there together. Other arguments as in `backward`.
 
@@ -234,12 +221,9 @@ def finite(values: torch.Tensor, index: int) -> torch.Tensor:
 
 
 def fisher_scores(
-    model: nn.Module,
-    windows: torch.Tensor,
-    layers: Iterable[int] | None = None,
-    hidden_states: torch.Tensor | None = None,
-    first_layer: int = 0,
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    model: nn.Module, windows: torch.Tensor, layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None, first_layer: int = 0,
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
     """Mask-gradient scores of `layers` (default: all): {layer: (groups [num_key_value_heads], channels
     [intermediate_size])}.
 

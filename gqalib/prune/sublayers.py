@@ -46,6 +46,7 @@ class Sublayer:
         self.output = self.module.down_proj if half else self.module.o_proj  # its inputs are the units' activations
         self.num_units = shape["intermediate_size" if half else "num_key_value_heads"]
         self.unit = self.output.in_features // self.num_units  # features of one
+        self._others: dict[torch.Size, dict[str, Any]] = {}
 
     @property
     def inputs(self) -> list[nn.Linear]:
@@ -70,7 +71,10 @@ class Sublayer:
     def calls(self, stream: Tensor, windows: Tensor) -> Iterator[Call]:
         """The batches of a residual stream [count, length, hidden] that stands before the sublayer."""
         for rows in batches(windows):
-            yield Call(rows, stream[rows], self.norm, self._others(stream[rows], windows[rows]))
+            shape = windows[rows].shape
+            if shape not in self._others:  # positions and mask are the same for all batches of one shape
+                self._others[shape] = {} if self.half else self._attention_arguments(stream[rows], windows[rows])
+            yield Call(rows, stream[rows], self.norm, self._others[shape])
 
     def after(self, stream: Tensor, windows: Tensor) -> Tensor:
         """The residual stream after the sublayer, given that before it."""
@@ -79,7 +83,7 @@ class Sublayer:
             after[call.rows].copy_(call.of(stream) + self.run(call))
         return after
 
-    def _others(self, stream: Tensor, windows: Tensor) -> dict[str, Any]:
+    def _attention_arguments(self, stream: Tensor, windows: Tensor) -> dict[str, Any]:
         """What the decoder gives attention besides the hidden states: its own forward pass, stopped at that call."""
         noted: dict[str, Any] = {}
 
@@ -87,8 +91,6 @@ class Sublayer:
             noted.update(arguments)
             raise _Noted
 
-        if self.half:
-            return {}
         hook = self.module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             advance(self.model, stream.to(self.norm.weight), windows, self.index, self.index + 1)
