@@ -33,13 +33,16 @@ lab: env
 
 # nbval executes the committed notebooks, in order, at the scale of a preset of its own, in a run folder of its own
 test: env
-	$(BIN)/python -m pytest -p no:nbval tests -m "not slow"
+	$(UNIT) -m "not slow"
 	$(NBVAL)
 
 # the same with what is slow and rarely needed
 test-all: env
-	$(BIN)/python -m pytest -p no:nbval tests
+	$(UNIT)
 	$(NBVAL)
+
+# two processes of one thread are faster than one of two
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval --numprocesses 2 --dist loadfile tests
 
 define NBVAL
 	rm -rf runs/nbval

@@ -30,7 +30,7 @@ from gqalib.model.load import (
     shape_config,
     to_device,
 )
-from gqalib.recover import lora
+from gqalib.recover import trainer
 from gqalib.run import corpora, instructions
 
 
@@ -187,8 +187,8 @@ def test_an_adapter_beside_the_weights_is_no_part_of_the_model(tokenizer, logits
     """transformers would put it on top without a word."""
     model = small_model()
     save_model(model, tokenizer, tmp_path)
-    with lora._quiet():
-        get_peft_model(clone(model), lora.lora_config(2, 4)).save_pretrained(tmp_path)
+    with trainer.quiet():
+        get_peft_model(clone(model), trainer.lora_config(2, 4)).save_pretrained(tmp_path)
     for load in (load_model, load_config):
         with pytest.raises(InputError, match="an adapter beside its weights: remove adapter_config.json, or merge"):
             load(str(tmp_path))

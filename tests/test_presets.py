@@ -14,7 +14,7 @@ from gqalib.run.presets import FOLDER, dotted_names, load_preset, preset_names
 
 
 def test_every_preset_loads():
-    assert {"tiny", "llama3-8b", "llama3-8b-shape", "llama3.2-1b", "smollm2-135m"} <= set(preset_names())
+    assert {"tiny", "llama3-8b", "llama3-8b-shape", "llama3.2-1b", "smollm2", "smollm2-gpu"} <= set(preset_names())
     for name in preset_names():
         assert load_preset(name).name == name
 
@@ -66,7 +66,7 @@ def test_a_preset_on_top_of_a_base(tmp_path, monkeypatch):
 
 def test_the_whole_path_with_9_query_and_3_kv_heads(tmp_path, tokenizer, windows):
     """SmolLM2's heads and the preset's settings on a small random model: importance, rates, surgery, saving, perplexity, speed."""
-    p = load_preset("smollm2-135m", {"pruning.channel_multiple": 8})
+    p = load_preset("smollm2", {"pruning.channel_multiple": 8})
     model = small_model(num_attention_heads=9, num_key_value_heads=3, intermediate_size=96, hidden_size=36)
     counts, layers = shapes.count_parameters(model), shapes.layer_shapes(model)
     plan = founding.make_plan(model, torch.tensor([3.0, 1.0, 2.0]), p.pruning)

@@ -471,7 +471,7 @@ def test_lora_goes_on(num_steps, lora, counted, monkeypatch, tmp_path):
     }  # fmt: skip
 
 
-def test_lora_that_ended_is_not_trained_again(lora, monkeypatch, tmp_path):
+def test_lora_that_ended_is_not_trained_again(lora, counted, monkeypatch, tmp_path):
     first, left = lora("folder"), tmp_path / "folder" / "checkpoint-9"
     left.mkdir()  # by a kill between the result and the tidying
     with monkeypatch.context() as patch:

@@ -21,6 +21,7 @@ from gqalib.errors import InputError
 from gqalib.measure import memory
 from gqalib.model.load import load_model, load_tokenizer
 from gqalib.recover import trainer
+from gqalib.recover.trainer import merge  # noqa: F401 (06 merges with it)
 from gqalib.run.instructions import examples, instructions
 from gqalib.run.presets import Preset, Recovery
 from gqalib.run.resume import Progress, code_hash, digest
