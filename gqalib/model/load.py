@@ -83,9 +83,15 @@ def _why_not(model: str, error: BaseException) -> str:
     while causes[-1] is not None:
         causes.append(causes[-1].__cause__ or causes[-1].__context__)
     if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return f"model {model} is gated: ask for access on its page, then log in with `hf auth login`, or give a folder that holds it"
+        return (
+            f"model {model} is gated: ask for access on its page, then log in with `hf auth login`, "
+            "or give a folder that holds it"
+        )
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return f"model {model} is not on the hub, or private: check the name, log in with `hf auth login`, or give a folder"
+        return (
+            f"model {model} is not on the hub, or private: check the name, log in with `hf auth login`, "
+            "or give a folder"
+        )
     fix = "check its files, or save it again"
     if not Path(model).is_dir():
         fix = "connect, log in with `hf auth login` if it is gated, or give a folder"
@@ -141,7 +147,8 @@ def _check_weights(model: str, found: dict) -> None:
     wrong += [f"{name} is left over" for name in sorted(found["unexpected_keys"])]
     if wrong:
         raise InputError(
-            f"the weights of {model} are of another configuration ({wrong[0]}): give the config.json that was saved with them"
+            f"the weights of {model} are of another configuration ({wrong[0]}): "
+            "give the config.json that was saved with them"
         )
 
 

@@ -63,7 +63,7 @@ def distill(
 
     Args:
         teacher: the dense model, which never changes; on any device; it may be None where `alpha` is 0.
-        rows: token ids [count, length], or rows of `input_ids` and `labels` (see `instructions.examples`); where a label is
+        rows: token ids [count, length], or `input_ids` and `labels` (see `instructions.examples`); where a label is
             −100 (a prompt) neither loss is taken. Shuffled anew for each pass. As many go into a step as
             `settings.batch_tokens` holds of the longest.
         micro_tokens: how many go through the models at once (default: `AT_ONCE`).

@@ -182,7 +182,8 @@ def spread(windows: torch.Tensor, num_tokens: int, sample: int = 0) -> torch.Ten
     *others, offset = (int(k * 0.618034 % 1 * gap) for k in range(sample + 1))
     if offset in others:
         raise InputError(
-            f"{windows.numel()} tokens are too few for sample {sample} of {num_tokens}: give a longer text or smaller samples"
+            f"{windows.numel()} tokens are too few for sample {sample} of {num_tokens}: "
+            "give a longer text or smaller samples"
         )
     if count >= len(windows):
         return windows

