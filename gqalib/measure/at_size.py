@@ -24,8 +24,7 @@ import torch
 from torch import nn
 
 from gqalib.errors import InputError
-from gqalib.measure import cost, speed
-from gqalib.measure.recovery import measure_recovery
+from gqalib.measure import cost, recovery, speed
 from gqalib.model.load import load_config, random_model, resolve_device
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig
 from gqalib.model.shapes import layer_shapes
@@ -34,7 +33,7 @@ from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
 from gqalib.stream import streamed
 
-READS = ("removal", "calibration", "pruning", "frontier", "cost", "evaluation", "distillation")
+READS = ("removal", "calibration", "pruning", "frontier", "cost")
 KEPT = {"84.64 % kept": 0.8464, "half kept": 0.5, "84.64 % removed": 0.1536}  # of all parameters
 
 
@@ -54,15 +53,12 @@ def at_size(
     for unknown in [step for step in steps if step not in STEPS]:
         raise InputError(f"unknown step {unknown!r}: use {', '.join(STEPS)}")
     for step in steps:
-        nb = Notebook(f"at_size_{step}", preset, overrides, out, reads=READS)
-        if step == "recovery":
-            measure_recovery(nb, also)
-            nb.finish()
-            continue
+        reads = recovery.READS if step == "recovery" else READS
+        nb = Notebook(f"at_size_{step}", preset, overrides, out, reads=reads)
         config = load_config(nb.preset.model)
         config.num_hidden_layers = num_layers if step == "refit" and num_layers else config.num_hidden_layers
         nb.metric("layers", config.num_hidden_layers, "decoder layers")
-        STEPS[step](nb, config)
+        STEPS[step](nb, also if step == "recovery" else config)
         nb.finish()
 
 
@@ -159,4 +155,9 @@ def random_windows(config: GqaLlamaConfig, sample: Sample) -> torch.Tensor:
     return torch.randint(config.vocab_size, (sample.num_examples, length), generator=torch.Generator().manual_seed(0))
 
 
-STEPS = {"speed": measure_speed, "pruning": measure_pruning, "refit": measure_refit, "recovery": measure_recovery}
+STEPS = {
+    "speed": measure_speed,
+    "pruning": measure_pruning,
+    "refit": measure_refit,
+    "recovery": recovery.measure_recovery,
+}

@@ -28,6 +28,7 @@ from gqalib.run import corpora
 from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
 
+READS = ("pruning", "frontier", "evaluation", "distillation")
 PROBED = (1, 2, 4, 8)  # times `distillation.muon_lr`
 PROBES = 20  # a probe is so much shorter than the run
 EXAMPLES = 1000  # of each task
@@ -45,9 +46,8 @@ def measure_recovery(nb: Notebook, also: str | None = None) -> None:
         with nb.stage("sweep", model, bench.calibration.shape, KNOB):
             refit.sweep(model, table.plan(fraction), bench.calibration, covariances=covariances)
         bench.record(model, f"refit-{size}", fraction=fraction, num_tokens=0)
-        rate = bench.best_rate(model)
-        bench.teach(model, f"distilled-{size}", muon_lr=rate)
-        bench.record(model, f"distilled-{size}", fraction=fraction, num_tokens=nb.preset.distillation.num_tokens)
+        num_tokens = bench.teach(model, f"distilled-{size}", muon_lr=bench.best_rate(model))
+        bench.record(model, f"distilled-{size}", fraction=fraction, num_tokens=num_tokens)
         bench.score(model, f"distilled-{size}")
     bench.score(dense, "dense")
 
@@ -59,12 +59,8 @@ class Bench:
         p, self.nb, self.rows, self.answers, self.probes = nb.preset, nb, [], [], {}
         self.dense, self.teacher = (load_model(p.model, dtype, p.device) for dtype in ("float32", "bfloat16"))
         self.tokenizer, self.counts = load_tokenizer(p.model), count_parameters(self.dense)
-        self.calibration, self.validation, own = (
-            self.windows(p.corpus, split, sample)
-            for split, sample in zip(
-                ("train", "validation", "test"), (p.frontier.calibration, p.frontier.test, p.frontier.test), strict=True
-            )
-        )
+        self.calibration = self.windows(p.corpus, "train", p.frontier.calibration)
+        self.validation, own = (self.windows(p.corpus, split, p.frontier.test) for split in ("validation", "test"))
         self.text = corpora.training_windows(p.corpus, self.tokenizer, own.shape[1], p.distillation.num_tokens)
         whole = [Sample(p.evaluation.num_tokens // n, n) for n in (p.evaluation.short_window, p.evaluation.long_window)]
         self.tests = [(p.corpus, own), *((also, self.windows(also, "test", sample)) for sample in whole if also)]
@@ -100,15 +96,18 @@ class Bench:
             self.nb.table("probes", pd.DataFrame(rows))
         return min(self.probes, key=self.probes.get)
 
-    def teach(self, model: nn.Module, name: str, **changes: Any) -> None:
+    def teach(self, model: nn.Module, name: str, **changes: Any) -> int:
+        """Distillation in place; returns the tokens that were seen."""
         settings = dataclasses.replace(self.nb.preset.distillation, **changes)
         started = time.monotonic()
         log = distill(model, self.teacher, self.text, settings, self.nb.run_dir / "training" / name)
-        speed = log["tokens"].iloc[-1] / log["seconds"].sum()
+        num_tokens = int(log["tokens"].iloc[-1])
+        speed = num_tokens / log["seconds"].sum()
         print(
             f"{name}: {time.monotonic() - started:.0f} s, {speed:,.0f} tokens/s, last loss {log['loss'].iloc[-1]:.3f}"
         )
         self.nb.table(f"training {name}", log.iloc[:: max(1, len(log) // 50)])
+        return num_tokens
 
     def score(self, model: nn.Module, name: str) -> None:
         """The downstream tasks of a model, in bfloat16."""

@@ -282,11 +282,18 @@ def _parquet_texts(path: Path) -> list[str]:
 
 
 def part(rows, split: str) -> list:
+    """A split of rows that come without splits: the first 80 % are `train`, the next 10 % `validation`, the last
+    `test`."""
     first, last = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}[split]
     return [rows[i] for i in range(len(rows) * first // 100, len(rows) * last // 100)]
 
 
 def json_rows(path: Path, *fields: set[str]) -> list[dict]:
+    """The rows of a .json or .jsonl file; each has text in all fields of one of these sets.
+
+    Raises:
+        InputError: it cannot be read, or a row has not.
+    """
     text = read_text(path, "file")
     with one_sentence(f"{path} cannot be read as {path.suffix or 'JSON'} rows", "correct it"):
         whole = path.suffix == ".json"
@@ -302,6 +309,11 @@ def _has(row: object, fields: set[str]) -> bool:
 
 
 def encode(tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+        InputError: one of them has no row in the embeddings of the tokenizer's model (`num_rows`).
+    """
     ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     last, rows = max(ids, default=0), getattr(tokenizer, "num_rows", math.inf)
     if last >= rows:
