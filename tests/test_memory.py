@@ -17,7 +17,7 @@ from gqalib import stream as stream
 from gqalib.measure import memory
 from gqalib.measure.cost import Used, weight_bytes
 from gqalib.measure.perplexity import window_losses
-from gqalib.model import load
+from gqalib.model import load, surgery
 from gqalib.model.load import REPOSITORY
 from gqalib.prune import allocate, plans, refit, scores
 from gqalib.prune.founding import removal_importance, taylor_scores
@@ -101,6 +101,19 @@ def test_of_several_stages_the_largest(model):
     }
     largest = max(single.values(), key=lambda terms: sum(terms.values()))
     assert memory.expected(tuple(single), model, 8, 32) == largest
+
+
+def test_no_term_counts_the_widest_layer_for_all():
+    """Where one layer is much wider than the others, as after a pruning with rates of its own for each."""
+    model = small_model(intermediate_size=240)
+    for layer in (0, 1):
+        surgery.keep_channels(model, layer, [0])
+    for stage in ("distillation", "all gradients", "sweep", "gradient covariances"):
+        assert all(size >= 0 for size in memory.expected(stage, model, 2, 20).values())
+    layers = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
+    terms = memory.expected("distillation", model, 2, 20, settings=Distillation())
+    assert terms["optimisers"] == 4 * layers + 2 * (weight_bytes(model) - 4 * layers)
+    assert memory.expected("all gradients", model, 2, 20)["gradients"] == 4 * layers
 
 
 def test_distillation_where_bf16_is_slow(model, monkeypatch):

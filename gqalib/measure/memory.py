@@ -78,7 +78,8 @@ class _Sizes:
         self.L, self.d, self.V = len(layers), config.hidden_size, config.vocab_size
         self.s = next(layers.parameters()).element_size()
         self.q, self.k = self.h * config.head_dim, heads * config.head_dim
-        self.layer = max(sum(p.numel() for p in layer.parameters()) for layer in layers)  # parameters of the widest
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+        self.layer, self.layers = max(sizes), sum(sizes)  # parameters of the widest, and of all
         self.all, self.length, self.n = weight_bytes(model), length, num_examples * length
         self.B, self.F = (self.windows(size) for size in (stream.BATCH_TOKENS, stream.tokens_at_once(model)))
         self.device, self.in_host, self.streams = device, int(device.type == "cpu"), streams
@@ -92,7 +93,7 @@ class _Sizes:
         """All of them; of a streamed model embedding, norm and lm_head, and one layer."""
         if not self.elsewhere:
             return {"weights": self.all}
-        return {"weights": max(0, self.all - self.L * self.layer * self.s), "layer at work": self.layer * self.s}
+        return {"weights": max(0, self.all - self.layers * self.s), "layer at work": self.layer * self.s}
 
     def buffers(self, count: int, itemsize: int) -> Terms:
         """So many streams [n, d]."""
@@ -128,7 +129,7 @@ def _terms(c: _Sizes, settings: Recovery | Distillation | None) -> dict[str, Ter
     table = {
         "layer removal": {**c.buffers(2, s), "batch": c.F * forward},
         "one-shot Taylor": backward(c.streams or c.B < c.n, L, 0, scored),
-        "all gradients": {**backward(False, L, 0, 0), "gradients": L * c.layer * size},
+        "all gradients": {**backward(False, L, 0, 0), "gradients": c.layers * size},
         "sequential Taylor": {**backward(False, 1, L - 1, scored + c.layer * size), **c.buffers(2, s)},
         "gradient covariances": {
             **backward(by_layer, 0, L, 3 * 8 * d * d if by_layer else 0), "covariances": c.in_host * 2 * L * 8 * d * d,
@@ -139,7 +140,7 @@ def _terms(c: _Sizes, settings: Recovery | Distillation | None) -> dict[str, Ter
         "sweep": {
             **c.buffers(5, 4), **covariance, "layer in float32": 4 * c.layer * (s != 4),
             "statistics or Gauss-Newton": max(statistics, newton),
-            "weights before the cut": c.in_host * L * c.layer * s,
+            "weights before the cut": c.in_host * c.layers * s,
         },
         "scoring": {"logits": c.F * V * (2 * s + 8 * 4)},  # of two models, and eight times in float32
         "LoRA": {  # logits nine times in float32: loss, entropy and accuracy, as trl takes them
@@ -170,7 +171,7 @@ def _distillation(c: _Sizes, settings: Recovery | Distillation) -> Terms:
     copies = {"weights in bf16": c.all / 2 if narrow and c.s == 4 else 0}
     if getattr(settings, "lora_r", 0):
         return {**_adapter(c, settings), **copies, "activations and logits": work}
-    by_muon = c.L * c.layer * c.s if getattr(settings, "muon_lr", 0) else 0
+    by_muon = c.layers * c.s if getattr(settings, "muon_lr", 0) else 0
     work = {"activations, logits, gradients": max(c.all, work + c.d * c.V * c.s)}
     return {"optimisers": by_muon + 2 * (c.all - by_muon), **copies, **work}
 
