@@ -3,7 +3,8 @@ import torch
 from conftest import biased_model, kv_heads, only_layers, small_model
 
 from gqalib import InputError
-from gqalib.measure.perplexity import perplexity, ratio_with_error, window_losses
+from gqalib.measure import perplexity as measure
+from gqalib.measure.perplexity import kl_to, perplexity, ratio_with_error, window_losses
 from gqalib.model import surgery
 from gqalib.peers.llm_pruner import misaligned_group_scores
 from gqalib.prune.founding import removal_importance, taylor_scores
@@ -175,6 +176,20 @@ def test_perplexity_is_that_of_the_loss(model, windows):
     assert perplexity(model, windows, hidden_states_before(model, windows, 2), 2) == pytest.approx(
         loss.exp().item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fast", "rounded"), [("auto", True, True), ("auto", False, False), ("bfloat16", False, True)]
+)
+def test_evaluations_round_products_if_told(dtype, fast, rounded, model, windows, monkeypatch):
+    exact, divergence = window_losses(model, windows), kl_to(model, model, windows)
+    monkeypatch.setattr("gqalib.device.bf16_is_fast", lambda device: fast)
+    monkeypatch.setattr(measure, "_products", "float32")
+    measure.evaluate_in(dtype)
+    losses = window_losses(model, windows)
+    assert torch.equal(losses, exact) != rounded and losses == pytest.approx(exact, abs=0.02)
+    assert kl_to(model, model, windows) == divergence == 0
+    assert window_losses(model.bfloat16(), windows).dtype == torch.float64  # its own products, whatever was said
 
 
 def test_window_losses_and_their_ratio(model, clone, windows):

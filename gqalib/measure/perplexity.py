@@ -3,6 +3,10 @@
 Protocol: non-overlapping windows; in each window the first token is given and every other one is predicted from what
 stands before it; perplexity = exp(total negative log-likelihood / number of predicted tokens). A perplexity without
 corpus, split, window and number of tokens is not a result: records carry all four.
+
+A model in float32 is run with its own products, or with products in bf16 (`evaluate_in`): twice as fast on a processor
+that has instructions for them. On SmolLM2-135M that moved perplexity by 1.0001 ± 0.0003 (16,384 tokens in windows of
+512), where weights in bf16 moved it by 1.0006 ± 0.0005.
 """
 
 import math
@@ -11,8 +15,23 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
+from gqalib.device import in_bf16
 from gqalib.model.names import NO_LABEL
 from gqalib.stream import advance, batches, is_streamed, layers_between, tokens_at_once
+
+_products = "float32"
+
+
+def evaluate_in(dtype: str) -> None:
+    """From here on this process evaluates models that are in float32 with products in `dtype`: float32, bfloat16, or
+    auto, which is bfloat16 where that is fast."""
+    global _products
+    _products = dtype
+
+
+def _in_products(model: nn.Module) -> torch.autocast:
+    enabled = model.dtype == torch.float32 and in_bf16(_products, model.device)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
 def perplexity(
@@ -37,10 +56,11 @@ def window_losses(
 ) -> torch.Tensor:
     """Mean −log p of the predicted tokens of each window, in nats, float64 [count] on the CPU, summed in float64."""
     losses = []
-    if is_streamed(model):  # each layer is fetched once, not once per batch
-        last = len(model.get_decoder().layers)
-        hidden_states, first_layer = advance(model, hidden_states, windows, first_layer, last), last
-    with layers_between(model, first_layer):
+    with _in_products(model):
+        if is_streamed(model):  # each layer is fetched once, not once per batch
+            last = len(model.get_decoder().layers)
+            hidden_states, first_layer = advance(model, hidden_states, windows, first_layer, last), last
+    with layers_between(model, first_layer), _in_products(model):
         for rows in batches(windows, tokens_at_once(model)):
             input_ids = windows[rows].to(model.device)
             inputs = {"input_ids": input_ids}
@@ -88,8 +108,8 @@ def kl_to(dense: nn.Module, model: nn.Module, windows: torch.Tensor) -> float:
     """KL(dense || model) of the next token, in nats, mean over the predicted tokens of windows [count, length]."""
     total = 0.0
     for rows in batches(windows, min(tokens_at_once(model), tokens_at_once(dense))):
-        logits, target = (
-            m(input_ids=windows[rows].to(m.device), use_cache=False).logits[:, :-1].float() for m in (model, dense)
-        )
+        with _in_products(model):
+            both = (m(input_ids=windows[rows].to(m.device), use_cache=False).logits for m in (model, dense))
+            logits, target = (each[:, :-1].float() for each in both)
         total += kl_divergence(logits, target.to(logits.device)).double().sum().item()
     return total / windows[:, 1:].numel()

@@ -33,16 +33,17 @@ from gqalib import figures
 from gqalib.errors import InputError, one_sentence
 from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
+from gqalib.measure.perplexity import evaluate_in
 from gqalib.model.load import resolve_device
 from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run.corpora import corpus_path
 from gqalib.run.presets import Preset, load_preset
-from gqalib.run.resume import Part, Progress, code_hash, replacing
+from gqalib.run.resume import FRAME, Part, Progress, code_hash, replacing
 
 SCHEMA = 1
 NOTEBOOKS = REPOSITORY / "notebooks"
 COMMITTED = REPOSITORY / "data" / "results"
-BASE = ("model", "corpus", "dtype", "device")  # what every notebook depends on
+BASE = ("model", "corpus", "dtype", "evaluation_dtype", "device")  # what every notebook depends on
 HELD = "GQALIB_LOCKED"  # in the environment of the notebooks that a runner starts: the folder that it has locked
 COMMIT = "git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"  # says what is checked out
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
@@ -152,11 +153,11 @@ def seconds_of(name: str, preset: str) -> float:
     return 0.0
 
 
-def code_used(path: Path) -> str:
+def code_used(path: Path, without: tuple[str, ...] = ()) -> str:
     """`code_hash` of a notebook, which stands in the working folder or in the repository; of the whole library where
     it is in neither."""
     place = next((p for p in (path, NOTEBOOKS / path.name) if p.is_file()), None)
-    return code_hash("\n".join(code_of(place) if place else ["from gqalib.run import cli"]))
+    return code_hash("\n".join(code_of(place) if place else ["from gqalib.run import cli"]), without)
 
 
 def code_of(path: Path) -> list[str]:
@@ -221,6 +222,7 @@ class Notebook:
         self.metrics, self.tables, self.texts, self.artefacts, self.stages, self.read = {}, {}, {}, [], [], {}
         self._started = time.monotonic()
         transformers.set_seed(seed)
+        evaluate_in(whole.evaluation_dtype)
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
         figures.use_style()
@@ -290,9 +292,11 @@ class Notebook:
     def progress(self, name: str) -> Progress:
         """Where a long computation keeps what it has done so far; calls with other arguments may share one.
 
-        A run with another parameter, seed, model or corpus file, device or version of anything finds nothing in it.
+        A run with another parameter, seed, model or corpus file, device or version of anything finds nothing in it; one
+        where only the frame around the computation has changed finds everything.
         """
-        return Progress(progress_dir(self.run_dir, self.name) / name, self._reasons())
+        key = self._reasons() | {"library": code_used(Path(f"{self.name}.ipynb"), FRAME)}
+        return Progress(progress_dir(self.run_dir, self.name) / name, key)
 
     def trained(self, name: str, train: Callable[[Path], Part]) -> Part:
         """What `train(folder)` comes to, kept as progress; the folder, where a killed training goes on, goes then."""

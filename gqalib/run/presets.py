@@ -222,6 +222,7 @@ class Preset:
     corpus: str  # python-docs | wikitext2 | c4 | random-tokens | file:PATH
     instructions: str  # python-docs | alpaca-cleaned | corpus | file:PATH
     dtype: Literal["float32", "bfloat16"]
+    evaluation_dtype: Literal["auto", "float32", "bfloat16"]  # of evaluations' products; auto: bf16 where that is fast
     device: str  # auto | cpu | cuda | cuda:1 … | all (the layers spread over all cards)
     evaluation: Evaluation
     calibration: Sample

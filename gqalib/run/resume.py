@@ -35,6 +35,11 @@ from torch import nn
 from gqalib.steps import drive
 
 PACKAGE = Path(__file__).parents[1]
+# what brings data to a computation and shows what came of it: a computation's inputs are told apart by themselves
+FRAME = (
+    "__init__", "figures", "claims", "errors", "packages", "run.cli", "run.front", "run.grid", "run.notebook", "run.presets",
+    "run.publish", "run.resume", "run.series",
+)  # fmt: skip
 Part = Any  # what JSON can say, or a dict of tensors
 
 
@@ -152,13 +157,13 @@ def _text(path: Path) -> str | None:
 
 
 @cache
-def code_hash(source: str) -> str:
+def code_hash(source: str, without: tuple[str, ...] = ()) -> str:
     """One hash of the modules of gqalib that some code imports, and of all that those import; comments and docstrings
-    do not count."""
+    do not count, nor do the modules `without` (`run.notebook`) and what only they import."""
     found: dict[Path, str] = {}
-    waiting = [source]
+    waiting, left_out = [source], {PACKAGE / f"{name.replace('.', '/')}.py" for name in without}
     while waiting:
-        for path in set(_imported(ast.parse(waiting.pop()))) - found.keys():
+        for path in set(_imported(ast.parse(waiting.pop()))) - found.keys() - left_out:
             waiting.append(path.read_text(encoding="utf-8"))
             found[path] = _bare(waiting[-1])
     return hashlib.sha256("".join(found[path] for path in sorted(found)).encode()).hexdigest()
