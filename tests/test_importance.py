@@ -189,6 +189,9 @@ def test_evaluations_round_products_if_told(dtype, fast, rounded, model, windows
     losses = window_losses(model, windows)
     assert torch.equal(losses, exact) != rounded and losses == pytest.approx(exact, abs=0.02)
     assert kl_to(model, model, windows) == divergence == 0
+    with measure.in_products(model):
+        stream = hidden_states_before(model, windows, 1)
+    assert torch.equal(window_losses(model, windows, stream, 1), losses)
     assert window_losses(model.bfloat16(), windows).dtype == torch.float64  # its own products, whatever was said
 
 

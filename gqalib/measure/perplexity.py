@@ -29,7 +29,8 @@ def evaluate_in(dtype: str) -> None:
     _products = dtype
 
 
-def _in_products(model: nn.Module) -> torch.autocast:
+def in_products(model: nn.Module) -> torch.autocast:
+    """Inside, products are those of an evaluation: for whoever hands over a stream that an evaluation goes on from."""
     enabled = model.dtype == torch.float32 and in_bf16(_products, model.device)
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
@@ -56,11 +57,11 @@ def window_losses(
 ) -> torch.Tensor:
     """Mean −log p of the predicted tokens of each window, in nats, float64 [count] on the CPU, summed in float64."""
     losses = []
-    with _in_products(model):
+    with in_products(model):
         if is_streamed(model):  # each layer is fetched once, not once per batch
             last = len(model.get_decoder().layers)
             hidden_states, first_layer = advance(model, hidden_states, windows, first_layer, last), last
-    with layers_between(model, first_layer), _in_products(model):
+    with layers_between(model, first_layer), in_products(model):
         for rows in batches(windows, tokens_at_once(model)):
             input_ids = windows[rows].to(model.device)
             inputs = {"input_ids": input_ids}
@@ -108,7 +109,7 @@ def kl_to(dense: nn.Module, model: nn.Module, windows: torch.Tensor) -> float:
     """KL(dense || model) of the next token, in nats, mean over the predicted tokens of windows [count, length]."""
     total = 0.0
     for rows in batches(windows, min(tokens_at_once(model), tokens_at_once(dense))):
-        with _in_products(model):
+        with in_products(model):
             both = (m(input_ids=windows[rows].to(m.device), use_cache=False).logits for m in (model, dense))
             logits, target = (each[:, :-1].float() for each in both)
         total += kl_divergence(logits, target.to(logits.device)).double().sum().item()
