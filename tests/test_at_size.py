@@ -40,6 +40,22 @@ def test_speed(measured):
     assert {row["phase"] for row in tables["speed_unfused"]} == {"decode"}
 
 
+def test_speed_in_turn(measured, monkeypatch):
+    made, rounds = [], at_size.ROUNDS
+    make = at_size.random_model
+    monkeypatch.setattr(at_size, "random_model", lambda *args: made.append(args[2]) or make(*args))
+    tables = measured("in_turn")["tables"]
+    names = [row["model"] for row in tables["shapes"]]
+    assert names == ["dense", "84.64 % kept"]  # the small shape's embedding is too large for the third
+    assert made.count(torch.device("cpu")) == len(names) * rounds
+    assert len(tables["speed"]) == 3 * len(names) and all(row["ms"] > 0 for row in tables["speed"])
+    dense = [row for row in tables["speed"] if row["model"] == "dense"]
+    assert all(row["speedup"] == row["ceiling"] == 1 for row in dense)
+    monkeypatch.setattr(at_size.cost, "free_bytes", lambda device: 1000)
+    with pytest.raises(InputError, match="dense needs .* are free"):
+        measured("in_turn")
+
+
 def test_pruning_and_refit(measured):
     stages = [row["stage"] for row in measured("pruning")["tables"]["stages"]]
     assert stages == ["layer removal", "sequential Taylor"]
@@ -84,7 +100,7 @@ def test_widths_are_multiples_where_some_are_left():
 
 
 def test_unknown_step(tmp_path, capsys):
-    with pytest.raises(InputError, match="unknown step 'sped': use speed, pruning, refit, recovery"):
+    with pytest.raises(InputError, match="unknown step 'sped': use speed, in_turn, pruning, refit, recovery"):
         at_size.at_size("llama3-8b-shape", {}, tmp_path / "out", ["sped"])
     assert main(["at-size", "--out", str(tmp_path / "out"), "--steps", "sped"]) == 2
     assert not (tmp_path / "out").exists() and "unknown step" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """Cost and pruning of a model too large to run the series on, by its shape alone: `python -m gqalib at-size`.
 
 Steps, each with a record of its own that is written as results come, so that a run that is cut off keeps what it has.
-In the first three weights and words are random, so time, memory and speed are the real model's, and perplexities mean
+In all but the last weights and words are random, so time, memory and speed are the real model's, and perplexities mean
 nothing:
 
     speed     prefill and decode at every batch size and context, beside the ceilings; widths that
               hardware likes and that it does not
+    in_turn   the same for one sequence and the two readings of 84.64 %, one model in memory at a time: for a
+              processor, whose memory holds no two of them
     pruning   the founding document's method: layer removal, sequential scores, surgery
     refit     gradient covariances, cost table and sweep, with layers and streams waiting in host memory
     recovery  a real model, preset `smollm2-gpu`: the refit and distillation with much text, see `measure.recovery`
@@ -14,6 +16,7 @@ nothing:
 import contextlib
 import itertools
 import math
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
 from gqalib.stream import streamed
 
+ROUNDS = 3
 READS = ("removal", "calibration", "pruning", "frontier", "cost")
 KEPT = {"84.64 % kept": 0.8464, "half kept": 0.5, "84.64 % removed": 0.1536}  # of all parameters
 
@@ -109,6 +113,36 @@ def _counted(name: str, model: nn.Module) -> dict[str, Any]:
     return {"model": name, "parameters": weights, **first, "step_gb": cost.step_bytes(model) / 1e9}
 
 
+def measure_in_turn(nb: Notebook, config: GqaLlamaConfig) -> None:
+    """Decode of one sequence at the first two contexts, prefill at the first; every round makes each model anew, so
+    that drift of the machine hits all alike. The record is written after each round."""
+    p, c, device = nb.preset, nb.preset.cost, torch.device(resolve_device(nb.preset.device))
+    configs = {name: shape for name, shape in shapes(config, p.pruning.channel_multiple).items() if name != "half kept"}
+    on_paper = {name: random_model(shape, p.dtype, "meta") for name, shape in configs.items()}
+    points = [("decode", 1, context) for context in c.contexts[:2]] + [("prefill", 1, c.contexts[0])]
+    times = {point: {name: [] for name in configs} for point in points}
+    nb.table("shapes", pd.DataFrame([_counted(name, model) for name, model in on_paper.items()]))
+    for _ in range(ROUNDS):
+        for name, shape in configs.items():
+            check_room(cost.weight_bytes(on_paper[name]), device, name)
+            model = random_model(shape, p.dtype, device)
+            for point in points:
+                times[point][name] += [statistics.median(speed.call_ms(model, *point, c.min_run_s))]
+                print(name, *point, f"{times[point][name][-1]:.1f} ms", flush=True)
+            del model
+        rows = [speed.as_row(point, name, on_paper, times[point]) for point in points for name in configs]
+        nb.metric("bytes_per_s", copy_bandwidth(device), "bytes read and written by a copy")
+        nb.table("speed", speed.beside_ceilings(pd.DataFrame(rows), on_paper))
+        nb.save()
+
+
+def check_room(size: int, device: torch.device, name: str) -> None:
+    """Raises InputError if the device has not so many bytes."""
+    if size > (free := cost.free_bytes(device)):
+        needs = f"{name} needs {size / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
+        raise InputError(f"{needs}: close what else is running, or give a smaller model")
+
+
 def copy_bandwidth(device: str, size: int = 2**30) -> float:
     """Bytes per second that a large copy on the device reads and writes: what reading weights is to be held against."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
@@ -157,6 +191,7 @@ def random_windows(config: GqaLlamaConfig, sample: Sample) -> torch.Tensor:
 
 STEPS = {
     "speed": measure_speed,
+    "in_turn": measure_in_turn,
     "pruning": measure_pruning,
     "refit": measure_refit,
     "recovery": recovery.measure_recovery,

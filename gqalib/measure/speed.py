@@ -155,7 +155,7 @@ def compare_speed(
                 found = _measure(models, point, min_run_s / rounds, rounds)
             except torch.OutOfMemoryError:  # the estimate can be wrong: the hours before must not be lost
                 note = f"not measured: needs {size / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
-            rows += [_row(point, name, models, *found, note) for name in models]
+            rows += [as_row(point, name, models, *found, note) for name in models]
     return pd.DataFrame(rows)
 
 
@@ -188,6 +188,14 @@ def _measure(
     return times, joules, peaks
 
 
+@torch.no_grad()
+def call_ms(model: nn.Module, phase: str, batch_size: int, context: int, min_run_s: float) -> list[float]:
+    """Milliseconds of each call of a phase, after one that warms up."""
+    call = PHASES[phase][0](model, batch_size, context)
+    call()
+    return _time_ms(call, model.device, min_run_s)
+
+
 def _time_ms(function: Callable[[], object], device: torch.device, min_run_s: float) -> list[float]:
     """Milliseconds of each call, for so many seconds and at least once; CUDA events on a GPU, the wall clock on a
     CPU."""
@@ -205,7 +213,11 @@ def _time_ms(function: Callable[[], object], device: torch.device, min_run_s: fl
     return times
 
 
-def _row(point: tuple, name: str, models: dict, times: dict, joules: dict, peaks: dict, note: str) -> dict:
+def as_row(
+    point: tuple[str, int, int], name: str, models: dict[str, nn.Module], times: dict[str, list[float]],
+    joules: dict[str, list[float]] | None = None, peaks: dict[str, int] | None = None, note: str = "",
+) -> dict[str, object]:  # fmt: skip
+    """One of the rows of `compare_speed`; `times`: milliseconds, one per round."""
     phase, batch_size, context = point
     row = {"phase": phase, "batch_size": batch_size, "context": context, "model": name}
     row |= {"kv_cache_gb": cost.cache_bytes(models[name], batch_size, context) / 1e9, "note": note}
@@ -213,9 +225,10 @@ def _row(point: tuple, name: str, models: dict, times: dict, joules: dict, peaks
         return row
     ratios = [dense / pruned for dense, pruned in zip(times[next(iter(models))], times[name], strict=True)]
     ms, tokens = statistics.median(times[name]), batch_size * (context if phase == "prefill" else 1)
-    energy = statistics.median(joules[name]) / tokens if joules[name] else float("nan")
+    energy = statistics.median(joules[name]) / tokens if joules and joules[name] else float("nan")
     row |= {"ms": ms, "speedup": statistics.median(ratios), "speedup_low": min(ratios), "speedup_high": max(ratios)}
-    return row | {"tokens_per_s": tokens * 1e3 / ms, "peak_gb": peaks[name] / 1e9, "joules_per_token": energy}
+    peak = peaks[name] / 1e9 if peaks else float("nan")
+    return row | {"tokens_per_s": tokens * 1e3 / ms, "peak_gb": peak, "joules_per_token": energy}
 
 
 def energy_counter(device: torch.device) -> Callable[[], float] | None:
