@@ -13,10 +13,12 @@ from gqalib.model import load, surgery
 from gqalib.model.load import REPOSITORY
 
 
-@pytest.fixture
-def uneven(model):
+@pytest.fixture(params=[False, True], ids=["", "no attention in front"])
+def uneven(model, request):
     surgery.keep_groups(model, 0, range(max(1, kv_heads(model) - 1)))
     surgery.keep_channels(model, 1, range(10))
+    if request.param:
+        surgery.drop_attention(model, 0)
     return model
 
 
@@ -34,7 +36,7 @@ def test_closed_form_by_hand():
 
 def test_kv_cache_bytes_are_the_caches(uneven, windows):
     cache = uneven(windows, use_cache=True).past_key_values
-    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 4
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers if layer.is_initialized) * 4
     assert cost.kv_cache_bytes_per_token(uneven) * windows.numel() == held
 
 

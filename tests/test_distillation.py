@@ -210,6 +210,16 @@ def test_kl_falls_and_the_teacher_stays(student, teacher, windows, logits_of, se
     assert {m.config._attn_implementation for m in (student, teacher)} == {"sdpa"}
 
 
+@pytest.mark.parametrize("settings", [FULL, LORA], ids=["muon", "lora"])
+def test_a_student_with_less_attention_learns(student, teacher, windows, logits_of, settings, tmp_path):
+    surgery.drop_attention(student, 0)
+    target = logits_of(teacher).log_softmax(-1)
+    start = kl_divergence(logits_of(student), target).mean()
+    distill(student, teacher, windows, dataclasses.replace(settings, num_tokens=2400), tmp_path)
+    assert kl_divergence(logits_of(student), target).mean() < start
+    assert "model.layers.0.self_attn.q_proj.weight" not in student.state_dict()
+
+
 def test_all_weights_are_trained(student, teacher, windows, tmp_path):
     before = weights(student)
     student.requires_grad_(False)  # as scoring leaves it

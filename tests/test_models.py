@@ -45,6 +45,8 @@ def uneven(model):
     surgery.keep_groups(model, 0, range(1, groups))
     surgery.keep_groups(model, 2, [0])
     surgery.keep_channels(model, 1, range(0, 24, 2))
+    if model.config.tie_word_embeddings:  # half of them: the KV cache begins with the second layer
+        surgery.drop_attention(model, 0)
     return model
 
 
@@ -109,8 +111,29 @@ def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path):
 
 def test_cached_and_uncached_generation_agree(uneven, windows):
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    cached = uneven.generate(windows[:2], use_cache=True, **options)
-    assert torch.equal(cached, uneven.generate(windows[:2], use_cache=False, **options))
+    expected = uneven.generate(windows[:2], use_cache=False, **options)
+    for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        assert torch.equal(uneven.generate(windows[:2], use_cache=True, **cache, **options), expected)
+
+
+def test_a_cache_is_read_from_where_the_text_stopped(uneven, windows, logits_of):
+    """Without positions given: transformers asks the cache how long the text was."""
+    with torch.no_grad():
+        first = uneven(windows[:, :13], use_cache=True)
+        second = uneven(windows[:, 13:], past_key_values=first.past_key_values)
+    assert torch.allclose(torch.cat([first.logits, second.logits], 1), logits_of(uneven), atol=1e-4)
+
+
+def test_some_layer_has_attention(tmp_path, tokenizer):
+    save_model(small_model(), tokenizer, tmp_path)
+    for changes, says in (
+        ({"num_attention_heads": 0, "num_key_value_heads": 0}, "no layer has attention: give one of them"),
+        ({"num_attention_heads": 0}, "layer 0 has 0 query heads, 4 KV heads"),
+        ({"num_key_value_heads": 0}, "layer 0 has 8 query heads, 0 KV heads"),
+    ):
+        edit(tmp_path, per_layer_config=None, **{"num_attention_heads": 8, "num_key_value_heads": 4, **changes})
+        with pytest.raises(InputError, match=says):
+            load_config(str(tmp_path))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "blocked"])
@@ -135,6 +158,15 @@ def test_golden_count():
     assert counts["backbone"] == 6_979_321_856
     assert counts["embeddings"] == 1_050_673_152
     assert counts["norms"] == 266_240
+
+
+def test_without_its_attention_a_layer_counts_as_its_mlp(model):
+    dense = shapes.count_parameters(model)
+    surgery.drop_attention(model, 1)
+    counts = shapes.count_parameters(model)
+    assert counts["attention"] * 3 == dense["attention"] * 2 and counts["mlp"] == dense["mlp"]
+    assert dense["norms"] - counts["norms"] == 32  # the norm in front of it
+    assert shapes.layer_shapes(model).loc[1].tolist() == [0, 0, 24]
 
 
 def test_count_matches_tensors(model):

@@ -18,14 +18,16 @@ from transformers import DynamicCache
 from gqalib import InputError, figures
 from gqalib.measure import cost, speed
 from gqalib.model import load, surgery
-from gqalib.model.shapes import count_parameters, layer_shapes
+from gqalib.model.shapes import count_parameters, has_attention, layer_shapes
 from gqalib.run import publish
 
 
-@pytest.fixture
-def uneven(model):
+@pytest.fixture(params=[False, True], ids=["", "no attention in front"])
+def uneven(model, request):
     surgery.keep_groups(model, 0, range(max(1, kv_heads(model) - 1)))
     surgery.keep_channels(model, 1, range(10))
+    if request.param:
+        surgery.drop_attention(model, 0)
     return model
 
 
@@ -47,7 +49,7 @@ def test_a_decoding_step_is_the_models_own(uneven, windows):
     dynamic = DynamicCache(config=uneven.config)
     uneven(windows[:, :-1], past_key_values=dynamic)
     full = speed.full_cache(uneven, len(windows), windows.shape[1])
-    for own, other in zip(full.layers, dynamic.layers, strict=True):
+    for own, other in zip(full.layers, [x for x in dynamic.layers if x.is_initialized], strict=True):
         own.keys[:, :, :-1], own.values[:, :, :-1] = other.keys, other.values
     position = torch.tensor([[windows.shape[1] - 1]])
     for _ in range(3):
@@ -86,7 +88,7 @@ def test_a_decoding_step_looks_at_no_value_and_needs_no_mask(uneven, monkeypatch
     step = speed.decode_step(uneven, 2, 9)
     with NoLookingAtValues():
         assert step().shape == (2, 1, 61)
-    assert masks == [None] * 3
+    assert masks == [None] * sum(map(has_attention, uneven.model.layers))
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoLookingAtValues():
         torch.ones(1).item()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import kv_heads, only_layers
+from conftest import biased_model, kv_heads, only_layers
 
 from gqalib import InputError
 from gqalib.model import shapes, surgery
@@ -97,6 +97,67 @@ def test_dropped_layers_equal_skipped_layers(model, clone, logits_of):
     assert torch.equal(logits_of(model), expected)
     assert model.config.num_hidden_layers == len(model.config.per_layer_config) == 2
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
+
+
+def test_dropped_attention_equals_masked_attention(model, clone, logits_of):
+    oracle = clone(model)
+    for index in (0, 2):
+        surgery.mask_groups(oracle, index, range(kv_heads(oracle)))
+        surgery.drop_attention(model, index)
+    assert torch.equal(logits_of(model), logits_of(oracle))
+
+
+def test_dropped_attention_takes_its_output_bias(clone, logits_of):
+    model = biased_model()
+    oracle = clone(model)
+    for parameter in oracle.model.layers[1].self_attn.o_proj.parameters():
+        parameter.data.zero_()
+    with surgery.without_attention(model.model.layers[1]):
+        inside = logits_of(model)
+    surgery.drop_attention(model, 1)
+    assert torch.equal(logits_of(model), logits_of(oracle)) and torch.equal(inside, logits_of(oracle))
+    assert model.config.per_layer_config[1].o_proj_bias is False
+
+
+def test_attention_comes_back(model, logits_of):
+    before, parts = logits_of(model), list(model.modules())
+    with surgery.without_attention(model.model.layers[0]):
+        assert not torch.equal(logits_of(model), before)
+    assert torch.equal(logits_of(model), before)
+    with pytest.raises(ValueError, match="stop"), surgery.restored_on_error(model):
+        surgery.drop_attention(model, 0)
+        surgery.drop_layers(model, [1])
+        raise ValueError("stop")
+    assert torch.equal(logits_of(model), before) and list(model.modules()) == parts
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
+
+
+def test_the_cache_counts_attentions(model):
+    surgery.drop_attention(model, 1)
+    assert [vars(layer.self_attn).get("layer_idx") for layer in model.model.layers] == [0, None, 1]
+    surgery.drop_layers(model, [0])
+    assert [vars(layer.self_attn).get("layer_idx") for layer in model.model.layers] == [None, 0]
+
+
+def test_a_layer_without_attention_has_no_groups(model, logits_of):
+    surgery.drop_attention(model, 1)
+    before = logits_of(model)
+    for cut in (
+        lambda: surgery.keep_groups(model, 1, [0]),
+        lambda: surgery.mask_groups(model, 1, [0]),
+        lambda: surgery.drop_attention(model, 1),
+        lambda: surgery.add_output_bias(model, 1, "o_proj", torch.zeros(32)),
+    ):
+        with pytest.raises(InputError, match="has no attention"):
+            cut()
+    surgery.drop_attention(model, 0)
+    with pytest.raises(InputError, match="only layer 2 has attention left"):
+        surgery.drop_attention(model, 2)
+    with pytest.raises(InputError, match="layer 3 is out of range"):
+        surgery.drop_attention(model, 3)
+    surgery.keep_channels(model, 1, range(24))
+    surgery.add_output_bias(model, 1, "down_proj", torch.zeros(32))
+    assert model.model.layers[1].mlp.down_proj.bias is not None and not torch.equal(logits_of(model), before)
 
 
 def test_output_bias_is_added(model, logits_of, windows):

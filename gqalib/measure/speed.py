@@ -54,8 +54,8 @@ class FullLayer(StaticLayer):
 def full_cache(model: nn.Module, batch_size: int, context: int) -> Cache:
     """A cache of `context` places for every sequence, filled with noise: zeros would let a GPU draw less power and
     run faster."""
-    cache = Cache(layers=[FullLayer(context) for _ in decoder_layers(model)])
-    kv_heads = layer_shapes(model)["num_key_value_heads"].tolist()
+    kv_heads = [count for count in layer_shapes(model)["num_key_value_heads"].tolist() if count]
+    cache = Cache(layers=[FullLayer(context) for _ in kv_heads])
     cache.early_initialization(batch_size, kv_heads, model.config.head_dim, model.dtype, model.device)
     for layer in cache.layers:
         layer.keys.normal_(), layer.values.normal_()

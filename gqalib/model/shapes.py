@@ -3,20 +3,39 @@
 import pandas as pd
 from torch import nn
 
+from gqalib.errors import InputError
+from gqalib.model.modeling_gqa_llama import Skipped
+
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model, plain or wrapped by peft."""
     return model.get_decoder().layers
 
 
+def has_attention(layer: nn.Module) -> bool:
+    """Whether a decoder layer has attention; `surgery.drop_attention` takes it."""
+    return not isinstance(layer.self_attn, Skipped)
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention of a decoder layer.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not has_attention(layer):
+        raise InputError("a layer of this model has no attention whose groups could be pruned: give the dense model")
+    return layer.self_attn
+
+
 def layer_shape(layer: nn.Module) -> dict[str, int]:
-    """Head counts and MLP width of a decoder layer, read from its weights."""
-    attention, head_dim = layer.self_attn, layer.self_attn.head_dim
-    return {
-        "num_attention_heads": attention.q_proj.weight.shape[0] // head_dim,
-        "num_key_value_heads": attention.k_proj.weight.shape[0] // head_dim,
-        "intermediate_size": layer.mlp.gate_proj.weight.shape[0],
-    }
+    """Head counts (0 without attention) and MLP width of a decoder layer, read from its weights."""
+    heads = kv_heads = 0
+    if has_attention(layer):
+        head_dim, queries, keys = layer.self_attn.head_dim, layer.self_attn.q_proj, layer.self_attn.k_proj
+        heads, kv_heads = queries.weight.shape[0] // head_dim, keys.weight.shape[0] // head_dim
+    width = layer.mlp.gate_proj.weight.shape[0]
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": width}
 
 
 def layer_shapes(model: nn.Module) -> pd.DataFrame:

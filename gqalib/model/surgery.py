@@ -1,5 +1,5 @@
-"""Cutting a layer to some of its groups and channels, and dropping layers whole: weights, module sizes and config
-change together.
+"""Cutting a layer to some of its groups and channels, and dropping layers or their attention whole: weights, module
+sizes and config change together.
 
 Nothing here knows why a group goes. After every call the model runs, saves and loads.
 
@@ -14,18 +14,20 @@ import torch
 from torch import nn
 
 from gqalib.errors import InputError
-from gqalib.model.shapes import decoder_layers, layer_shape
+from gqalib.model.modeling_gqa_llama import number_attentions, remove_attention
+from gqalib.model.shapes import attention_of, decoder_layers, has_attention, layer_shape
 
 
 def keep_groups(model: nn.Module, layer_index: int, groups: Sequence[int]) -> None:
     """Keep these GQA groups (KV heads with their query heads) of a layer, in ascending order, and drop the rest.
 
     Raises:
-        InputError: layer or group out of range, a group named twice, or no group left.
+        InputError: layer or group out of range, a group named twice, no group left, or a layer without attention.
     """
     layer = _layer(model, layer_index)
+    attention = attention_of(layer)
     groups = _checked(groups, layer_shape(layer)["num_key_value_heads"], "group", layer_index)
-    attention, query_rows = layer.self_attn, _query_rows(layer, groups)
+    query_rows = _query_rows(layer, groups)
     kv_rows = rows_of_heads(groups, attention.head_dim)
     _keep_rows(attention.q_proj, query_rows)
     _keep_rows(attention.k_proj, kv_rows)
@@ -46,6 +48,32 @@ def keep_channels(model: nn.Module, layer_index: int, channels: Sequence[int]) -
     _keep_rows(mlp.up_proj, rows)
     _keep_columns(mlp.down_proj, rows)
     record_shapes(model)
+
+
+def drop_attention(model: nn.Module, layer_index: int) -> None:
+    """Remove the attention of a layer whole, output bias and norm included; its MLP stays.
+
+    Raises:
+        InputError: layer out of range or without attention, or the last one that has it.
+    """
+    layer, layers = _layer(model, layer_index), decoder_layers(model)
+    attention_of(layer)
+    if sum(map(has_attention, layers)) == 1:
+        raise InputError(f"only layer {layer_index} has attention left: it must stay")
+    remove_attention(layer)
+    number_attentions(layers)
+    record_shapes(model)
+
+
+@contextmanager
+def without_attention(layer: nn.Module) -> Iterator[None]:
+    """Inside, a layer adds nothing but its MLP's output, as if `drop_attention` had taken the rest."""
+    attention, norm = layer.self_attn, layer.input_layernorm
+    remove_attention(layer)
+    try:
+        yield
+    finally:
+        layer.self_attn, layer.input_layernorm = attention, norm
 
 
 def drop_layers(model: nn.Module, layers: Sequence[int]) -> None:
@@ -84,8 +112,7 @@ def take_weights(model: nn.Module, module: nn.Module, weights: Mapping[str, torc
 
 def _put_layers(model: nn.Module, layers: list[nn.Module]) -> None:
     model.get_decoder().layers = nn.ModuleList(layers)
-    for index, layer in enumerate(layers):
-        layer.self_attn.layer_idx = index
+    number_attentions(model.get_decoder().layers)
     model.config.per_layer_config = None  # entries beyond the new count would be refused
     model.config.num_hidden_layers = len(layers)
     record_shapes(model)
@@ -96,12 +123,12 @@ def add_output_bias(model: nn.Module, layer_index: int, projection: str, bias: t
     """Add a vector [hidden] to the output of a layer's `o_proj` or `down_proj`, which gets a bias if it has none.
 
     Raises:
-        InputError: layer out of range, another projection, or a bias that is not finite or not [hidden].
+        InputError: layer out of range or without attention, another projection, or a bias that is not finite or not [hidden].
     """
     layer = _layer(model, layer_index)
     if projection not in ("o_proj", "down_proj"):
         raise InputError(f"{projection!r} cannot carry an output bias: use o_proj or down_proj")
-    linear = layer.self_attn.o_proj if projection == "o_proj" else layer.mlp.down_proj
+    linear = attention_of(layer).o_proj if projection == "o_proj" else layer.mlp.down_proj
     if bias.shape != (linear.out_features,) or not torch.isfinite(bias).all():
         raise InputError(
             f"a bias of {projection} must be {linear.out_features} finite numbers, not {list(bias.shape)}: check it"
@@ -133,7 +160,7 @@ def record_shapes(model: nn.Module) -> None:
 
 def _biases(layer: nn.Module) -> dict[str, bool]:
     return {
-        "o_proj_bias": layer.self_attn.o_proj.bias is not None,
+        "o_proj_bias": has_attention(layer) and layer.self_attn.o_proj.bias is not None,
         "down_proj_bias": layer.mlp.down_proj.bias is not None,
     }
 
@@ -149,6 +176,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     layers = decoder.layers
     sizes = ("in_features", "out_features", "num_key_value_groups", "layer_idx")
     modules = [(m, {name: value for name, value in vars(m).items() if name in sizes}) for m in layers.modules()]
+    children = [(m, dict(m._modules)) for m in layers.modules()]
     weights = [
         (module, name, None if p is None else (p.detach().cpu(), p.device, p.requires_grad))
         for module, _ in modules
@@ -160,6 +188,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         decoder.layers = layers
         for module, attributes in modules:
             vars(module).update(attributes)
+        for module, parts in children:
+            module._modules.update(parts)
         for module, name, kept in weights:
             module._parameters[name] = None if kept is None else nn.Parameter(kept[0].to(kept[1]), kept[2])
         vars(model.config).clear()
@@ -178,7 +208,7 @@ def replace_weight(linear: nn.Linear, weight: torch.Tensor) -> None:
 def mask_groups(model: nn.Module, layer_index: int, groups: Sequence[int]) -> None:
     """Zero the `o_proj` columns of these groups: what removing them must equal, with every shape left alone."""
     layer = _layer(model, layer_index)
-    layer.self_attn.o_proj.weight[:, _query_rows(layer, groups)] = 0
+    attention_of(layer).o_proj.weight[:, _query_rows(layer, groups)] = 0
 
 
 def _query_rows(layer: nn.Module, groups: Sequence[int]) -> torch.Tensor:

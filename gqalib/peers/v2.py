@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from gqalib.errors import InputError
-from gqalib.model.shapes import decoder_layers, layer_shape
+from gqalib.model.shapes import attention_of, decoder_layers, layer_shape
 from gqalib.model.surgery import keep_channels, record_shapes, rows_of_heads
 from gqalib.peers.llm_pruner import misaligned_group_scores
 from gqalib.prune.scores import channel_scores, largest
@@ -40,7 +40,7 @@ def prune_with_dependency_graph(model: nn.Module, kv_heads: dict[int, Sequence[i
     with traced_without_rotation():
         graph = tp.DependencyGraph().build_dependency(model, example_inputs=traced_inputs(model, example))
     for index, heads in kv_heads.items():
-        attention = decoder_layers(model)[index].self_attn
+        attention = attention_of(decoder_layers(model)[index])
         channels = rows_of_heads(heads, attention.head_dim).tolist()
         graph.get_pruning_group(attention.k_proj, tp.prune_linear_out_channels, idxs=channels).prune()
     model.zero_grad(set_to_none=True)
@@ -67,7 +67,7 @@ def truncate_query_heads(model: nn.Module, group_size: int | Sequence[int]) -> N
 
     layers = decoder_layers(model)
     for layer, size in zip(layers, torch.as_tensor(group_size).expand(len(layers)).tolist(), strict=True):
-        attention = layer.self_attn
+        attention = attention_of(layer)
         kept = size * layer_shape(layer)["num_key_value_heads"] * attention.head_dim
         if gone := list(range(kept, attention.q_proj.out_features)):
             tp.prune_linear_out_channels(attention.q_proj, gone)
@@ -90,7 +90,7 @@ def shuffle_kv_heads(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in decoder_layers(model):
-        attention, count = layer.self_attn, layer_shape(layer)["num_key_value_heads"]
+        attention, count = attention_of(layer), layer_shape(layer)["num_key_value_heads"]
         shift = int(torch.randint(1, count, (1,), generator=generator)) if count > 1 else 0
         rows = rows_of_heads([(head + shift) % count for head in range(count)], attention.head_dim)
         for parameter in (*attention.k_proj.parameters(), *attention.v_proj.parameters()):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gqalib.errors import InputError, OutOfReach
-from gqalib.model.shapes import count_parameters, decoder_layers, layer_shape, layer_shapes
+from gqalib.model.shapes import attention_of, count_parameters, decoder_layers, layer_shape, layer_shapes
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,12 @@ def units(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def unit_costs(layer: nn.Module) -> tuple[int, int]:
-    """Parameters that a group and a channel of this layer stand for, biases of their rows included."""
-    x, mlp, shape = layer.self_attn, layer.mlp, layer_shape(layer)
+    """Parameters that a group and a channel of this layer stand for, biases of their rows included.
+
+    Raises:
+        InputError: the layer has no attention.
+    """
+    x, mlp, shape = attention_of(layer), layer.mlp, layer_shape(layer)
     group = size(x.o_proj, rows=False) + size(x.q_proj) + size(x.k_proj) + size(x.v_proj)
     channel = size(mlp.down_proj, rows=False) + size(mlp.gate_proj) + size(mlp.up_proj)
     return group // shape["num_key_value_heads"], channel // shape["intermediate_size"]

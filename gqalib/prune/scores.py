@@ -21,7 +21,7 @@ from torch import nn
 
 from gqalib.errors import InputError
 from gqalib.measure.perplexity import token_losses
-from gqalib.model.shapes import decoder_layers, layer_shape
+from gqalib.model.shapes import attention_of, decoder_layers, layer_shape
 from gqalib.steps import in_steps
 from gqalib.stream import advance, batches, is_streamed, layers_between, stream_through
 
@@ -207,7 +207,7 @@ def _when_complete(part: nn.Module, num_batches: int, take: Callable[[], None], 
 
 
 def _halves(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    return layer.self_attn, layer.mlp
+    return attention_of(layer), layer.mlp
 
 
 def finite(values: torch.Tensor, index: int) -> torch.Tensor:
@@ -263,7 +263,7 @@ def _masks(layers: list[nn.Module], num_windows: int) -> Iterator[list[torch.Ten
         for layer in layers:
             shape = layer_shape(layer)
             for linear, num_units in (
-                (layer.self_attn.o_proj, shape["num_key_value_heads"]),
+                (attention_of(layer).o_proj, shape["num_key_value_heads"]),
                 (layer.mlp.down_proj, shape["intermediate_size"]),
             ):
                 masks.append(torch.ones(num_windows, 1, num_units, 1, device=linear.weight.device, requires_grad=True))
@@ -294,7 +294,7 @@ def gradient_covariances(model: nn.Module, windows: torch.Tensor) -> list[tuple[
 
 def _covariances(model: nn.Module, windows: torch.Tensor) -> dict[str, torch.Tensor]:
     sums: dict[nn.Module, torch.Tensor] = {}
-    outputs = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in decoder_layers(model)]
+    outputs = [(attention_of(layer).o_proj, layer.mlp.down_proj) for layer in decoder_layers(model)]
     by_layer = one_layer_at_a_time(model)
 
     def add(module: nn.Module, gradient: torch.Tensor) -> None:
@@ -345,7 +345,7 @@ def row_scores(linear: nn.Linear, statistic: str) -> torch.Tensor:
 
 def head_scores(layer: nn.Module, statistic: str = "taylor") -> dict[str, torch.Tensor]:
     """Scores by head: `q_proj` and `o_proj` [num_attention_heads], `k_proj` and `v_proj` [num_key_value_heads]."""
-    attention = layer.self_attn
+    attention = attention_of(layer)
     rows = {name: row_scores(getattr(attention, name), statistic) for name in ("q_proj", "k_proj", "v_proj")}
     rows["o_proj"] = element_scores(attention.o_proj.weight, statistic).sum(0)  # its columns belong to the heads
     return {name: score.view(-1, attention.head_dim).sum(1) for name, score in rows.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gqalib.model.shapes import decoder_layers, layer_shape
+from gqalib.model.shapes import attention_of, decoder_layers, layer_shape
 from gqalib.model.surgery import keep_channels, keep_groups
 from gqalib.stream import advance, batches
 
@@ -40,7 +40,7 @@ class Sublayer:
     def __init__(self, model: nn.Module, index: int, half: int):
         layer, shape = decoder_layers(model)[index], layer_shape(decoder_layers(model)[index])
         self.model, self.index, self.half = model, index, half
-        self.module = layer.mlp if half else layer.self_attn
+        self.module = layer.mlp if half else attention_of(layer)
         self.norm = layer.post_attention_layernorm if half else layer.input_layernorm
         self.input_names = ("gate_proj", "up_proj") if half else ("q_proj", "k_proj", "v_proj")
         self.output = self.module.down_proj if half else self.module.o_proj  # its inputs are the units' activations
