@@ -294,6 +294,12 @@ class Notebook:
         """
         return Progress(progress_dir(self.run_dir, self.name) / name, self._reasons())
 
+    def shared_progress(self, name: str, code: str) -> Progress:
+        """`progress` that all notebooks of the run share, for what depends on its arguments, the run's model and
+        machine, and what this `code` imports of the library, and on nothing else."""
+        reasons = self._reasons() | {"parameters": [self.parameters[key] for key in BASE], "library": code_hash(code)}
+        return Progress(progress_dir(self.run_dir, "shared") / name, reasons)
+
     def trained(self, name: str, train: Callable[[Path], Part]) -> Part:
         """What `train(folder)` comes to, kept as progress; the folder, where a killed training goes on, goes then."""
         progress = self.progress("training")
