@@ -1,14 +1,17 @@
 """What notebooks say of models beside perplexity on the preset's own text: downstream tasks, a second text, what they
 write. Section `answers` of a preset asks for it; where it asks for nothing, each function says so and fetches nothing.
 
-Models are given by name, the dense one first; each is a model, or a folder that is loaded when its turn comes.
+Models are given by name, the dense one first. Each is a model, or what makes one when its turn comes: a folder to load
+or a function.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +29,7 @@ from gqalib.model.load import load_model
 from gqalib.run.corpora import evaluation_windows
 from gqalib.run.notebook import Notebook
 
-Models = dict[str, "nn.Module | str | Path"]
+Models = dict[str, "nn.Module | str | Path | Callable[[], nn.Module]"]
 Rows = dict[str, pd.DataFrame]  # of `tasks.score_tasks`, by model
 CODE = "from gqalib.measure import perplexity, tasks"  # what the numbers that are kept depend on
 SURE = 2  # standard errors from which on a difference counts as shown
@@ -34,7 +37,9 @@ SURE = 2  # standard errors from which on a difference counts as shown
 
 def _each(nb: Notebook, models: Models) -> Iterator[tuple[str, nn.Module]]:
     for name, model in models.items():
-        yield name, model if isinstance(model, nn.Module) else load_model(model, nb.preset.dtype, nb.preset.device)
+        if isinstance(model, str | Path):
+            model = load_model(model, nb.preset.dtype, nb.preset.device)
+        yield name, model if isinstance(model, nn.Module) else model()
 
 
 # ---------------------------------------------------------------- tasks
@@ -62,7 +67,8 @@ def _score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, names: list[str
     if fast and model.dtype != torch.bfloat16:
         model = copy.deepcopy(model).to(torch.bfloat16)
     at_once = 16 if model.device.type == "cpu" else 64
-    return tasks.score_tasks(model, tokenizer, names, limit, at_once).to_dict("list")
+    with contextlib.redirect_stderr(io.StringIO()):  # a page has no use for lm-eval's progress bars
+        return tasks.score_tasks(model, tokenizer, names, limit, at_once).to_dict("list")
 
 
 def task_table(rows: Rows) -> pd.DataFrame:
