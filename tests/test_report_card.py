@@ -164,7 +164,7 @@ def test_the_verdict_names_what_is_beyond_two_errors():
     lines = report_card.verdict({"dense": DENSE, "pruned": PRUNED, "broken": broken})
     assert lines[0] == "dense: above chance by more than 2 errors on piqa, arc_easy, mean"
     assert lines[1] == "pruned: below dense on mean; above it on nothing"
-    assert lines[2].startswith("    keeps 58 ± ") and "(2 tasks)" in lines[2]
+    assert lines[2].startswith("    keeps 58 ± ") and "on 2 of 3 tasks; its right answers: -0.052 ± " in lines[2]
     assert lines[3] == "broken: below dense on piqa, arc_easy, mean; above it on nothing"
     least = [report_card.SURE * tasks.summary(rows, DENSE)["difference_error"] for rows in (PRUNED, broken)]
     assert lines[5].startswith("smallest difference that this table can show: ")

@@ -149,9 +149,10 @@ def verdict(rows: Rows) -> list[str]:
 
 def _kept(rows: pd.DataFrame, dense: pd.DataFrame, mean: pd.Series) -> str:
     share, error, names = above_chance_kept(rows, dense)
-    kept = f"keeps {share:.0f} ± {error:.0f} % of what is above chance ({len(names)} tasks)"
+    counted = f"{len(names)} of {rows['task'].nunique()} tasks"
+    kept = f"keeps {share:.0f} ± {error:.0f} % of what is above chance on {counted}"
     nats = f"{mean['nats_difference']:+.3f} ± {mean['nats_difference_error']:.3f} nats per byte"
-    return f"{kept if names else 'nothing above chance to keep'}; its right answers: {nats}"
+    return f"{kept if names else 'there is nothing above chance to keep'}; its right answers: {nats}"
 
 
 def _named(table: pd.DataFrame, chosen: pd.Series) -> str:
