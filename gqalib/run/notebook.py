@@ -43,6 +43,7 @@ SCHEMA = 1
 NOTEBOOKS = REPOSITORY / "notebooks"
 COMMITTED = REPOSITORY / "data" / "results"
 BASE = ("model", "corpus", "dtype", "device")  # what every notebook depends on
+SHARED = "shared"  # the progress that belongs to no one notebook
 HELD = "GQALIB_LOCKED"  # in the environment of the notebooks that a runner starts: the folder that it has locked
 COMMIT = "git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"  # says what is checked out
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
@@ -298,7 +299,7 @@ class Notebook:
         """`progress` that all notebooks of the run share, for what depends on its arguments, the run's model and
         machine, and what this `code` imports of the library, and on nothing else."""
         reasons = self._reasons() | {"parameters": [self.parameters[key] for key in BASE], "library": code_hash(code)}
-        return Progress(progress_dir(self.run_dir, "shared") / name, reasons)
+        return Progress(progress_dir(self.run_dir, SHARED) / name, reasons)
 
     def trained(self, name: str, train: Callable[[Path], Part]) -> Part:
         """What `train(folder)` comes to, kept as progress; the folder, where a killed training goes on, goes then."""
