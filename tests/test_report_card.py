@@ -130,7 +130,7 @@ def test_the_table_by_hand():
     wide = report_card.side_by_side(table.reset_index())
     assert wide.index.tolist() == ["piqa", "arc_easy", "winogrande", "mean"]
     assert wide.loc["piqa"].tolist() == [50.0, "87.5 ± 12.5", "75.0 ± 16.4"]
-    assert report_card.side_by_side(table.reset_index(), "difference").columns.tolist() == ["chance", "pruned"]
+    assert report_card.side_by_side(table.reset_index(), "difference").columns.tolist() == ["pruned"]
 
 
 def test_the_share_above_chance_by_hand():

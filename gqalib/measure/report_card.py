@@ -85,14 +85,15 @@ def task_table(rows: Rows) -> pd.DataFrame:
 
 
 def side_by_side(table: pd.DataFrame, what: str = "accuracy") -> pd.DataFrame:
-    """A column of `task_table` with its standard error, tasks down and models across, beside what guessing gives."""
+    """A column of `task_table` ± its standard error, tasks down, models across; accuracy beside what guessing gives."""
     digits = 3 if what.startswith("nats") else 1
     values, errors = table[what], table["error" if what == "accuracy" else f"{what}_error"]
     cells = [f"{value:.{digits}f} ± {error:.{digits}f}" for value, error in zip(values, errors, strict=True)]
     order = {column: table.loc[values.notna(), column].unique() for column in ("task", "model")}
     wide = table.assign(cell=cells).pivot(index="task", columns="model", values="cell")
     wide = wide.loc[order["task"], order["model"]].rename_axis(columns=None)
-    wide.insert(0, "chance", table.groupby("task")["chance"].first().round(1))
+    if what == "accuracy":
+        wide.insert(0, "chance", table.groupby("task")["chance"].first().round(1))
     return wide
 
 
