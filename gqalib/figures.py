@@ -1,6 +1,6 @@
 """One style, and the drawings that more than one cell needs. Colours mean the same in every figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -124,6 +124,30 @@ def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
     ax.grid(axis="x", visible=False)
 
 
+def task_dots(ax: plt.Axes, table: pd.DataFrame, roles: Mapping[str, str] = {}) -> None:
+    """Accuracy on each task, tasks down, a dot per model with two standard errors, a dash where guessing stands.
+
+    Args:
+        table: of `report_card.task_table`. roles: of `COLORS`, for models whose name does not say it; a second model
+            of a role is hollow, a third a diamond.
+    """
+    names, places = table["model"].unique(), {task: -i for i, task in enumerate(table["task"].unique())}
+    seen: list[str] = []
+    for index, name in enumerate(names):
+        rows, role = table[table["model"] == name], roles.get(name) or _role_of(name)
+        y = rows["task"].map(places) + 0.6 * (0.5 - (index + 0.5) / len(names))
+        style = {"color": COLORS[role], "marker": "D" if seen.count(role) > 1 else MARKERS[role], "ms": 6}
+        style |= {"mfc": "white"} if seen.count(role) == 1 else {}
+        ax.errorbar(rows["accuracy"], y, xerr=2 * rows["error"], ls="", capsize=2, lw=1, label=name, **style)
+        seen.append(role)
+    chance = table.groupby("task", sort=False)["chance"].first()
+    y = chance.index.map(places)
+    ax.vlines(chance, y - 0.4, y + 0.4, color=COLORS["dense"], ls=":", label="chance")
+    ax.set_yticks(list(places.values()), list(places))
+    ax.set(xlabel="accuracy (%, ± 2 standard errors)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def readable_log_axis(axis, steps: Sequence[int] = (1, 2, 5)) -> None:
     """Plain numbers at 1, 2 and 5 times the powers of ten (or at other `steps`) instead of exponents."""
     axis.set_major_locator(LogLocator(subs=steps))
@@ -138,10 +162,14 @@ def stretch_around_zero(axis, linear_up_to: float) -> None:
 
 
 def _colour_of(name: str) -> str:
+    return COLORS[_role_of(name)]
+
+
+def _role_of(name: str) -> str:
     if "LoRA" in name:
-        return COLORS["recovered"]
+        return "recovered"
     role = next((role for role in ("dense", "v2", "v3") if name.startswith(role)), None)
-    return COLORS[role or ("v3" if name.lower().endswith("taylor") else "other")]
+    return role or ("v3" if name.lower().endswith("taylor") else "other")
 
 
 @torch.no_grad()

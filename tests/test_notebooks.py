@@ -1,13 +1,15 @@
 """The first notebooks on shapes that they were not drawn for: a single group, one or two layers, layers that differ."""
 
+import builtins
 import json
 from collections import defaultdict
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 from conftest import biased_model, small_model
 
-from gqalib.measure import frontier
+from gqalib.measure import frontier, tasks
 from gqalib.model import load, surgery
 from gqalib.model.shapes import layer_shapes
 from gqalib.run.notebook import NOTEBOOKS, Notebook
@@ -105,3 +107,30 @@ def test_full_prune_of_a_model_whose_groups_differ(run):
     surgery.replace_weight(attention.o_proj, attention.o_proj.weight[:, heads])
     surgery.record_shapes(model)
     assert run("05", model, backbone_rates=[0.25])["table"]["4:1"].tolist() == [4, 2]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", ["01", "02", "05", "08"])
+def test_answers_where_a_preset_asks_for_them(run, number, monkeypatch):
+    """Tasks of a made-up harness, another text and a prompt: every model of the notebook has its rows."""
+    asked = {"tasks": ["piqa", "arc_easy"], "other_text": "random-tokens", "prompts": ["w5 w6"], "num_new_tokens": 3}
+    for key, value in asked.items():
+        monkeypatch.setitem(SMALL, f"answers.{key}", value)
+    monkeypatch.setitem(SMALL, "frontier.fractions", [0.25])
+    monkeypatch.setattr(builtins, "display", lambda *shown: None, raising=False)
+    monkeypatch.setattr(tasks, "score_tasks", made_up_answers)
+    few = {"left_out": [n for n in frontier.METHODS if n not in ("FLAP", frontier.OWN)], "switched_off": {}}
+    few = few if number == "08" else {"backbone_rates": [0.25]} if number == "05" else {}
+    tables = run(number, small_model(num_hidden_layers=2), **few)["nb"].tables
+    names = [name for name in ASKED if number in ASKED[name]]
+    pruned = {"01": set(), "02": {"v2"}, "05": {"v3"}, "08": {"FLAP, 25 %", f"{frontier.OWN}, 25 %"}}[number]
+    for name in names:
+        assert {row["model"] for row in tables[name]} == {"dense"} | pruned
+
+
+ASKED = {"tasks": ("01", "05", "08"), "other_text": ("01", "02", "05"), "written": ("05",)}
+
+
+def made_up_answers(model, tokenizer, names, limit, rows):
+    seen = {"example": range(6), "right": [1, 1, 1, 1, 1, 0], "nats": -1.0}
+    return pd.concat([pd.DataFrame(seen).assign(task=name) for name in names], ignore_index=True)

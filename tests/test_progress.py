@@ -30,7 +30,7 @@ from gqalib.recover import lora as recover_lora
 from gqalib.recover.lora import finetune_lora
 from gqalib.recover.trainer import Watch, finish, place_of
 from gqalib.run import resume, series
-from gqalib.run.notebook import Notebook, code_used, progress_dir, read_record
+from gqalib.run.notebook import SHARED, Notebook, code_used, progress_dir, read_record
 from gqalib.run.presets import load_preset
 from gqalib.run.resume import NOT_KEPT, Progress, digest
 
@@ -538,14 +538,13 @@ def test_force_begins_anew(tmp_path, monkeypatch):
     job = series.Series(
         overrides={"model": str(tmp_path / "model")}, run_dir=tmp_path / "run", notebooks=tmp_path / "notebooks"
     )
-    there = []
-    monkeypatch.setattr(
-        series.Series, "execute", lambda self, path: there.append(progress_dir(self.run_dir, path.stem).exists())
-    )
+    there, folders = [], [progress_dir(job.run_dir, name) for name in ("01_first", SHARED)]
+    monkeypatch.setattr(series.Series, "execute", lambda *_: there.append([folder.exists() for folder in folders]))
     for force in (False, True):
-        progress_dir(job.run_dir, "01_first").mkdir(parents=True, exist_ok=True)
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
         job.run(force)
-    assert there == [True, False]
+    assert there == [[True, True], [False, False]]
 
 
 def test_a_record_says_what_the_results_depend_on(tmp_path):

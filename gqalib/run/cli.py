@@ -132,6 +132,8 @@ def preset(options: Namespace) -> Preset:
     """The preset that was asked for, with its overrides; that its model and corpus can be is checked."""
     settings = load_preset(options.preset, overrides(options.overrides))
     _check(settings.corpus, settings.model)
+    if settings.answers.other_text:
+        check_corpus(settings.answers.other_text)
     return settings
 
 

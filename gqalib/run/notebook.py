@@ -44,6 +44,7 @@ SCHEMA = 1
 NOTEBOOKS = REPOSITORY / "notebooks"
 COMMITTED = REPOSITORY / "data" / "results"
 BASE = ("model", "corpus", "dtype", "evaluation_dtype", "device")  # what every notebook depends on
+SHARED = "shared"  # the progress that belongs to no one notebook
 HELD = "GQALIB_LOCKED"  # in the environment of the notebooks that a runner starts: the folder that it has locked
 COMMIT = "git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"  # says what is checked out
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
@@ -297,6 +298,12 @@ class Notebook:
         """
         key = self._reasons() | {"library": code_used(Path(f"{self.name}.ipynb"), FRAME)}
         return Progress(progress_dir(self.run_dir, self.name) / name, key)
+
+    def shared_progress(self, name: str, code: str) -> Progress:
+        """`progress` that all notebooks of the run share, for what depends on its arguments, the run's model and
+        machine, and what this `code` imports of the library, and on nothing else."""
+        reasons = self._reasons() | {"parameters": [self.parameters[key] for key in BASE], "library": code_hash(code, FRAME)}
+        return Progress(progress_dir(self.run_dir, SHARED) / name, reasons)
 
     def trained(self, name: str, train: Callable[[Path], Part]) -> Part:
         """What `train(folder)` comes to, kept as progress; the folder, where a killed training goes on, goes then."""

@@ -146,6 +146,20 @@ class Budgets:
     iterative: PositiveInt  # one cut against several, 09
 
 
+Task = Literal["all", "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What models are asked beside perplexity on the preset's own text. By default nothing, and nothing is fetched."""
+
+    tasks: list[Task] = dataclasses.field(default_factory=list)  # of `measure.tasks`
+    limit: PositiveInt | None = None  # examples of each task, spread over it; None: all
+    other_text: str = ""  # another corpus, as `corpus`; a folder may stand in the repository
+    prompts: list[str] = dataclasses.field(default_factory=list)  # that models answer side by side
+    num_new_tokens: PositiveInt = 48  # of each answer, at most
+
+
 PEERS = (
     "random", "magnitude", "Wanda-sp", "torch-pruning, GQA", "LLM-Pruner", "LLM-Pruner, all layers", "FLAP",
     "FLAP, by head", "ShortGPT", "layer removal", "OSSCAR",
@@ -234,6 +248,7 @@ class Preset:
     distillation: Distillation
     budgets: Budgets
     cost: Cost
+    answers: Answers = dataclasses.field(default_factory=Answers)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -17,7 +17,7 @@ from gqalib.model.load import load_tokenizer
 from gqalib.model.names import check_model
 from gqalib.run.corpora import check_corpus, evaluation_windows
 from gqalib.run.notebook import (
-    HELD, NOTEBOOKS, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked,
+    HELD, NOTEBOOKS, SHARED, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked,
     numbered_notebooks, progress_dir, read_record, seconds_of, sha256,
 )  # fmt: skip
 from gqalib.run.presets import load_preset
@@ -90,6 +90,8 @@ class Series:
         os.environ.update(KERNEL_ENVIRONMENT)
         started = time.monotonic()
         with locked(self.run_dir), patch.dict(os.environ, {HELD: str(self.run_dir)}):
+            if force:
+                shutil.rmtree(progress_dir(self.run_dir, SHARED), ignore_errors=True)
             for i, path in enumerate(self.paths, 1):
                 print(f"[{i}/{len(self.paths)}] {path.stem:24s}", end=" ", flush=True)
                 if not force and self.is_finished(path):

@@ -1,0 +1,231 @@
+"""What notebooks say of models beside perplexity on the preset's own text: downstream tasks, a second text, what they
+write. Section `answers` of a preset asks for it; where it asks for nothing, each function says so and fetches nothing.
+
+Models are given by name, the dense one first. Each is a model, or what makes one when its turn comes: a folder to load
+or a function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gqalib.device import bf16_is_fast
+from gqalib.measure import tasks
+from gqalib.measure.perplexity import exponential, ratio_with_error, window_losses
+from gqalib.model.load import load_model
+from gqalib.run.corpora import evaluation_windows
+from gqalib.run.notebook import Notebook
+
+Models = dict[str, "nn.Module | str | Path | Callable[[], nn.Module]"]
+Rows = dict[str, pd.DataFrame]  # of `tasks.score_tasks`, by model
+CODE = "from gqalib.measure import perplexity, tasks"  # what the numbers that are kept depend on
+SURE = 2  # standard errors from which on a difference counts as shown
+
+
+def _each(nb: Notebook, models: Models) -> Iterator[tuple[str, nn.Module]]:
+    for name, model in models.items():
+        if isinstance(model, str | Path):
+            model = load_model(model, nb.preset.dtype, nb.preset.device)
+        yield name, model if isinstance(model, nn.Module) else model()
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def read_tasks(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Every example of the preset's tasks as each model reads it; nothing where there are no tasks.
+
+    A copy in bfloat16 reads where that is fast. What a model said is kept for all notebooks of the run.
+    """
+    asked = nb.preset.answers
+    if not asked.tasks:
+        print("this preset scores no tasks")
+        return {}
+    names, kept, rows = tasks.check_tasks(asked.tasks), nb.shared_progress("tasks", CODE), {}
+    for name, model in _each(nb, models):
+        fast = bf16_is_fast(model.device)
+        progress = kept.of(model, names, asked.limit, fast, version("lm-eval"))
+        score = partial(_score, model, tokenizer, names, asked.limit, fast)
+        rows[name] = pd.DataFrame(progress.once("examples", score))
+    return rows
+
+
+def _score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, names: list[str], limit: int | None, fast: bool):
+    if fast and model.dtype != torch.bfloat16:
+        model = copy.deepcopy(model).to(torch.bfloat16)
+    at_once = 16 if model.device.type == "cpu" else 64
+    with contextlib.redirect_stderr(io.StringIO()):  # a page has no use for lm-eval's progress bars
+        return tasks.score_tasks(model, tokenizer, names, limit, at_once).to_dict("list")
+
+
+def task_table(rows: Rows) -> pd.DataFrame:
+    """`tasks.summary` of each model, one below the other, with its paired differences to the first; column `model`.
+
+    The row of the mean also has `kept` and `kept_error`, of `above_chance_kept`.
+    """
+    dense, parts = next(iter(rows.values())), []
+    for name, found in rows.items():
+        part = tasks.summary(found, None if found is dense else dense).assign(model=name)
+        part.loc[part["task"] == "mean", ["kept", "kept_error"]] = above_chance_kept(found, dense)[:2]
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def side_by_side(table: pd.DataFrame, what: str = "accuracy") -> pd.DataFrame:
+    """A column of `task_table` ± its standard error, tasks down, models across; accuracy beside what guessing gives."""
+    digits = 3 if what.startswith("nats") else 1
+    values, errors = table[what], table["error" if what == "accuracy" else f"{what}_error"]
+    cells = [f"{value:.{digits}f} ± {error:.{digits}f}" for value, error in zip(values, errors, strict=True)]
+    order = {column: table.loc[values.notna(), column].unique() for column in ("task", "model")}
+    wide = table.assign(cell=cells).pivot(index="task", columns="model", values="cell")
+    wide = wide.loc[order["task"], order["model"]].rename_axis(columns=None)
+    if what == "accuracy":
+        wide.insert(0, "chance", table.groupby("task")["chance"].first().round(1))
+    return wide
+
+
+def above_chance_kept(rows: pd.DataFrame, dense: pd.DataFrame) -> tuple[float, float, list[str]]:
+    """The share of what is above chance that a model keeps of the dense one's, in percent: the mean over tasks of
+    (a − c) / (d − c), with accuracies a and d and chance c.
+
+    Only tasks on which the dense model is above chance by more than `SURE` errors count: where it guesses, there is
+    nothing to keep, and the quotient could be anything. That choice flatters the dense model a little.
+
+    Returns:
+        The share, its standard error, the tasks that count; NaN where none does.
+    """
+    found = {}
+    for name, group in rows.groupby("task", sort=False):
+        same = dense[dense["task"] == name].set_index("example")["right"].loc[group["example"]]
+        own, reference = (right.to_numpy() - tasks.TASKS[name].chance for right in (group["right"], same))
+        if reference.mean() > SURE * reference.std(ddof=1) / math.sqrt(len(reference)):
+            found[name] = _quotient(own, reference)
+    if not found:
+        return math.nan, math.nan, []
+    shares, errors = zip(*found.values(), strict=True)
+    return 100 * sum(shares) / len(found), 100 * math.hypot(*errors) / len(found), list(found)
+
+
+def _quotient(own: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """r = mean(own) / mean(reference) of paired examples, and its standard error by the delta method: that of the mean
+    of (own − r · reference) / mean(reference)."""
+    r = own.mean() / reference.mean()
+    return r, (own - r * reference).std(ddof=1) / math.sqrt(len(own)) / reference.mean()
+
+
+def verdict(rows: Rows) -> list[str]:
+    """What the numbers show, in lines to print: the first model against chance, the others against the first."""
+    (first, dense), *others = rows.items()
+    table = tasks.summary(dense)
+    known = _named(table, table["accuracy"] - table["chance"] > SURE * table["error"])
+    lines, errors = [f"{first}: above chance by more than {SURE} errors on {known}"], []
+    for name, found in others:
+        table = tasks.summary(found, dense)
+        gap, error = table["difference"], SURE * table["difference_error"]
+        below, above = _named(table, gap < -error), _named(table, gap > error)
+        lines += [
+            f"{name}: below {first} on {below}; above it on {above}",
+            f"    {_kept(found, dense, table.iloc[-1])}",
+        ]
+        errors.append(error)
+    if errors:
+        widest = pd.concat(errors, axis=1).max(axis=1)
+        least = f"{widest.iloc[:-1].max():.1f} points of every task, {widest.iloc[-1]:.1f} of the mean"
+        lines.append(f"smallest difference that this table can show: {least}")
+    return lines
+
+
+def _kept(rows: pd.DataFrame, dense: pd.DataFrame, mean: pd.Series) -> str:
+    share, error, names = above_chance_kept(rows, dense)
+    counted = f"{len(names)} of {rows['task'].nunique()} tasks"
+    kept = f"keeps {share:.0f} ± {error:.0f} % of what is above chance on {counted}"
+    nats = f"{mean['nats_difference']:+.3f} ± {mean['nats_difference_error']:.3f} nats per byte"
+    return f"{kept if names else 'there is nothing above chance to keep'}; its right answers: {nats}"
+
+
+def _named(table: pd.DataFrame, chosen: pd.Series) -> str:
+    return ", ".join(table.loc[chosen, "task"]) or "nothing"
+
+
+# ---------------------------------------------------------------- another text
+
+
+def other_text(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame | None:
+    """Perplexity on the test split of `answers.other_text`, at both windows of `evaluation`; None where none is asked.
+
+    Returns:
+        A row per model and window, recorded as table `other_text`: `perplexity` with the standard error over windows,
+        and its `ratio` to the first model's with the paired `ratio_error`. `text` is the corpus without its path.
+    """
+    corpus, ev = nb.preset.answers.other_text, nb.preset.evaluation
+    if not corpus:
+        print("this preset reads no other text")
+        return None
+    kept, reference, rows = nb.shared_progress("other text", CODE), {}, []
+    for name, model in _each(nb, models):
+        longest = model.config.max_position_embeddings
+        for length in sorted({min(ev.short_window, longest), min(ev.long_window, longest)}):
+            windows = evaluation_windows(corpus, "test", tokenizer, length, ev.num_tokens)
+            losses = kept.of(model, windows).once("losses", partial(_losses, model, windows))["losses"]
+            text = {"text": Path(corpus.split(":")[-1]).name, "window": length, "test_tokens": windows.numel()}
+            rows.append(text | {"model": name} | _quality(losses, reference.setdefault(length, losses)))
+    table = pd.DataFrame(rows).sort_values("window", kind="stable", ignore_index=True)
+    nb.table("other_text", table)
+    return table.round(3)
+
+
+def _losses(model: nn.Module, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"losses": window_losses(model, windows)}
+
+
+def _quality(losses: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    value, (ratio, ratio_error) = exponential(losses.mean().item()), ratio_with_error(losses, reference)
+    error = value * losses.std().item() / len(losses) ** 0.5
+    return {"perplexity": value, "error": error, "ratio": ratio, "ratio_error": ratio_error}
+
+
+# ---------------------------------------------------------------- what they write
+
+
+def continued(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, num_new_tokens: int) -> str:
+    """What a model says to a prompt, greedily: as an assistant if its tokenizer has a chat template, else as a
+    continuation. It may end before `num_new_tokens`."""
+    if tokenizer.chat_template:
+        said = [{"role": "user", "content": prompt}]
+        given = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    given = given.to(model.device)
+    how = {"max_new_tokens": num_new_tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    ids = model.generate(**given, **how)[0, given["input_ids"].shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def written(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print what each model says to the preset's prompts, prompt by prompt; recorded as table `written`."""
+    asked = nb.preset.answers
+    if not asked.prompts:
+        print("this preset has no prompts")
+        return
+    rows = [
+        {"prompt": prompt, "model": name, "text": continued(model, tokenizer, prompt, asked.num_new_tokens)}
+        for name, model in _each(nb, models)
+        for prompt in asked.prompts
+    ]
+    nb.table("written", pd.DataFrame(rows))
+    for prompt in asked.prompts:
+        print(f"━━ {prompt}")
+        print(*(f"── {row['model']}\n{row['text']}\n" for row in rows if row["prompt"] == prompt), sep="\n")
