@@ -29,6 +29,7 @@ from gqalib.model.load import load_config, random_model, resolve_device
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig
 from gqalib.model.shapes import layer_shapes
 from gqalib.prune import allocate, founding, plans, refit, scores
+from gqalib.run.checks import STEPS
 from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
 from gqalib.stream import streamed
@@ -41,24 +42,22 @@ def at_size(
     preset: str, overrides: dict[str, Any], out: Path, steps: list[str], num_layers: int | None = None,
     also: str | None = None,
 ) -> None:  # fmt: skip
-    """Run some of `STEPS`, each into its record in the folder `out`.
+    """Run some of the steps, each into its record in the folder `out`.
 
     Args:
         num_layers: of the model that `refit` goes through (default: all); time per layer is what counts.
         also: a corpus whose test text `recovery` reads beside the preset's own.
 
     Raises:
-        InputError: an unknown step, or a step that needs more memory than there is.
+        InputError: a step needs more memory than there is.
     """
-    for unknown in [step for step in steps if step not in STEPS]:
-        raise InputError(f"unknown step {unknown!r}: use {', '.join(STEPS)}")
     for step in steps:
         reads = recovery.READS if step == "recovery" else READS
         nb = Notebook(f"at_size_{step}", preset, overrides, out, reads=reads)
         config = load_config(nb.preset.model)
         config.num_hidden_layers = num_layers if step == "refit" and num_layers else config.num_hidden_layers
         nb.metric("layers", config.num_hidden_layers, "decoder layers")
-        STEPS[step](nb, also if step == "recovery" else config)
+        MEASURES[step](nb, also if step == "recovery" else config)
         nb.finish()
 
 
@@ -155,9 +154,4 @@ def random_windows(config: GqaLlamaConfig, sample: Sample) -> torch.Tensor:
     return torch.randint(config.vocab_size, (sample.num_examples, length), generator=torch.Generator().manual_seed(0))
 
 
-STEPS = {
-    "speed": measure_speed,
-    "pruning": measure_pruning,
-    "refit": measure_refit,
-    "recovery": recovery.measure_recovery,
-}
+MEASURES = dict(zip(STEPS, (measure_speed, measure_pruning, measure_refit, recovery.measure_recovery), strict=True))
