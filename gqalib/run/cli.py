@@ -16,7 +16,7 @@ import yaml
 from gqalib.errors import InputError, new_folder, one_sentence
 from gqalib.model.names import check_model
 from gqalib.run.checks import (
-    NOTEBOOKS, STEPS, check_grid, check_positive, check_preset, read_grid, selected,
+    NOTEBOOKS, STEPS, check_grid, check_positive, check_preset, fetch_packages, read_grid, selected,
 )  # fmt: skip
 from gqalib.run.corpora import check_corpus
 from gqalib.run.presets import Cut, Preset, check_cut, check_name, load_preset, number_or_text, preset_names
@@ -26,8 +26,9 @@ from gqalib.run.presets import Cut, Preset, check_cut, check_name, load_preset, 
 
 def run(options: Namespace) -> int:
     """Execute the numbered notebooks through papermill; finished ones are kept."""
-    preset(options)
+    settings = preset(options)
     selected(options.notebooks_dir, options.first, options.only)
+    fetch_packages(settings)  # not in the first notebook's kernel, which would show a refusal late
     from gqalib.run import series
 
     where = {"run_dir": options.run_dir, "notebooks": options.notebooks_dir}
