@@ -132,19 +132,19 @@ def measure_refit(nb: Notebook, config: GqaLlamaConfig) -> None:
     """Covariances, cost table and sweep of half of every layer's groups and channels."""
     p = nb.preset
     windows, device = random_windows(config, p.frontier.calibration), resolve_device(p.device)
-    with streamed(random_model(config, p.dtype, device), device) as model:
-        how = {"shape": windows.shape, "knob": "frontier.calibration.num_examples", "device": device}
-        with nb.stage("gradient covariances", model, **how):
-            covariances = scores.gradient_covariances(model, windows)
-        nb.save()
-        with nb.stage("cost table", model, **how):
-            table = allocate.cost_table(model, windows, covariances)
-        halves = [[units // 2 for units in column] for column in zip(*table.widths, strict=True)]
-        nb.save()
-        plan, ends = plans.Plan([0.5] * len(table.widths), *halves), [time.perf_counter()]
-        with nb.stage("sweep", model, **how):
-            after = lambda _: ends.append(time.perf_counter())  # noqa: E731
-            refit.sweep(model, plan, windows, covariances=covariances, after_layer=after)
+    model = streamed(random_model(config, p.dtype, device), device)
+    how = {"shape": windows.shape, "knob": "frontier.calibration.num_examples", "device": device}
+    with nb.stage("gradient covariances", model, **how):
+        covariances = scores.gradient_covariances(model, windows)
+    nb.save()
+    with nb.stage("cost table", model, **how):
+        table = allocate.cost_table(model, windows, covariances)
+    halves = [[units // 2 for units in column] for column in zip(*table.widths, strict=True)]
+    nb.save()
+    plan, ends = plans.Plan([0.5] * len(table.widths), *halves), [time.perf_counter()]
+    with nb.stage("sweep", model, **how):
+        after = lambda _: ends.append(time.perf_counter())  # noqa: E731
+        refit.sweep(model, plan, windows, covariances=covariances, after_layer=after)
     nb.table("sweep_seconds", pd.DataFrame({"layer": range(len(ends) - 1), "seconds": np.diff(ends)}))
 
 
