@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from gqalib.errors import InputError
 from gqalib.model.load import load_tokenizer
@@ -72,7 +71,9 @@ class Series:
         """Execute what is not finished yet, one line of progress each."""
         os.environ.update(KERNEL_ENVIRONMENT)
         started = time.monotonic()
-        with locked(self.run_dir), patch.dict(os.environ, {HELD: str(self.run_dir)}):
+        with locked(self.run_dir), contextlib.ExitStack() as at_the_end:
+            os.environ[HELD] = str(self.run_dir)  # kernels inherit it
+            at_the_end.callback(os.environ.pop, HELD)
             for i, path in enumerate(self.paths, 1):
                 print(f"[{i}/{len(self.paths)}] {path.stem:24s}", end=" ", flush=True)
                 if not force and self.is_finished(path):
