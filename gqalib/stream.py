@@ -1,12 +1,12 @@
 """A model walked layer by layer: batches, the residual stream from any layer on, layers that wait in host memory.
 
-`streamed` is for models that are larger than a card, on forward passes and on the methods that go layer by layer
-(`refit.sweep`, `allocate.cost_table`, the gradients of `scores`). `device_map="auto"` is the other way: more than one
-card, every layer stays.
+`streamed`, device `offload`, is for models that are larger than a card, on forward passes and on the methods that go
+layer by layer (`refit.sweep`, `allocate.cost_table`, the gradients of `scores`). Device `all` is the other way: more
+than one card, every layer stays.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -17,27 +17,20 @@ BATCH_TOKENS = 2048  # per pass: what two cores like, and what a backward pass t
 MOST_TOKENS = 65_536  # per forward pass on a GPU: beyond it nothing gets faster
 
 
-@contextmanager
-def streamed(model: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
-    """Inside, the decoder layers live on the CPU and the rest of the model on `device`, where each layer goes when it
-    is run.
-
-    Afterwards the whole model is on the CPU. Layers that are put into the model meanwhile stay where they are.
-    """
+def streamed(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """The model, whose decoder layers live in host memory from now on and the rest on `device`, where each layer goes
+    when it is run. Layers that are put into the model later stay where they are."""
     decoder = model.get_decoder()
-    with ExitStack() as stack:
-        stack.callback(model.to, "cpu")
-        layers, decoder.layers = list(decoder.layers), nn.ModuleList()
-        try:
-            to_device(model, device)
-        finally:
-            decoder.layers = nn.ModuleList(layer.to("cpu") for layer in layers)
-        for layer in layers:
-            layer.streamed_to = torch.device(device)
-            stack.callback(delattr, layer, "streamed_to")
-            stack.callback(layer.register_forward_pre_hook(_arrive).remove)
-            stack.callback(layer.register_forward_hook(_leave, always_call=True).remove)
-        yield model
+    layers, decoder.layers = list(decoder.layers), nn.ModuleList()
+    try:
+        to_device(model, device)
+    finally:
+        decoder.layers = nn.ModuleList(layer.to("cpu") for layer in layers)
+    for layer in layers:
+        layer.streamed_to = torch.device(device)
+        layer.register_forward_pre_hook(_arrive)
+        layer.register_forward_hook(_leave, always_call=True)
+    return model
 
 
 def is_streamed(model: nn.Module) -> bool:

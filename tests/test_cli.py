@@ -17,6 +17,7 @@ from gqalib.run import front, presets
 from gqalib.run.cli import main
 from gqalib.run.corpora import END_OF_DOCUMENT
 
+GRID = "grid: "  # what follows is written into a file, and its name given
 
 ANSWERS = [
     (["--help"], 0, "distill"),
@@ -29,6 +30,17 @@ ANSWERS = [
     (["prune", "--model", "x/y", "--out", "x", "--method", "flap"], 2, "error: unknown method 'flap': did you mean"),
     (["recover", "--model", "/nowhere", "--out", "x"], 2, "error: model folder /nowhere does not exist: give"),
     (["sweep", "nowhere.yaml"], 2, "error: grid nowhere.yaml cannot be read (No such file or directory): give"),
+    (["grid", GRID + "seeds: 1"], 2, "error: seeds = 1 cannot be: it should be a list"),
+    (["grid", GRID + "preset: huge"], 2, "error: unknown preset 'huge': use one of"),
+    (["grid", GRID + "overrides: {pruning.alpha: [-1]}"], 2, "error: pruning.alpha = -1 cannot be: it should be"),
+    (["grid", GRID + "notebooks: [7]"], 2, "error: notebook 07_cost_analysis reads 01_baseline: add"),
+    (["run", "--only", "42"], 2, "error: --only 42 names no notebook: use one of 01, 02"),
+    (["run", "--from", "42"], 2, "error: --from 42 names no notebook: use one of 01, 02"),
+    (["run", "--seed", "-1"], 2, "error: seed = -1 cannot be: give one from 0 to 4294967295"),
+    (["at-size", "--out", "x", "--steps", "speed,sped"], 2, "error: unknown step 'sped': did you mean speed"),
+    (["at-size", "--out", "x", "--layers", "0"], 2, "error: layers = 0 cannot be: give a positive number"),
+    (["evaluate", "--model", "x/y", "--tokens", "0"], 2, "error: tokens = 0 cannot be: give a positive number"),
+    (["evaluate", "--model", "x/y", "--limit", "0"], 2, "error: limit = 0 cannot be: give a positive number"),
 ]
 IN_A_CHILD = """
 import contextlib, io, json, runpy, sys, time
@@ -49,10 +61,18 @@ for arguments in json.loads(sys.stdin.read()):
 def answers(tmp_path_factory):
     """Of `python -m gqalib`, one after the other in one process: status, what is said, seconds (of the first with the
     imports); and what is written."""
-    place, asked = tmp_path_factory.mktemp("nowhere"), json.dumps([arguments for arguments, *_ in ANSWERS])
+    place, grids = tmp_path_factory.mktemp("nowhere"), tmp_path_factory.mktemp("grids")
+    asked = json.dumps([[_given(argument, grids) for argument in arguments] for arguments, *_ in ANSWERS])
     how = {"cwd": place, "env": os.environ | {"PYTHONPATH": str(REPOSITORY)}, "capture_output": True, "text": True}
     child = subprocess.run([sys.executable, "-c", IN_A_CHILD], input=asked, check=True, **how)
     return [json.loads(line) for line in child.stdout.splitlines()], list(place.iterdir())
+
+
+def _given(argument, folder):
+    if not argument.startswith(GRID):
+        return argument
+    (path := folder / f"{len(list(folder.iterdir()))}.yaml").write_text(argument.removeprefix(GRID))
+    return str(path)
 
 
 @pytest.mark.parametrize("number", range(len(ANSWERS)), ids=[" ".join(arguments) for arguments, *_ in ANSWERS])

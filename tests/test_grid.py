@@ -18,22 +18,11 @@ from test_series import write_notebook, write_series
 
 from gqalib import InputError
 from gqalib.run import grid as run_grid
+from gqalib.run.checks import NOTEBOOKS, Grid, check_grid, numbered_notebooks, read_grid, reads
 from gqalib.run.cli import main, overrides, parser
-from gqalib.run.grid import (
-    NOTEBOOKS,
-    Grid,
-    _check_notebooks,
-    _metrics,
-    draw,
-    expand,
-    gather,
-    numbered_notebooks,
-    over_seeds,
-    read_grid,
-    run_name,
-)
+from gqalib.run.grid import _metrics, draw, expand, gather, over_seeds, run_name
 from gqalib.run.notebook import Notebook
-from gqalib.run.series import locked, reads
+from gqalib.run.series import locked
 
 GRID = """
 preset: tiny
@@ -157,7 +146,7 @@ def test_the_grid_knows_what_the_workbooks_notebooks_read():
     before_07 = [path.stem for path in numbered_notebooks()][:6]
     assert reads(NOTEBOOKS / "07_cost_analysis.ipynb") == before_07
     with pytest.raises(InputError, match='07_cost_analysis reads 02_v2_failure: add "02" to the notebooks'):
-        _check_notebooks(Grid(notebooks=["01", "07"]), NOTEBOOKS)
+        check_grid(Grid(notebooks=["01", "07"]), NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", ["path.stem", 'f"{number}_first"', "str(name)", '"01_first" if x else "02_second"'])

@@ -213,18 +213,17 @@ def test_streamed_results_are_the_same(model, windows, monkeypatch):
         allocate.cost_table(model, windows, covariances).channels[1], taylor_scores(model, windows),
     ]  # fmt: skip
     refit.sweep(model, plan, windows, covariances=covariances)
-    with stream.streamed(pruned, "cpu"):
-        assert is_streamed(pruned)
-        covariances = gradient_covariances(pruned, windows)
-        streamed = [
-            window_losses(pruned, windows), removal_importance(pruned, windows),
-            allocate.cost_table(pruned, windows, covariances).channels[1], taylor_scores(pruned, windows),
-        ]  # fmt: skip
-        refit.sweep(pruned, plan, windows, covariances=covariances)
+    assert is_streamed(stream.streamed(pruned, "cpu"))
+    covariances = gradient_covariances(pruned, windows)
+    streamed = [
+        window_losses(pruned, windows), removal_importance(pruned, windows),
+        allocate.cost_table(pruned, windows, covariances).channels[1], taylor_scores(pruned, windows),
+    ]  # fmt: skip
+    refit.sweep(pruned, plan, windows, covariances=covariances)
     assert torch.equal(results[0], streamed[0]) and torch.equal(results[1], streamed[1])
     assert (results[2] == streamed[2]).all() and equal(results[3], streamed[3])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pruned.parameters(), strict=True))
-    assert not is_streamed(pruned) and not any(layer._forward_hooks for layer in pruned.model.layers)
+    assert is_streamed(copy.deepcopy(pruned))
 
 
 def test_one_layer_is_away_from_home_at_a_time(model, windows, monkeypatch):
@@ -240,21 +239,35 @@ def test_one_layer_is_away_from_home_at_a_time(model, windows, monkeypatch):
         most[0] = max(most[0], sum(hasattr(x, "host") for x in model.model.layers))
 
     monkeypatch.setattr(stream, "_arrive", noted)
-    with stream.streamed(model, "cpu"):
-        layers = list(model.model.layers)
-        window_losses(model, windows)
-        assert fetched == layers and not any(hasattr(layer, "host") for layer in layers)
-        with pytest.raises(RuntimeError), at_work(layers[1]):
-            raise RuntimeError
-        assert not any(hasattr(layer, "host") or hasattr(layer, "held") for layer in layers)
+    layers = list(stream.streamed(model, "cpu").model.layers)
+    window_losses(model, windows)
+    assert fetched == layers and not any(hasattr(layer, "host") for layer in layers)
+    with pytest.raises(RuntimeError), at_work(layers[1]):
+        raise RuntimeError
+    assert not any(hasattr(layer, "host") or hasattr(layer, "held") for layer in layers)
     assert most[0] == 1
 
 
 def test_what_is_changed_at_work_comes_back_changed(model):
     weight, expected = model.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight.detach() * 2
-    with stream.streamed(model, "cpu"), at_work(model.model.layers[1]), torch.no_grad():
+    with at_work(stream.streamed(model, "cpu").model.layers[1]), torch.no_grad():
         weight.mul_(2)
     assert torch.equal(weight, expected)
+
+
+def test_a_model_loaded_for_offload_is_streamed_for_its_life(tmp_path, tokenizer, windows, monkeypatch):
+    """The card is the CPU here; a model that is pruned and saved comes back whole."""
+    load.save_model(small_model(), tokenizer, tmp_path / "dense")
+    with pytest.raises(InputError, match=r"^the model cannot be put on offload \(.+\): give a device that is there"):
+        load.load_model(tmp_path / "dense", device="offload")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(load, "resolve_device", lambda device: "cpu")
+    model, plain = (load.load_model(tmp_path / "dense", device=name) for name in ("offload", "cpu"))
+    assert is_streamed(model) and not is_streamed(plain)
+    for each in (model, plain):
+        refit.sweep(each, plans.uniform_plan(each, 0.3), windows)
+    load.save_model(model, tokenizer, tmp_path / "smaller")
+    assert torch.equal(window_losses(load.load_model(tmp_path / "smaller"), windows), window_losses(plain, windows))
 
 
 def test_device_map_models_work(tmp_path, tokenizer, windows):

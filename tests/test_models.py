@@ -280,7 +280,7 @@ def test_a_device_that_cannot_be_had(device, logits_of):
     uses = [
         lambda: to_device(model, device),
         lambda: load_model("shape:tiny", device=device),
-        lambda: stream.streamed(model, device).__enter__(),
+        lambda: stream.streamed(model, device),
     ]
     for use in uses:
         with pytest.raises(InputError, match=rf"^the model cannot be put on {device} \(.+\): give a device .*$"):

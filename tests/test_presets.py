@@ -19,7 +19,15 @@ def test_every_preset_loads():
         assert load_preset(name).name == name
 
 
-def test_the_seed_numbers_of_llama3_8b():
+@pytest.mark.parametrize("text", ["model: [x", "", "- model", "tiny", "\tmodel: x"])
+def test_a_file_that_is_no_preset_is_one_sentence(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(presets, "FOLDER", tmp_path)
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"^preset .*a.yaml cannot be read \(.+\): write names with values as YAML$"):
+        load_preset("a")
+
+
+def test_the_founding_documents_numbers_of_llama3_8b():
     p = load_preset("llama3-8b")
     assert (p.removal.num_examples, p.removal.length) == (50, 128)
     assert (p.calibration.num_examples, p.calibration.length) == (10, 128)

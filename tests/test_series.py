@@ -16,7 +16,7 @@ from gqalib import InputError
 from gqalib.prune import refit
 from gqalib.run import resume, series
 from gqalib.run.cli import main
-from gqalib.run.notebook import Notebook, default_run_dir, fitting_record, locked, progress_dir, read_record
+from gqalib.run.notebook import HELD, Notebook, default_run_dir, fitting_record, locked, progress_dir, read_record
 from gqalib.run.presets import load_preset
 from gqalib.run.resume import NOT_KEPT
 
@@ -116,6 +116,14 @@ def test_a_record_depends_on_what_its_notebook_reads(tmp_path, model_folder):
         fitting_record(path, other, 0)
     with pytest.raises(AttributeError, match="does not say that it reads 'pruning': add it to `reads`"):
         notebook().preset.pruning  # noqa: B018
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_notebooks_know_who_holds_the_lock_and_nobody_does_later(job, notebooks):
+    write_notebook(notebooks, "01_first", "import os", f"nb.text('held', os.environ[{HELD!r}])")
+    job(only="01").run()
+    assert read_record(job().run_dir / "01_first.json")["texts"]["held"] == str(job().run_dir)
+    assert HELD not in os.environ
 
 
 def test_other_parameters_have_a_folder_of_their_own(tmp_path, monkeypatch):

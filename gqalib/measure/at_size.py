@@ -32,6 +32,7 @@ from gqalib.model.load import load_config, random_model, resolve_device
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig
 from gqalib.model.shapes import layer_shapes
 from gqalib.prune import allocate, founding, plans, refit, scores
+from gqalib.run.checks import STEPS
 from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
 from gqalib.stream import streamed
@@ -45,24 +46,22 @@ def at_size(
     preset: str, overrides: dict[str, Any], out: Path, steps: list[str], num_layers: int | None = None,
     also: str | None = None,
 ) -> None:  # fmt: skip
-    """Run some of `STEPS`, each into its record in the folder `out`.
+    """Run some of the steps, each into its record in the folder `out`.
 
     Args:
         num_layers: of the model that `refit` goes through (default: all); time per layer is what counts.
         also: a corpus whose test text `recovery` reads beside the preset's own.
 
     Raises:
-        InputError: an unknown step, or a step that needs more memory than there is.
+        InputError: a step needs more memory than there is.
     """
-    for unknown in [step for step in steps if step not in STEPS]:
-        raise InputError(f"unknown step {unknown!r}: use {', '.join(STEPS)}")
     for step in steps:
         reads = recovery.READS if step == "recovery" else READS
         nb = Notebook(f"at_size_{step}", preset, overrides, out, reads=reads)
         config = load_config(nb.preset.model)
         config.num_hidden_layers = num_layers if step == "refit" and num_layers else config.num_hidden_layers
         nb.metric("layers", config.num_hidden_layers, "decoder layers")
-        STEPS[step](nb, also if step == "recovery" else config)
+        MEASURES[step](nb, also if step == "recovery" else config)
         nb.finish()
 
 
@@ -167,19 +166,19 @@ def measure_refit(nb: Notebook, config: GqaLlamaConfig) -> None:
     """Covariances, cost table and sweep of half of every layer's groups and channels."""
     p = nb.preset
     windows, device = random_windows(config, p.frontier.calibration), resolve_device(p.device)
-    with streamed(random_model(config, p.dtype, device), device) as model:
-        how = {"shape": windows.shape, "knob": "frontier.calibration.num_examples", "device": device}
-        with nb.stage("gradient covariances", model, **how):
-            covariances = scores.gradient_covariances(model, windows)
-        nb.save()
-        with nb.stage("cost table", model, **how):
-            table = allocate.cost_table(model, windows, covariances)
-        halves = [[units // 2 for units in column] for column in zip(*table.widths, strict=True)]
-        nb.save()
-        plan, ends = plans.Plan([0.5] * len(table.widths), *halves), [time.perf_counter()]
-        with nb.stage("sweep", model, **how):
-            after = lambda _: ends.append(time.perf_counter())  # noqa: E731
-            refit.sweep(model, plan, windows, covariances=covariances, after_layer=after)
+    model = streamed(random_model(config, p.dtype, device), device)
+    how = {"shape": windows.shape, "knob": "frontier.calibration.num_examples", "device": device}
+    with nb.stage("gradient covariances", model, **how):
+        covariances = scores.gradient_covariances(model, windows)
+    nb.save()
+    with nb.stage("cost table", model, **how):
+        table = allocate.cost_table(model, windows, covariances)
+    halves = [[units // 2 for units in column] for column in zip(*table.widths, strict=True)]
+    nb.save()
+    plan, ends = plans.Plan([0.5] * len(table.widths), *halves), [time.perf_counter()]
+    with nb.stage("sweep", model, **how):
+        after = lambda _: ends.append(time.perf_counter())  # noqa: E731
+        refit.sweep(model, plan, windows, covariances=covariances, after_layer=after)
     nb.table("sweep_seconds", pd.DataFrame({"layer": range(len(ends) - 1), "seconds": np.diff(ends)}))
 
 
@@ -189,10 +188,5 @@ def random_windows(config: GqaLlamaConfig, sample: Sample) -> torch.Tensor:
     return torch.randint(config.vocab_size, (sample.num_examples, length), generator=torch.Generator().manual_seed(0))
 
 
-STEPS = {
-    "speed": measure_speed,
-    "in_turn": measure_in_turn,
-    "pruning": measure_pruning,
-    "refit": measure_refit,
-    "recovery": recovery.measure_recovery,
-}
+BY_STEP = measure_speed, measure_in_turn, measure_pruning, measure_refit, recovery.measure_recovery
+MEASURES = dict(zip(STEPS, BY_STEP, strict=True))

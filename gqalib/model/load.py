@@ -22,10 +22,10 @@ from gqalib.packages import package_folder
 
 
 def resolve_device(device: str) -> str:
-    """`auto` and `all` become `cuda` where there is one, else `cpu`."""
+    """`auto` and `all` become `cuda` where there is one, else `cpu`; `offload` becomes `cuda`."""
     if device in ("auto", "all"):
         return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
+    return "cuda" if device == "offload" else device
 
 
 def model_source(model: str) -> str:
@@ -103,11 +103,18 @@ def load_model(model: str, dtype: str = "float32", device: str = "auto", **kwarg
 
     Other arguments (`attn_implementation`, `device_map`, …) go to `from_pretrained`; a shape has no use for a
     `device_map`. Device `all` is `device_map="auto"`: layers are spread over all cards, and what they cannot hold over
-    the host's memory.
+    the host's memory. Device `offload`: layers wait in host memory and go to the card one by one, see `stream`.
 
     Raises:
-        InputError: the model cannot be had, is no Llama, or its weights are of another configuration.
+        InputError: the model cannot be had, is no Llama, its weights are of another configuration, or there is no such
+        device.
     """
+    if device == "offload":
+        from gqalib.stream import streamed  # which imports this module
+
+        with _at(device):
+            torch.cuda.current_device()
+        return streamed(load_model(model, dtype, "cpu", **kwargs), resolve_device(device))
     source, config = model_source(model), load_config(model)
     if device == "all":
         kwargs.setdefault("device_map", "auto")

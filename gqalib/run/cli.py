@@ -13,17 +13,22 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from gqalib.errors import InputError, new_folder, one_sentence, read_text
-from gqalib.model.names import REPOSITORY, check_model
+from gqalib.errors import InputError, new_folder, one_sentence
+from gqalib.model.names import check_model
+from gqalib.run.checks import (
+    NOTEBOOKS, STEPS, check_grid, check_positive, check_preset, fetch_packages, read_grid, selected,
+)  # fmt: skip
 from gqalib.run.corpora import check_corpus
-from gqalib.run.presets import Cut, Preset, check_cut, load_preset, number_or_text, preset_names
+from gqalib.run.presets import Cut, Preset, check_cut, check_name, load_preset, number_or_text, preset_names
 
 # ---------------------------------------------------------------- the commands
 
 
 def run(options: Namespace) -> int:
     """Execute the numbered notebooks through papermill; finished ones are kept."""
-    preset(options)
+    settings = preset(options)
+    selected(options.notebooks_dir, options.first, options.only)
+    fetch_packages(settings)  # not in the first notebook's kernel, which would show a refusal late
     from gqalib.run import series
 
     where = {"run_dir": options.run_dir, "notebooks": options.notebooks_dir}
@@ -40,7 +45,7 @@ def run(options: Namespace) -> int:
 
 def grid(options: Namespace) -> bool:
     """Run a grid of presets × overrides × seeds through Ray Tune; finished runs are kept."""
-    read_text(options.grid, "grid")
+    check_grid(read_grid(options.grid), options.notebooks_dir)
     from gqalib.run import grid
 
     return grid.run(options.grid, options.run_dir, options.force, options.address, options.notebooks_dir) > 0
@@ -67,11 +72,14 @@ def distill(options: Namespace) -> None:
 def at_size(options: Namespace) -> None:
     """Speed and pruning of the preset's shape, measured with random weights."""
     preset(options)
+    steps = options.steps.split(",")
+    for step in steps:
+        check_name(step, list(STEPS), "step")
+    check_positive(layers=options.layers)
     if options.also:
         check_corpus(options.also)
     from gqalib.measure import at_size
 
-    steps = options.steps.split(",")
     at_size.at_size(options.preset, overrides(options.overrides), options.out, steps, options.layers, options.also)
 
 
@@ -105,6 +113,7 @@ def prune(options: Namespace) -> None:
 
 def evaluate(options: Namespace) -> None:
     """Perplexity and size of a model, alone or against another one on the same text."""
+    check_positive(tokens=options.tokens, limit=options.limit)
     _check(options.corpus, options.model, *filter(None, [options.against]))
     from gqalib.measure import tasks
 
@@ -130,11 +139,9 @@ def _check(corpus: str, *models: str) -> None:
 
 def preset(options: Namespace) -> Preset:
     """The preset that was asked for, with its overrides; that its model and corpus can be is checked."""
-    settings = load_preset(options.preset, overrides(options.overrides))
-    _check(settings.corpus, settings.model)
-    if settings.answers.other_text:
-        check_corpus(settings.answers.other_text)
-    return settings
+    if not 0 <= options.seed < 2**32:
+        raise InputError(f"seed = {options.seed} cannot be: give one from 0 to {2**32 - 1}")
+    return check_preset(options.preset, overrides(options.overrides))
 
 
 def overrides(pairs: list[str]) -> dict[str, Any]:
@@ -172,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
 def _of_a_model(add) -> None:
     add("--model", required=True, metavar="FOLDER", help="a Llama: a folder, a hub id or a pruned folder")
     add("--corpus", default="python-docs", help="python-docs, wikitext2, c4 or file:PATH (default: python-docs)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, or all for all cards (default: cuda if there is one)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, all (cards) or offload, see README (default: cuda, or cpu)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
 
 
@@ -205,8 +212,7 @@ def _of_a_preset(add, default: str = "tiny") -> None:
 
 def _of_notebooks(add) -> None:
     add("--force", action="store_true", help="run finished notebooks again")
-    ours = REPOSITORY / "notebooks"
-    add("--notebooks-dir", type=Path, default=ours, help="a series of your own (default: the workbook's)")
+    add("--notebooks-dir", type=Path, default=NOTEBOOKS, help="a series of your own (default: the workbook's)")
 
 
 def _of_run(add) -> None:

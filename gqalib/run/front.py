@@ -15,6 +15,7 @@ from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.model.shapes import count_parameters, size_of
 from gqalib.prune import search
+from gqalib.run.checks import check_positive
 from gqalib.run.corpora import evaluation_windows
 from gqalib.run.presets import PEERS, Cut, check_cut
 from gqalib.run.resume import replacing
@@ -94,8 +95,7 @@ def evaluate(
     if len({each.config.vocab_size for each in models}) > 1:
         words = " and ".join(str(each.config.vocab_size) for each in models)
         raise InputError(f"the two models have vocabularies of {words} tokens: compare models of one vocabulary")
-    if tokens < 1:
-        raise InputError(f"tokens = {tokens} cannot be: give a positive number")
+    check_positive(tokens=tokens)
     counts, longest = count_parameters(model), min(each.config.max_position_embeddings for each in models)
     found = {"parameters": counts["total"], "backbone": counts["backbone"], "bytes": weight_bytes(model)}
     for length in sorted({min(length, longest) for length in PROTOCOLS}):

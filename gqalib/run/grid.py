@@ -21,26 +21,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from matplotlib.cm import viridis
 from matplotlib.figure import Figure
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from gqalib.errors import InputError, one_sentence, read_text
+from gqalib.errors import InputError, one_sentence
 from gqalib.figures import readable_log_axis
-from gqalib.run.notebook import (
-    NOTEBOOKS, default_run_dir, locked, numbered_notebooks, read_record, run_name, write_atomically,
-)  # fmt: skip
-from gqalib.run.presets import STRICT, check_name, checked, dotted_names, number_or_text
+from gqalib.run.checks import NOTEBOOKS, Grid, check_grid, read_grid, runs_of
+from gqalib.run.notebook import default_run_dir, locked, read_record, run_name, write_atomically
+from gqalib.run.presets import dotted_names
 from gqalib.run.resume import replacing
-from gqalib.run.series import KERNEL_DIED, Series, reads
+from gqalib.run.series import KERNEL_DIED, Series
 
 OF_THE_RUN = ["run", "preset", "seed", "seconds", "attempts", "error"]  # columns beside overrides and metrics
 SHOWN = re.compile(r"perplexity_|ratio_|.*kept_percent$")  # metrics of the printed table; the file has all
@@ -55,102 +51,15 @@ ENVIRONMENT = {
 }
 
 
-def _distinct(values: list[Any]) -> list[Any]:
-    twice = [value for value in values if values.count(value) > 1]
-    if twice:
-        raise ValueError(f"should have {twice[0]!r} once: seeds make repetitions")
-    return values
-
-
-def _cards(number: float) -> float:
-    if number > 1 and number != int(number):
-        raise ValueError("should be 0, a part of a card such as 0.5, or a whole number of cards")
-    return number
-
-
-def _number(notebook: Any) -> Any:
-    return f"{notebook:02d}" if type(notebook) is int else str(notebook)[:2]  # YAML reads 01 as 1
-
-
-Some = Field(min_length=1), AfterValidator(_distinct)
-Value = Annotated[Any, BeforeValidator(number_or_text)]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What a grid file may say. Every combination of preset, overrides and seed is one run."""
-
-    __pydantic_config__ = STRICT
-
-    presets: Annotated[list[str], *Some] = field(default_factory=lambda: ["tiny"])
-    notebooks: Annotated[list[Annotated[str, BeforeValidator(_number)]], *Some] | None = None  # None: the whole series
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], *Some] = field(default_factory=lambda: [0])
-    overrides: dict[str, Annotated[list[Value], *Some]] = field(default_factory=dict)  # dotted name → values to try
-    num_cpus: PositiveInt = 1  # of one run: cores reserved, and torch's threads
-    num_gpus: Annotated[NonNegativeFloat, AfterValidator(_cards)] = 0  # of one run; below 1 shared, with 0 none is seen
-    max_retries: NonNegativeInt = 2  # of a run whose process or worker was killed
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys; here they are an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise InputError(f"the grid has {key} twice: write its values into one list")
-        return super().construct_mapping(node, deep)
-
-
-def read_grid(path: Path) -> Grid:
-    """A grid file, every key and list of it checked; `preset: tiny` is short for `presets: [tiny]`.
-
-    Raises:
-        InputError: it is missing, unreadable or empty, a key is unknown, a list is none, empty or names something
-        twice, or a number cannot be.
-    """
-    try:
-        data = yaml.load(read_text(path, "grid"), _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise InputError(f"grid {path} is no YAML: {' '.join(str(error).split())}") from error
-    if not data or not isinstance(data, dict):
-        raise InputError(f"grid {path} {'has no keys' if data else 'is empty'}: write for example seeds: [0, 1]")
-    if {"preset", "presets"} <= data.keys():
-        raise InputError("the grid has both preset and presets: keep one")
-    if "preset" in data:
-        data["presets"] = [data.pop("preset")]
-    grid = checked(Grid, data)
-    for name in grid.overrides:
-        check_name(name, dotted_names())
-    return grid
-
-
 def expand(grid: Grid, folder: Path, notebooks: Path = NOTEBOOKS) -> list[Series]:
-    """One series for each run, in a folder of its own, with everything checked that can be checked before it starts.
-
-    Raises:
-        InputError: a preset, a value, a model, a corpus or a notebook cannot be, or a notebook reads another that is
-        not in the grid.
-    """
-    _check_notebooks(grid, notebooks)
+    """One series for each run, in a folder of its own, with everything checked that can be checked before it starts;
+    errors as of `check_grid`."""
+    check_grid(grid, notebooks)
     only = None if grid.notebooks is None else ",".join(grid.notebooks)
-    jobs = []
-    for preset, *values, seed in itertools.product(grid.presets, *grid.overrides.values(), grid.seeds):
-        overrides = dict(zip(grid.overrides, values, strict=True))
-        place = folder / run_name(preset, overrides, seed)
-        jobs.append(Series(preset, overrides, place, seed, only=only, notebooks=notebooks))
-    return jobs
-
-
-def _check_notebooks(grid: Grid, notebooks: Path) -> None:
-    series = {path.name[:2]: path for path in numbered_notebooks(notebooks)}
-    for number in grid.notebooks or ():
-        check_name(number, list(series), "notebook")
-    chosen = [path for number, path in series.items() if grid.notebooks is None or number in grid.notebooks]
-    for path in chosen:
-        for name in reads(path):
-            if name not in {other.stem for other in chosen}:
-                raise InputError(f'notebook {path.stem} reads {name}: add "{name[:2]}" to the notebooks of the grid')
+    return [
+        Series(preset, overrides, folder / run_name(preset, overrides, seed), seed, only=only, notebooks=notebooks)
+        for preset, overrides, seed in runs_of(grid)
+    ]
 
 
 def run(

@@ -24,7 +24,7 @@ from pydantic import (
     ValidationError,
 )
 
-from gqalib.errors import InputError, read_text
+from gqalib.errors import InputError, one_sentence, read_text
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 FOLDER = Path(__file__).parent / "presets"
@@ -237,7 +237,7 @@ class Preset:
     instructions: str  # python-docs | alpaca-cleaned | corpus | file:PATH
     dtype: Literal["float32", "bfloat16"]
     evaluation_dtype: Literal["auto", "float32", "bfloat16"]  # of evaluations' products; auto: bf16 where that is fast
-    device: str  # auto | cpu | cuda | cuda:1 … | all (the layers spread over all cards)
+    device: str  # auto | cpu | cuda | cuda:1 … | all (layers spread over all cards) | offload (they wait in host memory)
     evaluation: Evaluation
     calibration: Sample
     removal: Sample
@@ -285,8 +285,10 @@ def load_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
 
 def _read(name: str) -> dict[str, Any]:
     """The values of a preset's file on top of those of its `base`, another preset, if it names one."""
-    data = yaml.safe_load(read_text(FOLDER / f"{name}.yaml", "preset"))
-    base = data.pop("base", None)
+    path = FOLDER / f"{name}.yaml"
+    text = read_text(path, "preset")
+    with one_sentence(f"preset {path} cannot be read", "write names with values as YAML"):
+        base = (data := dict(yaml.safe_load(text))).pop("base", None)
     return _merged(_read(base), data) if base else data
 
 

@@ -14,7 +14,8 @@ import pandas as pd
 from gqalib.errors import InputError
 from gqalib.measure import frontier
 from gqalib.model.names import REPOSITORY
-from gqalib.run.notebook import NOTEBOOKS, numbered_notebooks, read_record, write_atomically
+from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
+from gqalib.run.notebook import read_record, write_atomically
 
 DEFAULT = "tiny"  # the preset whose executed notebooks are committed
 AT_SIZE = "llama3-8b-shape"  # the preset that measures cost at real size

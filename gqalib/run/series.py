@@ -3,24 +3,21 @@ interruption."""
 
 import contextlib
 import os
-import re
 import shutil
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from gqalib.errors import InputError
 from gqalib.model.load import load_tokenizer
-from gqalib.model.names import check_model
-from gqalib.run.corpora import check_corpus, evaluation_windows
+from gqalib.run.checks import NOTEBOOKS, check_preset, selected
+from gqalib.run.corpora import evaluation_windows
 from gqalib.run.notebook import (
-    HELD, NOTEBOOKS, SHARED, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked,
-    numbered_notebooks, progress_dir, read_record, seconds_of, sha256,
+    HELD, SHARED, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked, progress_dir,
+    read_record, seconds_of, sha256,
 )  # fmt: skip
-from gqalib.run.presets import load_preset
 from gqalib.run.resume import onto_disk
 
 PARAMETERS = ("preset", "overrides", "run_dir", "seed")
@@ -52,17 +49,15 @@ class Series:
     run_dir: Path | None = None
     seed: int = 0
     first: str | None = None
-    only: str | None = None  # a number, or several with commas between them
+    only: str | None = None
     notebooks: Path = NOTEBOOKS
 
     def __post_init__(self) -> None:
-        self.parameters = load_preset(self.preset, self.overrides).to_dict()
-        check_model(self.parameters["model"])
-        check_corpus(self.parameters["corpus"])
+        self.parameters = check_preset(self.preset, self.overrides).to_dict()
         self._check_length()
         plain = default_run_dir(self.preset, self.overrides, self.seed)
         self.run_dir = Path(self.run_dir).absolute() if self.run_dir else plain
-        self.paths = self._select()
+        self.paths = selected(self.notebooks, self.first, self.only)
 
     def _check_length(self) -> None:
         """Anybody's own file may be too short; the corpora that the workbook names are not."""
@@ -72,24 +67,13 @@ class Series:
             for split, length in (("test", p["evaluation"]["short_window"]), ("train", p["calibration"]["length"])):
                 evaluation_windows(p["corpus"], split, tokenizer, length, length)
 
-    def _select(self) -> list[Path]:
-        paths = numbered_notebooks(self.notebooks)
-        numbers = [path.name[:2] for path in paths]
-        if not paths:
-            raise InputError(f"{self.notebooks} holds no notebook: give a folder with files such as 01_baseline.ipynb")
-        only = [] if self.only is None else [number.strip() for number in self.only.split(",")]
-        for option, number in [("--from", self.first), *(("--only", number) for number in only)]:
-            if number is not None and number[:2] not in numbers:
-                raise InputError(f"{option} {number} names no notebook: use one of {', '.join(numbers)}")
-        if only:
-            return [path for path in paths if path.name[:2] in {number[:2] for number in only}]
-        return [path for path in paths if self.first is None or path.name[:2] >= self.first[:2]]
-
     def run(self, force: bool = False) -> None:
         """Execute what is not finished yet, one line of progress each."""
         os.environ.update(KERNEL_ENVIRONMENT)
         started = time.monotonic()
-        with locked(self.run_dir), patch.dict(os.environ, {HELD: str(self.run_dir)}):
+        with locked(self.run_dir), contextlib.ExitStack() as at_the_end:
+            os.environ[HELD] = str(self.run_dir)  # kernels inherit it
+            at_the_end.callback(os.environ.pop, HELD)
             if force:
                 shutil.rmtree(progress_dir(self.run_dir, SHARED), ignore_errors=True)
             for i, path in enumerate(self.paths, 1):
@@ -179,19 +163,6 @@ class Series:
         lines += [""] * bool(lines)
         lines += [f"notebooks  {self.run_dir / path.name}" for path in self.paths]
         return "\n".join([*lines, f"figures    {self.run_dir / 'figures'}"])
-
-
-def reads(path: Path) -> list[str]:
-    """The records that a notebook asks for, as written in its calls of `nb.upstream("NN_name")`.
-
-    Raises:
-        InputError: a name is computed, so that only running the notebook would tell.
-    """
-    asked = re.findall(r"\.upstream\(\s*(.*?),?\s*\)", "\n".join(code_of(path)))
-    for name in asked:
-        if not re.fullmatch(r"([\"'])\w+\1", name):
-            raise InputError(f'{path.stem} computes a name, nb.upstream({name}): write it, as nb.upstream("01_name")')
-    return [name[1:-1] for name in asked]
 
 
 def _clock(seconds: float) -> str:
