@@ -99,7 +99,7 @@ def command(name, folder, *options):
 
 
 def test_the_methods_are_the_frontiers():
-    assert (presets.PEERS, front.NAMES.keys()) == (tuple(list(frontier.METHODS)[:11]), {"refit", "founding", *presets.PEERS})
+    assert (presets.PEERS, front.NAMES.keys()) == (tuple(list(frontier.METHODS)[:12]), {"refit", "founding", *presets.PEERS})
     assert set(front.NAMES.values()) <= frontier.METHODS.keys()
 
 

@@ -7,14 +7,14 @@ from conftest import biased_model, small_model
 from gqalib import InputError
 from gqalib.measure.perplexity import perplexity
 from gqalib.model import load, surgery
-from gqalib.model.shapes import count_parameters, layer_shape, layer_shapes
-from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, v2, wanda_sp
+from gqalib.model.shapes import count_parameters, has_attention, layer_shape, layer_shapes
+from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, two_ssp, v2, wanda_sp
 from gqalib.prune import plans, sublayers
 from gqalib.prune.scores import backward
 
 METHODS = (
     controls.magnitude, controls.random, depth.layer_removal, depth.shortgpt, flap.flap, llm_pruner.llm_pruner,
-    osscar.osscar, torch_pruning.torch_pruning_gqa, wanda_sp.wanda_sp,
+    osscar.osscar, torch_pruning.torch_pruning_gqa, two_ssp.two_ssp, wanda_sp.wanda_sp,
 )  # fmt: skip
 PEERS = {function.__name__: function for function in METHODS}
 DEPTH = ["shortgpt", "layer_removal"]
@@ -290,6 +290,80 @@ def test_layer_removal_drops_the_layer_that_is_missed_least(model, windows, clon
         without.append(perplexity(smaller, windows))
     depth.layer_removal(model, windows, 0.33)
     assert perplexity(model, windows) == pytest.approx(min(without))
+
+
+# ---------------------------------------------------------------- two stages
+
+
+def test_two_ssp_splits_as_the_paper_says():
+    """Equation 5 by hand. Of Llama-3-8B an MLP has 4.2 times the parameters of an attention."""
+    model = load.random_model(load.shape_config("llama-3-8b"), device="meta")
+    ratio = 3 * 14_336 / (2 * 4096 + 2 * 1024)
+    for fraction, count in ((0.25, 1), (0.375, 2), (0.5, 5)):
+        assert count == round(32 * fraction ** (ratio / 1.5))
+        dropped, channels = two_ssp.split(model, fraction)
+        size, channel = 4096 * (2 * 4096 + 2 * 1024), 3 * 4096
+        assert dropped == count and max(channels) - min(channels) <= 1
+        assert abs(count * size + sum(channels) * channel - fraction * 6_979_321_856) <= channel / 2
+
+
+def test_two_ssp_leaves_what_multiples_need():
+    model = small_model()  # an attention 4608 of 20 736 parameters, a channel 96; 24 channels are 4 more than 20
+    assert two_ssp.split(model, 0.25) == (1, [2, 2, 2])
+    assert two_ssp.split(model, 0.25, multiple=5)[0] == 0  # 12 channels have to go for it
+    assert two_ssp.split(model, 0.75) == (2, [22, 22, 22])  # the third attention stays
+    surgery.keep_groups(model, 1, [0])
+    with pytest.raises(InputError, match="between 1,152 and 4,608 parameters"):
+        two_ssp.split(model, 0.25)
+
+
+def test_two_ssp_keeps_the_channels_of_largest_norm(model, clone, windows):
+    """The mean over windows of norms, not the norm over all: one loud window counts once."""
+    dense = clone(model)
+    two_ssp.two_ssp(model, windows, 0.4)
+    for index, (old, new) in enumerate(zip(dense.model.layers, model.model.layers, strict=True)):
+        norms = features(dense, index, windows)["down_proj"].view(*windows.shape, -1).norm(dim=1).mean(0)
+        kept = norms.argsort(descending=True)[: layer_shape(new)["intermediate_size"]].sort().values
+        assert len(kept) < 24 and torch.equal(new.mlp.up_proj.weight, old.mlp.up_proj.weight[kept])
+
+
+def test_two_ssp_drops_the_attention_that_is_missed_least(model, clone, windows, monkeypatch):
+    """Each time anew, on the model pruned so far, and on the first windows alone."""
+    monkeypatch.setattr(two_ssp, "SECOND_STAGE_TOKENS", 3 * windows.shape[1] + 5)
+    monkeypatch.setattr(two_ssp, "split", lambda *_: (2, [10, 10, 10]))
+    oracle = clone(model)
+    two_ssp.two_ssp(model, windows, 0.3)
+    for index, norms in enumerate(two_ssp.channel_norms(oracle, windows)):
+        surgery.keep_channels(oracle, index, norms.argsort(descending=True)[:14].tolist())
+    for _ in range(2):
+        without = []
+        for index in (i for i, layer in enumerate(oracle.model.layers) if has_attention(layer)):
+            without.append(clone(oracle))
+            surgery.drop_attention(without[-1], index)
+        oracle = min(without, key=lambda m: perplexity(m, windows[:3]))
+    assert layer_shapes(model).equals(layer_shapes(oracle))
+    assert perplexity(model, windows) == pytest.approx(perplexity(oracle, windows))
+
+
+def test_two_ssp_needs_finite_losses(model, windows, logits_of):
+    model.lm_head.weight.data[0, 0] = torch.inf
+    with pytest.raises(InputError, match="without an attention is not finite"):
+        two_ssp.two_ssp(model, windows, 0.4)
+    assert all(map(has_attention, model.model.layers)) and layer_shapes(model)["intermediate_size"].eq(24).all()
+
+
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_a_model_with_less_attention_is_refused_or_loses_layers(name, windows, logits_of):
+    model = small_model()
+    surgery.drop_attention(model, 1)
+    before = logits_of(model)
+    if name in DEPTH:
+        PEERS[name](model, windows, 0.4)
+        assert len(model.model.layers) < 3 and torch.isfinite(logits_of(model)).all()
+        return
+    with pytest.raises(InputError, match="has no attention whose groups could be pruned: give the dense model"):
+        PEERS[name](model, windows, 0.4)
+    assert torch.equal(logits_of(model), before)
 
 
 # ---------------------------------------------------------------- least squares

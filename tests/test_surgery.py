@@ -153,6 +153,8 @@ def test_a_layer_without_attention_has_no_groups(model, logits_of):
     surgery.drop_attention(model, 0)
     with pytest.raises(InputError, match="only layer 2 has attention left"):
         surgery.drop_attention(model, 2)
+    with pytest.raises(InputError, match=r"no layer with attention would be left without layers \[2\]"):
+        surgery.drop_layers(model, [2])
     with pytest.raises(InputError, match="layer 3 is out of range"):
         surgery.drop_attention(model, 3)
     surgery.keep_channels(model, 1, range(24))

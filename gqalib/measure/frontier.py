@@ -24,7 +24,7 @@ from gqalib.measure.cost import Used, old_objects_left_alone
 from gqalib.measure.memory import measured_on
 from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, size_of
-from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, wanda_sp
+from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, two_ssp, wanda_sp
 from gqalib.prune import allocate, founding, plans, refit, scores
 from gqalib.run.presets import DEPTH, NO_MULTIPLE, PEERS, Pruning  # noqa: F401 notebooks read PEERS here
 from gqalib.run.resume import NOT_KEPT, Progress
@@ -79,6 +79,7 @@ METHODS: dict[str, Callable[..., object]] = {
     "ShortGPT": depth.shortgpt,
     "layer removal": depth.layer_removal,
     "OSSCAR": osscar.osscar,
+    "2SSP": two_ssp.two_ssp,
     "founding Taylor": founding_taylor,
     "founding Taylor, one shot": partial(founding_taylor, sequential=False),
     "refit, uniform": refit_uniform,

@@ -80,7 +80,7 @@ def drop_layers(model: nn.Module, layers: Sequence[int]) -> None:
     """Remove these decoder layers whole; those that are left are numbered anew, as the KV cache counts them.
 
     Raises:
-        InputError: a layer out of range or named twice, or no layer left.
+        InputError: a layer out of range or named twice, or no layer with attention left.
     """
     decoder = model.get_decoder()
     gone, count = sorted(int(layer) for layer in layers), len(decoder.layers)
@@ -90,7 +90,10 @@ def drop_layers(model: nn.Module, layers: Sequence[int]) -> None:
         raise InputError(f"layers {gone} name one twice: name each once")
     if len(gone) == count:
         raise InputError(f"no layer would be left: keep at least one of the {count}")
-    _put_layers(model, [layer for index, layer in enumerate(decoder.layers) if index not in gone])
+    kept = [layer for index, layer in enumerate(decoder.layers) if index not in gone]
+    if not any(map(has_attention, kept)):
+        raise InputError(f"no layer with attention would be left without layers {gone}: keep one that has it")
+    _put_layers(model, kept)
 
 
 def take_layers(model: nn.Module, pruned: nn.Module) -> None:

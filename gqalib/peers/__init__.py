@@ -13,7 +13,7 @@ heads of MHA models; on a GQA model a removed query head saves no key, no value 
 without its query heads breaks the pairing (02_v2_failure), so the group is the choice that favours the peer. Where a
 source leaves another choice open, the docstring of the peer says which one was taken. Of `multiple` the channels that
 stay in a layer are a whole number; FLAP's one ranking over all layers and the depth pruners set their own widths and
-take none.
+take none. 2SSP leaves layers without attention; what cuts groups refuses to prune such a model again.
 
 `v2`, the pipeline whose failure the workbook starts from, meets no budget and is no such peer. `measure.frontier` has
 the names that tables and commands use.

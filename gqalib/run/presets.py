@@ -162,7 +162,7 @@ class Answers:
 
 PEERS = (
     "random", "magnitude", "Wanda-sp", "torch-pruning, GQA", "LLM-Pruner", "LLM-Pruner, all layers", "FLAP",
-    "FLAP, by head", "ShortGPT", "layer removal", "OSSCAR",
+    "FLAP, by head", "ShortGPT", "layer removal", "OSSCAR", "2SSP",
 )  # fmt: skip
 DEPTH = "ShortGPT", "layer removal"  # they remove whole layers, so they meet a fraction as closely as layers allow
 NO_MULTIPLE = *DEPTH, "FLAP", "FLAP, by head"  # one ranking of all units, so widths come as they do
