@@ -2,9 +2,11 @@
 
 import json
 from collections import defaultdict
+from functools import partial
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from conftest import biased_model, small_model
 
 from gqalib.measure import frontier
@@ -105,3 +107,24 @@ def test_full_prune_of_a_model_whose_groups_differ(run):
     surgery.replace_weight(attention.o_proj, attention.o_proj.weight[:, heads])
     surgery.record_shapes(model)
     assert run("05", model, backbone_rates=[0.25])["table"]["4:1"].tolist() == [4, 2]
+
+
+def test_a_trained_model_that_is_gone_is_trained_again(tmp_path):
+    """10 keeps a row for each training; where the row's model was saved and is missing, the row does not count."""
+    nb, out, made = Notebook("10_distillation", "smoke", {}, tmp_path, 0, ("budgets",)), tmp_path / "models", []
+
+    def train(start, way, tokens, out, folder):
+        made.append(start)
+        if out:
+            out.mkdir()
+        return {"losses": [1.0, 2.0]}
+
+    names = {"nb": nb, "train": train, "partial": partial, "torch": torch}
+    cells = json.loads((NOTEBOOKS / "10_distillation.ipynb").read_text(encoding="utf-8"))["cells"]
+    exec(next(source for cell in cells if "def recover(" in (source := "".join(cell["source"]))), names)
+    for start, folder in [("saved", out), ("saved", out), ("not saved", None), ("not saved", None)]:
+        assert names["recover"](start, "text", 8, folder)["losses"].tolist() == [1, 2]
+    assert made == ["saved", "not saved"]
+    out.rmdir()
+    names["recover"]("saved", "text", 8, out)
+    assert made == ["saved", "not saved", "saved"] and out.is_dir()
