@@ -20,7 +20,7 @@ from gqalib.recover import distill as module
 from gqalib.recover import optimizer, trainer
 from gqalib.recover.distill import COLUMNS, Distiller, Divergence, Lessons, distill, prune_and_recover
 from gqalib.run.instructions import examples
-from gqalib.run.presets import Distillation
+from gqalib.run.presets import Distillation, load_preset
 
 FULL = Distillation(num_tokens=600, batch_tokens=60, muon_lr=0.02, adamw_lr=1e-3, warmup_steps=1)
 ADAMW = dataclasses.replace(FULL, muon_lr=0.0, adamw_lr=3e-3)
@@ -303,6 +303,18 @@ def test_a_loss_that_is_not_finite(student, teacher, windows, settings, tmp_path
 def test_a_learning_rate_far_too_high(student, teacher, windows, tmp_path):
     with pytest.raises(InputError, match="lower distillation.muon_lr from 1e\\+30"):
         distill(student, teacher, windows, dataclasses.replace(FULL, muon_lr=1e30), tmp_path)
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_teacher_is_narrow_where_its_products_are(teacher, tokenizer, tmp_path, monkeypatch, fast, dtype):
+    monkeypatch.setattr(device, "bf16_is_fast", lambda device: fast)
+    load.save_model(teacher, tokenizer, tmp_path / "dense")
+    preset = load_preset("smoke", {"model": str(tmp_path / "dense"), "device": "cpu"})
+    found = module.load_teacher(preset, "cpu", teacher)
+    assert found.dtype == dtype and (found is teacher) == (not fast)
+    assert module.load_teacher(preset, "cpu", found) is found
+    in_float32 = load_preset("smoke", {"model": str(tmp_path / "dense"), "distillation.dtype": "float32"})
+    assert module.load_teacher(in_float32, "cpu").dtype == torch.float32
 
 
 def test_impossible_input(student, windows, clone, tmp_path):

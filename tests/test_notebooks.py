@@ -3,10 +3,12 @@
 import builtins
 import json
 from collections import defaultdict
+from functools import partial
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
 from conftest import biased_model, small_model
 
 from gqalib.measure import frontier, tasks
@@ -134,3 +136,24 @@ ASKED = {"tasks": ("01", "05", "08"), "other_text": ("01", "02", "05"), "written
 def made_up_answers(model, tokenizer, names, limit, rows):
     seen = {"example": range(6), "right": [1, 1, 1, 1, 1, 0], "nats": -1.0}
     return pd.concat([pd.DataFrame(seen).assign(task=name) for name in names], ignore_index=True)
+
+
+def test_a_trained_model_that_is_gone_is_trained_again(tmp_path):
+    """10 keeps a row for each training; where the row's model was saved and is missing, the row does not count."""
+    nb, out, made = Notebook("10_distillation", "smoke", {}, tmp_path, 0, ("budgets",)), tmp_path / "models", []
+
+    def train(start, way, tokens, out, folder):
+        made.append(start)
+        if out:
+            out.mkdir()
+        return {"losses": [1.0, 2.0]}
+
+    names = {"nb": nb, "train": train, "partial": partial, "torch": torch}
+    cells = json.loads((NOTEBOOKS / "10_distillation.ipynb").read_text(encoding="utf-8"))["cells"]
+    exec(next(source for cell in cells if "def recover(" in (source := "".join(cell["source"]))), names)
+    for start, folder in [("saved", out), ("saved", out), ("not saved", None), ("not saved", None)]:
+        assert names["recover"](start, "text", 8, folder)["losses"].tolist() == [1, 2]
+    assert made == ["saved", "not saved"]
+    out.rmdir()
+    names["recover"]("saved", "text", 8, out)
+    assert made == ["saved", "not saved", "saved"] and out.is_dir()

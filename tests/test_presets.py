@@ -151,3 +151,8 @@ def test_command_line_values():
         overrides(["c=[1,"])
     with pytest.raises(InputError, match="is no NAME=VALUE"):
         overrides(["pruning.mean_rate"])
+
+
+@pytest.mark.parametrize(("fractions", "middle"), [([0.5], 0.5), ([0.615, 0.25, 0.5], 0.5), ([0.7, 0.25], 0.25)])
+def test_the_middle_of_the_sizes(fractions, middle):
+    assert load_preset("tiny", {"budgets.fractions": fractions}).budgets.middle == middle

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from gqalib.errors import InputError
-from gqalib.measure.perplexity import window_losses
+from gqalib.measure.perplexity import in_products, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, has_attention
 from gqalib.model.surgery import drop_attention, keep_channels, without_attention
 from gqalib.peers.common import feed, peer
@@ -83,7 +83,8 @@ def least_missed(model: nn.Module, windows: torch.Tensor) -> int:
         if has_attention(layer):
             with without_attention(layer):
                 losses[index] = window_losses(model, windows, stream, index).mean()
-        stream = advance(model, stream, windows, index, index + 1)
+        with in_products(model):
+            stream = advance(model, stream, windows, index, index + 1)
     if not all(map(torch.isfinite, losses.values())):
         raise InputError("the loss without an attention is not finite: use dtype float32 or another calibration text")
     return min(losses, key=losses.get)

@@ -27,7 +27,7 @@ from gqalib.errors import InputError
 from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
 from gqalib.model.attention import attention_implementation
-from gqalib.model.load import load_model, load_tokenizer
+from gqalib.model.load import load_model, load_tokenizer, resolve_device
 from gqalib.model.names import NO_LABEL
 from gqalib.recover import trainer
 from gqalib.recover.optimizer import MuonAdamW, rate_at
@@ -340,6 +340,18 @@ def _trained(student: nn.Module, settings: Distillation) -> Iterator[nn.Module]:
         student.zero_grad(set_to_none=True)
 
 
+def load_teacher(preset: Preset, device: str, dense: nn.Module | None = None) -> nn.Module:
+    """A preset's model as it teaches: in bfloat16 where a training's products are, which is faster and half as large.
+
+    Args:
+        dense: that model, if it is there already; it is returned where its dtype will do.
+    """
+    narrow = in_bf16(preset.distillation.dtype, torch.device(resolve_device(device)))
+    dtype = "bfloat16" if narrow else preset.dtype
+    there = dense is not None and dense.dtype == getattr(torch, dtype)
+    return dense if there else load_model(preset.model, dtype, device)
+
+
 def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     """Teach a pruned model with the logits of a preset's model, its text and `distillation`, and save the result,
     whole or not at all.
@@ -360,7 +372,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     folder = trainer.place_of(out)
     several = is_one_of_several()  # then the trainer places the models, as the launcher's settings say
     device, dtype = "cpu" if several else preset.device, preset.dtype if settings.lora_r else "float32"
-    student, teacher = load_model(source, dtype, device), load_model(preset.model, preset.dtype, device)
+    student, teacher = load_model(source, dtype, device), load_teacher(preset, device)
     tokenizer = load_tokenizer(source)
     length = min(preset.frontier.calibration.length, student.config.max_position_embeddings)
     text = training_windows(preset.corpus, tokenizer, length, settings.num_tokens)

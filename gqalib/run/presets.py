@@ -138,12 +138,19 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Budgets:
-    """Tokens of distillation for the runs that compare; `distillation.num_tokens` is for the one that has to be
-    good."""
+    """Sizes, and tokens of distillation, of the runs that compare; `distillation.num_tokens` is for the model that has
+    to be good, the smallest."""
 
-    compare: PositiveInt  # each way of recovering, 10
-    curve: Counts  # how many tokens buy back how much, 10
+    fractions: Annotated[list[Fraction], Field(min_length=1)]  # of the backbone removed, 10
+    compare: PositiveInt  # each way of recovering, at the middle fraction, 10
+    curve: Counts  # how many tokens buy back how much, at every fraction, 10
+    literal: PositiveInt  # 84.64 % of all parameters removed, 10
     iterative: PositiveInt  # one cut against several, 09
+
+    @property
+    def middle(self) -> float:
+        """The fraction at which ways of recovering are compared."""
+        return sorted(self.fractions)[(len(self.fractions) - 1) // 2]
 
 
 Task = Literal["all", "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
