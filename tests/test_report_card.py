@@ -64,7 +64,7 @@ def pruned_model():
 def test_presets_that_need_no_network_ask_nothing():
     asked = {name: load_preset(name).answers for name in preset_names()}
     assert all(asked[name] == Answers() for name in ("tiny", "full", "smoke", "llama3-8b-shape", "stories260k"))
-    assert asked["smollm2"].tasks and len(asked["smollm2"].prompts) == 3 and asked["smollm2"].other_text == ""
+    assert asked["smollm2"].tasks and len(asked["smollm2"].prompts) == 3 and asked["smollm2"].other_text == "folder:data/wikitext-2"
 
 
 def test_off_is_one_line_each_and_touches_neither_model_nor_package(tmp_path, monkeypatch, capsys, tokenizer):
@@ -78,6 +78,9 @@ def test_off_is_one_line_each_and_touches_neither_model_nor_package(tmp_path, mo
         "this preset scores no tasks", "this preset reads no other text", "this preset has no prompts",
     ]  # fmt: skip
     assert nb.tables == {} and not (tmp_path / "run" / "progress").exists()
+    nb = open_notebook(tmp_path, other_text="folder:data/nowhere")
+    assert report_card.other_text(nb, models, tokenizer) is None
+    assert capsys.readouterr().out.startswith("folder:data/nowhere is not here: README says")
 
 
 def test_a_preset_names_tasks_that_there_are():

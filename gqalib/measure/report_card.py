@@ -26,12 +26,13 @@ from gqalib.device import bf16_is_fast
 from gqalib.measure import tasks
 from gqalib.measure.perplexity import exponential, ratio_with_error, window_losses
 from gqalib.model.load import load_model
-from gqalib.run.corpora import evaluation_windows
+from gqalib.run.corpora import corpus_path, evaluation_windows
 from gqalib.run.notebook import Notebook
 
 Models = dict[str, "nn.Module | str | Path | Callable[[], nn.Module]"]
 Rows = dict[str, pd.DataFrame]  # of `tasks.score_tasks`, by model
 CODE = "from gqalib.measure import perplexity, tasks"  # what the numbers that are kept depend on
+HOW_TO_GET = "README says which files go there, and nothing else needs them"
 SURE = 2  # standard errors from which on a difference counts as shown
 
 
@@ -164,15 +165,17 @@ def _named(table: pd.DataFrame, chosen: pd.Series) -> str:
 
 
 def other_text(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame | None:
-    """Perplexity on the test split of `answers.other_text`, at both windows of `evaluation`; None where none is asked.
+    """Perplexity on the test split of `answers.other_text`, at both windows of `evaluation`; None where none is asked,
+    or where its files are missing.
 
     Returns:
         A row per model and window, recorded as table `other_text`: `perplexity` with the standard error over windows,
         and its `ratio` to the first model's with the paired `ratio_error`. `text` is the corpus without its path.
     """
     corpus, ev = nb.preset.answers.other_text, nb.preset.evaluation
-    if not corpus:
-        print("this preset reads no other text")
+    missing = corpus.startswith(("file:", "folder:")) and not corpus_path(corpus).exists()
+    if not corpus or missing:
+        print(f"{corpus} is not here: {HOW_TO_GET}" if missing else "this preset reads no other text")
         return None
     kept, reference, rows = nb.shared_progress("other text", CODE), {}, []
     for name, model in _each(nb, models):

@@ -7,7 +7,7 @@ A preset is a YAML file in `gqalib/run/presets/`; an override is a dotted name a
 import dataclasses
 import difflib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -96,8 +96,9 @@ class Frontier:
     fractions: Annotated[list[Fraction], Field(min_length=1)]  # of the backbone removed
     calibration: Sample  # what every method reads, and the second half's refit
     test: Sample  # behind each perplexity
-    seeds: PositiveInt  # calibration samples drawn, each method runs on each
+    seeds: PositiveInt  # calibration samples drawn
     other_corpus: str  # another text to calibrate on, as `corpus`
+    repeated: list[Fraction] = field(default_factory=list)  # where all samples are tried; none: at every fraction
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,10 @@ Task = Literal["all", "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "a
 class Answers:
     """What models are asked beside perplexity on the preset's own text. By default nothing, and nothing is fetched."""
 
-    tasks: list[Task] = dataclasses.field(default_factory=list)  # of `measure.tasks`
+    tasks: list[Task] = field(default_factory=list)  # of `measure.tasks`
     limit: PositiveInt | None = None  # examples of each task, spread over it; None: all
     other_text: str = ""  # another corpus, as `corpus`; a folder may stand in the repository
-    prompts: list[str] = dataclasses.field(default_factory=list)  # that models answer side by side
+    prompts: list[str] = field(default_factory=list)  # that models answer side by side
     num_new_tokens: PositiveInt = 48  # of each answer, at most
 
 
@@ -255,7 +256,7 @@ class Preset:
     distillation: Distillation
     budgets: Budgets
     cost: Cost
-    answers: Answers = dataclasses.field(default_factory=Answers)
+    answers: Answers = field(default_factory=Answers)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
