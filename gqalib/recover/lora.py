@@ -22,7 +22,7 @@ from gqalib.measure import memory
 from gqalib.model.load import load_model, load_tokenizer
 from gqalib.recover import trainer
 from gqalib.recover.trainer import merge  # noqa: F401 (06 merges with it)
-from gqalib.run.instructions import examples, instructions
+from gqalib.run.instructions import examples, read_instructions
 from gqalib.run.presets import Preset, Recovery
 from gqalib.run.resume import Progress, code_hash, digest
 
@@ -122,7 +122,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     folder, settings = trainer.place_of(out), preset.recovery
     several = is_one_of_several()  # then the trainer places the model, as the launcher's settings say
     model, tokenizer = load_model(source, preset.dtype, "cpu" if several else preset.device), load_tokenizer(source)
-    rows = instructions(preset.instructions, "train", preset.corpus, settings.num_examples)
+    rows = read_instructions(preset.instructions, "train", preset.corpus, settings.num_examples)
     terms = memory.expected("LoRA", model, settings.batch_size, settings.max_length, settings=settings)
     with nullcontext() if several else memory.stage("LoRA", terms, model, "lower recovery.batch_size"):
         _, log = finetune_lora(model, tokenizer, rows, settings, folder, seed)
