@@ -30,13 +30,9 @@ COLUMNS = {"step": "step", "num_input_tokens_seen": "tokens"} | {x: x for x in (
 
 
 def finetune_lora(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, str]],
-    settings: Recovery,
-    folder: Path,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], settings: Recovery, folder: Path,
     seed: int = 0,
-) -> tuple[PeftModel, pd.DataFrame]:
+) -> tuple[PeftModel, pd.DataFrame]:  # fmt: skip
     """Train a LoRA adapter on `prompt` / `completion` rows; the loss is on the completion only.
 
     Every linear module of the layers is adapted (`all-linear`; lm_head never is). The base weights do not change. The

@@ -222,7 +222,7 @@ class Preset:
     corpus: str  # python-docs | wikitext2 | c4 | random-tokens | file:PATH
     instructions: str  # python-docs | alpaca-cleaned | corpus | file:PATH
     dtype: Literal["float32", "bfloat16"]
-    device: str  # auto | cpu | cuda | cuda:1 … | all (layers spread over all cards) | offload (they wait in host memory)
+    device: str  # auto | cpu | cuda | cuda:1 … | all (cards share the layers) | offload (they wait in host memory)
     evaluation: Evaluation
     calibration: Sample
     removal: Sample
