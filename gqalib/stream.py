@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from gqalib.measure.cost import free_bytes
 from gqalib.model.load import to_device
 
 BATCH_TOKENS = 2048  # per pass: what two cores like, and what a backward pass through all layers of 8B has room for
@@ -154,6 +155,4 @@ def tokens_at_once(model: nn.Module) -> int:
     """
     if model.device.type != "cuda":
         return BATCH_TOKENS
-    reusable = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    free = torch.cuda.mem_get_info(model.device)[0] + reusable
-    return int(min(max(free / 2 / (20 * model.config.vocab_size), BATCH_TOKENS), MOST_TOKENS))
+    return int(min(max(free_bytes(model.device) / 2 / (20 * model.config.vocab_size), BATCH_TOKENS), MOST_TOKENS))

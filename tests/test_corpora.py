@@ -128,14 +128,14 @@ def test_json_corpora(tmp_path, suffix, dump):
 def test_alpaca_rows(tmp_path):
     path = tmp_path / "alpaca.json"
     path.write_text(json.dumps([{"instruction": "Add.", "input": "1 1", "output": "2"}] * 10))
-    row = instructions.instructions(f"file:{path}", "train", "", 1)[0]
+    row = instructions.read_instructions(f"file:{path}", "train", "", 1)[0]
     assert row == {"prompt": "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n", "completion": "2"}
 
 
 def test_instructions_from_the_corpus_itself(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("<|endoftext|>".join(["One day. Tom ran away.", "No end"] * 10))
-    rows = instructions.instructions("corpus", "train", f"file:{path}")
+    rows = instructions.read_instructions("corpus", "train", f"file:{path}")
     assert rows[0] == {"prompt": "One day. ", "completion": "Tom ran away."} and len(rows) == 8
 
 
@@ -183,7 +183,7 @@ def test_a_text_that_cannot_be_read_is_one_sentence(name, content, says, tmp_pat
 def test_instructions_need_instructions(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "a"}')
     with pytest.raises(InputError, match="must hold rows with text in the fields instruction and output"):
-        instructions.instructions(f"file:{tmp_path / 't.jsonl'}", "train", "")
+        instructions.read_instructions(f"file:{tmp_path / 't.jsonl'}", "train", "")
 
 
 def test_a_missing_text_is_one_sentence():
@@ -206,7 +206,7 @@ def test_a_hub_that_breaks_off_is_one_sentence(monkeypatch):
     with pytest.raises(InputError, match="corpus allenai/c4" + says):
         list(corpora.read_corpus("c4", "train"))
     with pytest.raises(InputError, match="instructions yahma/alpaca-cleaned" + says):
-        instructions.instructions("alpaca-cleaned", "train", "")
+        instructions.read_instructions("alpaca-cleaned", "train", "")
 
 
 def test_samples_share_no_row():
@@ -233,7 +233,7 @@ def test_random_tokens_are_words_of_every_shape_and_the_same_each_time():
     windows = corpora.evaluation_windows("random-tokens", "test", tokenizer, 64, 640)
     counts = windows.flatten().bincount(minlength=512)
     assert windows.shape == (10, 64) and windows.max() < 512 and (counts[:2] <= 10).all() and (counts > 0).sum() > 300
-    (row,) = instructions.instructions("corpus", "train", "random-tokens", 1)
+    (row,) = instructions.read_instructions("corpus", "train", "random-tokens", 1)
     assert (
         len(tokenizer(row["prompt"])["input_ids"]) == 8
         and row["prompt"].strip().endswith(".")

@@ -21,7 +21,7 @@ from gqalib.model.load import REPOSITORY, load_model, load_tokenizer, save_model
 from gqalib.recover import lora, trainer
 from gqalib.run.cli import main, overrides
 from gqalib.run.corpora import END_OF_DOCUMENT, training_windows
-from gqalib.run.instructions import instructions
+from gqalib.run.instructions import read_instructions
 from gqalib.run.presets import load_preset
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
@@ -179,7 +179,7 @@ def test_shards_train_as_one(arguments, site, tmp_path):
 def test_merged_is_what_was_trained(pairs, arguments, tmp_path):
     preset = load_preset("tiny", overrides(pairs))
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    rows = instructions(preset.instructions, "train", preset.corpus, preset.recovery.num_examples)
+    rows = read_instructions(preset.instructions, "train", preset.corpus, preset.recovery.num_examples)
     model, tokenizer = load_model(tmp_path / "model", device="cpu"), load_tokenizer(tmp_path / "model")
     adapted, _ = lora.finetune_lora(model, tokenizer, rows, preset.recovery, tmp_path / "training", seed=3)
     found = weights(tmp_path / "out")

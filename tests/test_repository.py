@@ -165,3 +165,11 @@ def test_no_pickles_and_no_remote_code():
             ]
             assert found == (banned[1:2] if path.name == "test_models.py" else []), path
         assert path.suffix not in {".bin", ".pt", ".pth", ".pkl"}, path
+
+
+def test_one_name_for_one_thing():
+    """A seed is the random one's, a sweep the refit's: neither is the founding document nor a range of rates."""
+    names = {name for path in RESULTS.parent.glob("*/*.json") for name in read_record(path)["tables"]}
+    assert "sweep" not in names
+    said = [path.read_text(encoding="utf-8") for path in (*NOTEBOOKS, *RESULTS.parent.glob("*/*.json"))]
+    assert not [text for text in said if re.search(r"seed (Taylor|\(q\+k\+v\))|SEED_PERCENT", text)]

@@ -35,15 +35,10 @@ Terms = dict[str, int]  # bytes by what they are for; `weights` are there before
 
 
 def expected(
-    stage: str | Sequence[str],
-    model: nn.Module,
-    num_examples: int,
-    length: int,
-    *,
-    device: str | torch.device | None = None,
-    streams: bool | None = None,
+    stage: str | Sequence[str], model: nn.Module, num_examples: int, length: int, *,
+    device: str | torch.device | None = None, streams: bool | None = None,
     settings: Recovery | Distillation | None = None,
-) -> Terms:
+) -> Terms:  # fmt: skip
     """Bytes that a stage needs at its peak, by term.
 
     Args:

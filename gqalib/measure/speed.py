@@ -118,13 +118,9 @@ def fused(backend: str = "inductor") -> Iterator[None]:
 
 @torch.no_grad()
 def compare_speed(
-    models: dict[str, nn.Module],
-    batch_sizes: Sequence[int],
-    contexts: Sequence[int],
-    min_run_s: float = 0.5,
-    rounds: int = 5,
-    phases: Sequence[str] = tuple(PHASES),
-) -> pd.DataFrame:
+    models: dict[str, nn.Module], batch_sizes: Sequence[int], contexts: Sequence[int], min_run_s: float = 0.5,
+    rounds: int = 5, phases: Sequence[str] = tuple(PHASES),
+) -> pd.DataFrame:  # fmt: skip
     """Prefill and decode of several models on one device, at every batch size and context; the first is what the
     others are compared with.
 

@@ -42,14 +42,9 @@ Rows = torch.Tensor | Sequence[dict[str, list[int]]]
 
 
 def distill(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    rows: Rows,
-    settings: Distillation,
-    folder: Path,
-    micro_tokens: int | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> pd.DataFrame:
+    student: nn.Module, teacher: nn.Module | None, rows: Rows, settings: Distillation, folder: Path,
+    micro_tokens: int | None = None, callbacks: Sequence[TrainerCallback] = (),
+) -> pd.DataFrame:  # fmt: skip
     """Teach a pruned model, in place, until `settings.num_tokens` are seen (the last step is a whole one).
 
     With `lora_r` only an adapter is trained, and merged at the end, so the student is a plain model again. The state
@@ -282,14 +277,9 @@ def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def prune_and_recover(
-    model: nn.Module,
-    cut: Callable[[nn.Module, int], None],
-    rows: Rows,
-    settings: Distillation,
-    steps: int,
-    teacher: nn.Module,
-    folder: Path,
-) -> pd.DataFrame:
+    model: nn.Module, cut: Callable[[nn.Module, int], None], rows: Rows, settings: Distillation, steps: int,
+    teacher: nn.Module, folder: Path,
+) -> pd.DataFrame:  # fmt: skip
     """Prune a model in place in `steps` cuts, each followed by its share of the distillation.
 
     Args:

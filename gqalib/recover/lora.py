@@ -22,7 +22,7 @@ from gqalib.measure import memory
 from gqalib.model.load import load_model, load_tokenizer
 from gqalib.recover import trainer
 from gqalib.recover.trainer import merge  # noqa: F401 (06 merges with it)
-from gqalib.run.instructions import examples, instructions
+from gqalib.run.instructions import examples, read_instructions
 from gqalib.run.presets import Preset, Recovery
 from gqalib.run.resume import Progress, code_hash, digest
 
@@ -30,13 +30,9 @@ COLUMNS = {"step": "step", "num_input_tokens_seen": "tokens"} | {x: x for x in (
 
 
 def finetune_lora(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, str]],
-    settings: Recovery,
-    folder: Path,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], settings: Recovery, folder: Path,
     seed: int = 0,
-) -> tuple[PeftModel, pd.DataFrame]:
+) -> tuple[PeftModel, pd.DataFrame]:  # fmt: skip
     """Train a LoRA adapter on `prompt` / `completion` rows; the loss is on the completion only.
 
     Every linear module of the layers is adapted (`all-linear`; lm_head never is). The base weights do not change. The
@@ -122,7 +118,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     folder, settings = trainer.place_of(out), preset.recovery
     several = is_one_of_several()  # then the trainer places the model, as the launcher's settings say
     model, tokenizer = load_model(source, preset.dtype, "cpu" if several else preset.device), load_tokenizer(source)
-    rows = instructions(preset.instructions, "train", preset.corpus, settings.num_examples)
+    rows = read_instructions(preset.instructions, "train", preset.corpus, settings.num_examples)
     terms = memory.expected("LoRA", model, settings.batch_size, settings.max_length, settings=settings)
     with nullcontext() if several else memory.stage("LoRA", terms, model, "lower recovery.batch_size"):
         _, log = finetune_lora(model, tokenizer, rows, settings, folder, seed)

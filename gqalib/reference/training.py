@@ -125,14 +125,9 @@ def _scale_outputs(model: LlamaForCausalLM, factor: float) -> None:
 
 
 def train(
-    ids: torch.Tensor,
-    validation: torch.Tensor,
-    recipe: Recipe,
-    folder: Path,
-    device: str = "cpu",
-    micro_tokens: int | None = None,
-    start_from: Path | None = None,
-) -> tuple[LlamaForCausalLM, pd.DataFrame]:
+    ids: torch.Tensor, validation: torch.Tensor, recipe: Recipe, folder: Path, device: str = "cpu",
+    micro_tokens: int | None = None, start_from: Path | None = None,
+) -> tuple[LlamaForCausalLM, pd.DataFrame]:  # fmt: skip
     """Train the reference model, stage after stage; state lives in `folder`, so that a killed run goes on.
 
     Args:

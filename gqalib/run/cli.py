@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
 def _of_a_model(add) -> None:
     add("--model", required=True, metavar="FOLDER", help="a Llama: a folder, a hub id or a pruned folder")
     add("--corpus", default="python-docs", help="python-docs, wikitext2, c4 or file:PATH (default: python-docs)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, all (cards) or offload, see README (default: cuda, or cpu)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, all (cards) or offload: see README (default: auto)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
 
 

@@ -12,7 +12,7 @@ from gqalib.run.corpora import corpus_path, encode, hub_rows, json_rows, part, r
 from gqalib.run.python_docs import described
 
 
-def instructions(name: str, split: str, corpus: str, num_rows: int | None = None) -> list[dict[str, str]]:
+def read_instructions(name: str, split: str, corpus: str, num_rows: int | None = None) -> list[dict[str, str]]:
     """Rows of `prompt` and `completion` to learn from.
 
     `python-docs`: "Describe `package.module.name`." and its docstring; `alpaca-cleaned`; `file:PATH`: JSON or JSONL

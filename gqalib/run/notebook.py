@@ -63,11 +63,6 @@ def default_run_dir(preset: str, overrides: dict[str, Any] | None = None, seed: 
     return runs.expanduser().absolute() / run_name(preset, overrides or {}, seed)
 
 
-def numbered_notebooks(folder: Path = NOTEBOOKS) -> list[Path]:
-    """The notebooks of the series in order; 00, which made the reference model, is not part of it."""
-    return sorted(path for path in folder.glob("[0-9][0-9]_*.ipynb") if not path.name.startswith("00_"))
-
-
 def read_record(path: Path) -> dict[str, Any]:
     """A record, whole and of this schema.
 
