@@ -1,5 +1,7 @@
 PRESET ?= tiny
 SET ?=
+# the quick look runs two notebooks beside each other; where speed is measured in earnest, one at a time
+AT_ONCE ?= $(if $(filter tiny,$(PRESET)),2,1)
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -16,7 +18,7 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $@
 
 run: env
-	$(BIN)/python -m gqalib run --preset $(PRESET) $(foreach pair,$(SET),--set $(pair))
+	$(BIN)/python -m gqalib run --preset $(PRESET) --at-once $(AT_ONCE) $(foreach pair,$(SET),--set $(pair))
 
 report: env
 	$(BIN)/python -m gqalib report --preset $(PRESET)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -16,7 +17,9 @@ from gqalib import InputError
 from gqalib.prune import refit
 from gqalib.run import resume, series
 from gqalib.run.cli import main
-from gqalib.run.notebook import HELD, Notebook, default_run_dir, fitting_record, locked, progress_dir, read_record
+from gqalib.run.notebook import (
+    HELD, Notebook, default_run_dir, fitting_record, locked, machine, progress_dir, read_record,
+)  # fmt: skip
 from gqalib.run.presets import load_preset
 from gqalib.run.resume import NOT_KEPT
 
@@ -124,6 +127,41 @@ def test_notebooks_know_who_holds_the_lock_and_nobody_does_later(job, notebooks)
     job(only="01").run()
     assert read_record(job().run_dir / "01_first.json")["texts"]["held"] == str(job().run_dir)
     assert HELD not in os.environ
+
+
+def test_notebooks_beside_each_other_wait_for_what_they_read(job, notebooks, monkeypatch):
+    write_notebook(notebooks, "03_third", 'nb.metric("z", 1, "u")')
+    met, ended, seen = threading.Barrier(2, timeout=10), [], {}
+
+    def execute(self, path):
+        if path.stem != "02_second" and len(ended) < 2:  # 01 and 03 wait for each other
+            met.wait()
+        seen[path.stem] = list(ended), os.environ["OMP_NUM_THREADS"], machine("cpu")
+        ended.append(path.stem)
+
+    monkeypatch.setattr(series.Series, "execute", execute)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    job().run(at_once=2)
+    assert "01_first" in seen["02_second"][0] and seen["03_third"][1] == "4" and os.environ["OMP_NUM_THREADS"] == "7"
+    assert all(said.endswith(", 2 notebooks at a time") for _, _, said in seen.values())
+    job().run()
+    assert ended[3:] == ["01_first", "02_second", "03_third"] and seen["02_second"][1] == "7"
+
+
+def test_a_failure_stops_what_runs_beside_it(job, notebooks, monkeypatch):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])  # stands for the other's kernel
+    write_notebook(notebooks, "03_third", 'nb.metric("z", 1, "u")')
+
+    def execute(self, path):
+        if path.stem == "01_first":
+            raise InputError("broken")
+        assert sleeper.wait(20) != 0
+
+    monkeypatch.setattr(series.Series, "execute", execute)
+    with pytest.raises(InputError, match="broken"):
+        job().run(at_once=2)
+    assert sleeper.poll() is not None
 
 
 def test_other_parameters_have_a_folder_of_their_own(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from gqalib.run.presets import Cut, Preset, check_cut, check_name, load_preset, 
 def run(options: Namespace) -> int:
     """Execute the numbered notebooks through papermill; finished ones are kept."""
     settings = preset(options)
+    check_positive(**{"--at-once": options.at_once})
     selected(options.notebooks_dir, options.first, options.only)
     fetch_packages(settings)  # not in the first notebook's kernel, which would show a refusal late
     from gqalib.run import series
@@ -35,7 +36,7 @@ def run(options: Namespace) -> int:
     which = {"seed": options.seed, "first": options.first, "only": options.only}
     job = series.Series(options.preset, overrides(options.overrides), **where, **which)
     try:
-        job.run(options.force)
+        job.run(options.force, options.at_once)
     except series.NotebookFailed as error:
         print(f"\nfailed: {error}", file=sys.stderr)
         return series.KERNEL_DIED if isinstance(error, series.KernelDied) else 1
@@ -212,6 +213,7 @@ def _of_a_preset(add, default: str = "tiny") -> None:
 
 def _of_notebooks(add) -> None:
     add("--force", action="store_true", help="run finished notebooks again")
+    add("--at-once", type=int, default=1, metavar="N", help="notebooks beside each other, each on its share of the cores")
     add("--notebooks-dir", type=Path, default=NOTEBOOKS, help="a series of your own (default: the workbook's)")
 
 

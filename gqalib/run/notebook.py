@@ -36,16 +36,17 @@ from gqalib.measure.cost import weight_bytes
 from gqalib.measure.perplexity import evaluate_in
 from gqalib.model.load import resolve_device
 from gqalib.model.names import REPOSITORY, check_model
+from gqalib.run.checks import NOTEBOOKS
 from gqalib.run.corpora import corpus_path
 from gqalib.run.presets import Preset, load_preset
 from gqalib.run.resume import FRAME, Part, Progress, code_hash, replacing
 
 SCHEMA = 1
-NOTEBOOKS = REPOSITORY / "notebooks"
 COMMITTED = REPOSITORY / "data" / "results"
 BASE = ("model", "corpus", "dtype", "evaluation_dtype", "device")  # what every notebook depends on
 SHARED = "shared"  # the progress that belongs to no one notebook
 HELD = "GQALIB_LOCKED"  # in the environment of the notebooks that a runner starts: the folder that it has locked
+AT_ONCE = "GQALIB_AT_ONCE"  # how many notebooks the runner has running beside each other
 COMMIT = "git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"  # says what is checked out
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
 
@@ -362,6 +363,8 @@ def machine(device: str) -> str:
     used."""
     cpu = torch.backends.cpu.get_cpu_capability()
     words = [f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", cpu]
+    if (at_once := os.environ.get(AT_ONCE, "1")) != "1":
+        words.append(f"{at_once} notebooks at a time")
     if resolve_device(device).startswith("cuda"):
         driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
         words += [torch.cuda.get_device_name(), f"driver {driver}", f"CUDA {torch.version.cuda}"]

@@ -6,16 +6,20 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from gqalib.errors import InputError
 from gqalib.model.load import load_tokenizer
-from gqalib.run.checks import NOTEBOOKS, check_preset, selected
+from gqalib.run.checks import NOTEBOOKS, check_preset, reads, selected
 from gqalib.run.corpora import evaluation_windows
 from gqalib.run.notebook import (
-    HELD, SHARED, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked, progress_dir,
+    AT_ONCE, HELD, SHARED, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked, progress_dir,
     read_record, seconds_of, sha256,
 )  # fmt: skip
 from gqalib.run.resume import onto_disk
@@ -67,26 +71,46 @@ class Series:
             for split, length in (("test", p["evaluation"]["short_window"]), ("train", p["calibration"]["length"])):
                 evaluation_windows(p["corpus"], split, tokenizer, length, length)
 
-    def run(self, force: bool = False) -> None:
-        """Execute what is not finished yet, one line of progress each."""
-        os.environ.update(KERNEL_ENVIRONMENT)
-        started = time.monotonic()
-        with locked(self.run_dir), contextlib.ExitStack() as at_the_end:
-            os.environ[HELD] = str(self.run_dir)  # kernels inherit it
-            at_the_end.callback(os.environ.pop, HELD)
+    def run(self, force: bool = False, at_once: int = 1) -> None:
+        """Execute what is not finished yet, one line of progress each.
+
+        Args:
+            at_once: notebooks that run beside each other, each on its share of the cores; one that reads another's
+            record waits for it. If one fails, the others are stopped, and go on where they were another time.
+        """
+        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
+        started, waiting, running = time.monotonic(), list(self.paths), {}
+        with locked(self.run_dir), _environment(KERNEL_ENVIRONMENT, share, {HELD: str(self.run_dir), AT_ONCE: at_once}):
             if force:
                 shutil.rmtree(progress_dir(self.run_dir, SHARED), ignore_errors=True)
-            for i, path in enumerate(self.paths, 1):
-                print(f"[{i}/{len(self.paths)}] {path.stem:24s}", end=" ", flush=True)
-                if not force and self.is_finished(path):
-                    print("finished before", flush=True)
-                    continue
-                if force:
-                    shutil.rmtree(progress_dir(self.run_dir, path.stem), ignore_errors=True)
-                begun = time.monotonic()
-                self.execute(path)
-                clock = f"elapsed {_clock(time.monotonic() - started)}, {self._expected_s(self.paths[i:])}"
-                print(f"{time.monotonic() - begun:4.0f} s   ({clock})", flush=True)
+            with ThreadPoolExecutor(at_once) as pool, _stopped_on_error():
+                while waiting or running:
+                    for path in self._ready(waiting, running)[: at_once - len(running)]:
+                        waiting.remove(path)
+                        running[pool.submit(self._finish, path, force)] = path
+                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                        self._say(running.pop(done), done.result(), started, [*running.values(), *waiting])
+
+    def _ready(self, waiting: list[Path], running: dict[Future, Path]) -> list[Path]:
+        """Those that read no record of a notebook that is not there yet."""
+        unfinished = {path.stem for path in [*waiting, *running.values()]}
+        return [path for path in waiting if not unfinished.intersection(reads(path))]
+
+    def _finish(self, path: Path, force: bool) -> float | None:
+        """Execute a notebook that is not finished; the seconds that it took, or None."""
+        if not force and self.is_finished(path):
+            return None
+        if force:
+            shutil.rmtree(progress_dir(self.run_dir, path.stem), ignore_errors=True)
+        begun = time.monotonic()
+        print(f"{path.stem} begins", flush=True)
+        self.execute(path)
+        return time.monotonic() - begun
+
+    def _say(self, path: Path, seconds: float | None, started: float, left: list[Path]) -> None:
+        number = f"[{len(self.paths) - len(left)}/{len(self.paths)}] {path.stem:24s}"
+        clock = f"elapsed {_clock(time.monotonic() - started)}, {self._expected_s(left)}"
+        print(number, "finished before" if seconds is None else f"{seconds:4.0f} s   ({clock})", flush=True)
 
     def is_finished(self, path: Path) -> bool:
         """Whether record and executed notebook stand for these parameters, inputs, code and upstream records, and
@@ -163,6 +187,31 @@ class Series:
         lines += [""] * bool(lines)
         lines += [f"notebooks  {self.run_dir / path.name}" for path in self.paths]
         return "\n".join([*lines, f"figures    {self.run_dir / 'figures'}"])
+
+
+@contextlib.contextmanager
+def _environment(*changes: dict[str, Any]) -> Iterator[None]:
+    """Inside, these variables are set, which kernels inherit; afterwards they are as before."""
+    before = dict(os.environ)
+    for change in changes:
+        os.environ.update({name: str(value) for name, value in change.items()})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _stopped_on_error() -> Iterator[None]:
+    """An error inside, or Ctrl-C, ends the kernels that still run, so that nobody waits for them."""
+    try:
+        yield
+    except BaseException:
+        for kernel in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                kernel.terminate()
+        raise
 
 
 def _clock(seconds: float) -> str:
