@@ -245,7 +245,7 @@ class Preset:
     instructions: str  # python-docs | alpaca-cleaned | corpus | file:PATH
     dtype: Literal["float32", "bfloat16"]
     evaluation_dtype: Literal["auto", "float32", "bfloat16"]  # of evaluations' products; auto: bf16 where that is fast
-    device: str  # auto | cpu | cuda | cuda:1 … | all (layers spread over all cards) | offload (they wait in host memory)
+    device: str  # auto | cpu | cuda | cuda:1 … | all (cards share the layers) | offload (they wait in host memory)
     evaluation: Evaluation
     calibration: Sample
     removal: Sample
