@@ -86,7 +86,7 @@ def task_table(rows: Rows) -> pd.DataFrame:
 
 
 def side_by_side(table: pd.DataFrame, what: str = "accuracy") -> pd.DataFrame:
-    """A column of `task_table` ± its standard error, tasks down, models across; accuracy beside what guessing gives."""
+    """A column of `task_table` ± its standard error, tasks down, models across; accuracy beside chance."""
     digits = 3 if what.startswith("nats") else 1
     values, errors = table[what], table["error" if what == "accuracy" else f"{what}_error"]
     cells = [f"{value:.{digits}f} ± {error:.{digits}f}" for value, error in zip(values, errors, strict=True)]

@@ -126,7 +126,8 @@ def add_output_bias(model: nn.Module, layer_index: int, projection: str, bias: t
     """Add a vector [hidden] to the output of a layer's `o_proj` or `down_proj`, which gets a bias if it has none.
 
     Raises:
-        InputError: layer out of range or without attention, another projection, or a bias that is not finite or not [hidden].
+        InputError: layer out of range or without attention, another projection, or a bias that is not finite or not
+        [hidden].
     """
     layer = _layer(model, layer_index)
     if projection not in ("o_proj", "down_proj"):

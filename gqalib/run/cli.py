@@ -213,7 +213,7 @@ def _of_a_preset(add, default: str = "tiny") -> None:
 
 def _of_notebooks(add) -> None:
     add("--force", action="store_true", help="run finished notebooks again")
-    add("--at-once", type=int, default=1, metavar="N", help="notebooks beside each other, each on its share of the cores")
+    add("--at-once", type=int, default=1, metavar="N", help="notebooks beside each other, each on its share of cores")
     add("--notebooks-dir", type=Path, default=NOTEBOOKS, help="a series of your own (default: the workbook's)")
 
 

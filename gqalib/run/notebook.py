@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import transformers
+from IPython.display import Markdown, display
 from torch import nn
 
 from gqalib import figures
@@ -216,7 +217,8 @@ class Notebook:
         self._lock = contextlib.ExitStack()
         if os.environ.get(HELD) != str(self.run_dir):  # else the runner that started this notebook has it
             self._lock.enter_context(locked(self.run_dir, shared=True))
-        self.metrics, self.tables, self.texts, self.artefacts, self.stages, self.read = {}, {}, {}, [], [], {}
+        self.metrics, self.tables, self.texts, self.captions = {}, {}, {}, {}
+        self.artefacts, self.stages, self.read = [], [], {}
         self._started = time.monotonic()
         transformers.set_seed(seed)
         evaluate_in(whole.evaluation_dtype)
@@ -298,7 +300,8 @@ class Notebook:
     def shared_progress(self, name: str, code: str) -> Progress:
         """`progress` that all notebooks of the run share, for what depends on its arguments, the run's model and
         machine, and what this `code` imports of the library, and on nothing else."""
-        reasons = self._reasons() | {"parameters": [self.parameters[key] for key in BASE], "library": code_hash(code, FRAME)}
+        base = [self.parameters[key] for key in BASE]
+        reasons = self._reasons() | {"parameters": base, "library": code_hash(code, FRAME)}
         return Progress(progress_dir(self.run_dir, SHARED) / name, reasons)
 
     def trained(self, name: str, train: Callable[[Path], Part]) -> Part:
@@ -325,14 +328,20 @@ class Notebook:
         self.artefacts.append(f"models/{name}")
         return self.run_dir / "models" / name
 
-    def figure(self, fig: plt.Figure, name: str) -> None:
-        """Save a figure as PNG and SVG and list it in the record; the notebook shows it as well."""
+    def figure(self, fig: plt.Figure, name: str, caption: str = "") -> None:
+        """Save a figure as PNG and SVG, list it in the record, and show it with its caption, which is its alt text,
+        too."""
         folder = self.run_dir / "figures"
         folder.mkdir(exist_ok=True)
         for suffix in ("png", "svg"):
             file = f"{self.name[:2]}_{name}.{suffix}"
             fig.savefig(folder / file)
             self.artefacts.append(f"figures/{file}")
+        self.captions[name] = caption
+        plt.close(fig)  # else it would be shown once more, below its caption
+        display(fig, metadata={"image/png": {"alt": caption or name}})
+        if caption:
+            display(Markdown(f"**Figure {int(self.name[:2])}.{len(self.captions)}.** {caption}"))
 
     def finish(self) -> None:
         """Write the record. What was kept on the way to it stays, for a run of which only words or figures have
@@ -350,7 +359,7 @@ class Notebook:
             "schema": SCHEMA, "notebook": self.name, "preset": self.parameters["name"], **self._reasons(),
             "overrides": self.overrides, "git_commit": _said_by(*COMMIT) or None,
             "machine": machine(self.preset.device), "upstream": self.read, "metrics": self.metrics,
-            "tables": self.tables, "texts": self.texts, "artefacts": self.artefacts,
+            "tables": self.tables, "texts": self.texts, "captions": self.captions, "artefacts": self.artefacts,
             "seconds": round(time.monotonic() - self._started, 1),
         }  # fmt: skip
         text = json.dumps(record, indent=1, ensure_ascii=False)

@@ -19,8 +19,8 @@ from gqalib.model.load import load_tokenizer
 from gqalib.run.checks import NOTEBOOKS, check_preset, reads, selected
 from gqalib.run.corpora import evaluation_windows
 from gqalib.run.notebook import (
-    AT_ONCE, HELD, SHARED, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked, progress_dir,
-    read_record, seconds_of, sha256,
+    AT_ONCE, HELD, SHARED, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked,
+    progress_dir, read_record, seconds_of, sha256,
 )  # fmt: skip
 from gqalib.run.resume import onto_disk
 
