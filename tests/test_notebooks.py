@@ -69,7 +69,7 @@ def test_the_frontier_of_a_model_that_cannot_lose_half(run, monkeypatch):
     methods = ["FLAP", "OSSCAR", frontier.OWN]
     monkeypatch.setattr("gc.collect", lambda: 0)  # a third of a second for each measurement
     few = {"left_out": [name for name in frontier.METHODS if name not in methods], "switched_off": {}}
-    names = run("08", small_model(num_key_value_heads=1, num_hidden_layers=2), **few)
+    names = run("10", small_model(num_key_value_heads=1, num_hidden_layers=2), **few)
     assert names["middle"] == names["largest"] == 0.25 and names["nb"].metrics["ratio_own_25"]
 
 
@@ -112,7 +112,7 @@ def test_full_prune_of_a_model_whose_groups_differ(run):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("number", ["01", "02", "05", "08"])
+@pytest.mark.parametrize("number", ["01", "02", "05", "10"])
 def test_answers_where_a_preset_asks_for_them(run, number, monkeypatch):
     """Tasks of a made-up harness, another text and a prompt: every model of the notebook has its rows."""
     asked = {"tasks": ["piqa", "arc_easy"], "other_text": "random-tokens", "prompts": ["w5 w6"], "num_new_tokens": 3}
@@ -122,15 +122,15 @@ def test_answers_where_a_preset_asks_for_them(run, number, monkeypatch):
     monkeypatch.setattr(builtins, "display", lambda *shown: None, raising=False)
     monkeypatch.setattr(tasks, "score_tasks", made_up_answers)
     few = {"left_out": [n for n in frontier.METHODS if n not in ("FLAP", frontier.OWN)], "switched_off": {}}
-    few = few if number == "08" else {"backbone_rates": [0.25]} if number == "05" else {}
+    few = few if number == "10" else {"backbone_rates": [0.25]} if number == "05" else {}
     tables = run(number, small_model(num_hidden_layers=2), **few)["nb"].tables
     names = [name for name in ASKED if number in ASKED[name]]
-    pruned = {"01": set(), "02": {"v2"}, "05": {"v3"}, "08": {"FLAP, 25 %", f"{frontier.OWN}, 25 %"}}[number]
+    pruned = {"01": set(), "02": {"v2"}, "05": {"v3"}, "10": {"FLAP, 25 %", f"{frontier.OWN}, 25 %"}}[number]
     for name in names:
         assert {row["model"] for row in tables[name]} == {"dense"} | pruned
 
 
-ASKED = {"tasks": ("01", "05", "08"), "other_text": ("01", "02", "05"), "written": ("05",)}
+ASKED = {"tasks": ("01", "05", "10"), "other_text": ("01", "02", "05"), "written": ("05",)}
 
 
 def made_up_answers(model, tokenizer, names, limit, rows):
@@ -140,7 +140,7 @@ def made_up_answers(model, tokenizer, names, limit, rows):
 
 def test_a_trained_model_that_is_gone_is_trained_again(tmp_path):
     """10 keeps a row for each training; where the row's model was saved and is missing, the row does not count."""
-    nb, out, made = Notebook("10_distillation", "smoke", {}, tmp_path, 0, ("budgets",)), tmp_path / "models", []
+    nb, out, made = Notebook("12_distillation", "smoke", {}, tmp_path, 0, ("budgets",)), tmp_path / "models", []
 
     def train(start, way, tokens, out, folder):
         made.append(start)
@@ -149,7 +149,7 @@ def test_a_trained_model_that_is_gone_is_trained_again(tmp_path):
         return {"losses": [1.0, 2.0]}
 
     names = {"nb": nb, "train": train, "partial": partial, "torch": torch}
-    cells = json.loads((NOTEBOOKS / "10_distillation.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((NOTEBOOKS / "12_distillation.ipynb").read_text(encoding="utf-8"))["cells"]
     exec(next(source for cell in cells if "def recover(" in (source := "".join(cell["source"]))), names)
     for start, folder in [("saved", out), ("saved", out), ("not saved", None), ("not saved", None)]:
         assert names["recover"](start, "text", 8, folder)["losses"].tolist() == [1, 2]

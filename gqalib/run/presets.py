@@ -142,11 +142,11 @@ class Budgets:
     """Sizes, and tokens of distillation, of the runs that compare; `distillation.num_tokens` is for the model that has
     to be good, the smallest."""
 
-    fractions: Annotated[list[Fraction], Field(min_length=1)]  # of the backbone removed, 10
-    compare: PositiveInt  # each way of recovering, at the middle fraction, 10
-    curve: Counts  # how many tokens buy back how much, at every fraction, 10
-    literal: PositiveInt  # 84.64 % of all parameters removed, 10
-    iterative: PositiveInt  # one cut against several, 09
+    fractions: Annotated[list[Fraction], Field(min_length=1)]  # of the backbone removed, 12
+    compare: PositiveInt  # each way of recovering, at the middle fraction, 12
+    curve: Counts  # how many tokens buy back how much, at every fraction, 12
+    literal: PositiveInt  # 84.64 % of all parameters removed, 12
+    iterative: PositiveInt  # one cut against several, 11
 
     @property
     def middle(self) -> float:

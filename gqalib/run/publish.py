@@ -32,7 +32,7 @@ def results_table(record: dict[str, Any]) -> pd.DataFrame:
 
 
 def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Perplexity relative to dense, methods down and fractions of the backbone removed across, as 08_frontier
+    """Perplexity relative to dense, methods down and fractions of the backbone removed across, as 10_frontier
     recorded it."""
     return frontier.as_table(pd.DataFrame(record["tables"]["frontier"])).reset_index()
 
@@ -134,7 +134,7 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         number, _, title = _title(path).partition(" · ")
         seconds = read_record(results / DEFAULT / f"{path.stem}.json")["seconds"]
         rows.append([f"[{number}](notebooks/{path.name})", title, f"{seconds:.0f} s"])
-    frontiers = sorted(results.glob("*/08_frontier.json"), key=lambda path: (path.parent.name != DEFAULT, path))
+    frontiers = sorted(results.glob("*/10_frontier.json"), key=lambda path: (path.parent.name != DEFAULT, path))
     return {
         "results": f"{_markdown(results_table(record))}\n\n{under}",
         "cost": cost_block(results),

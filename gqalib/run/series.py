@@ -181,7 +181,7 @@ class Series:
         from gqalib.run.publish import frontier_table, results_table  # three seconds that a grid's runs do without
 
         lines = []
-        for name, table in (("07_cost_analysis", results_table), ("08_frontier", frontier_table)):
+        for name, table in (("07_cost_analysis", results_table), ("10_frontier", frontier_table)):
             with contextlib.suppress(InputError):
                 lines += ["", table(read_record(self.run_dir / f"{name}.json")).to_string(index=False)]
         lines += [""] * bool(lines)
