@@ -99,6 +99,7 @@ class Frontier:
     seeds: PositiveInt  # calibration samples drawn
     other_corpus: str  # another text to calibrate on, as `corpus`
     repeated: list[Fraction] = field(default_factory=list)  # where all samples are tried; none: at every fraction
+    left_out: list[str] = field(default_factory=list)  # methods that take too long here
 
 
 @dataclass(frozen=True)
