@@ -9,7 +9,7 @@ import torch
 from matplotlib.colors import SymLogNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gqalib.measure.perplexity import token_losses
+from gqalib.measure.perplexity import in_products, token_losses
 from gqalib.stream import batches
 
 # Also apart in greyscale: from dark to light. Markers say the same for lines.
@@ -178,6 +178,7 @@ def loss_by_position(model: torch.nn.Module, windows: torch.Tensor) -> np.ndarra
     losses = []
     for part in batches(windows):
         input_ids = windows[part].to(model.device)
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        with in_products(model):
+            logits = model(input_ids=input_ids, use_cache=False).logits
         losses.append(token_losses(logits, input_ids).view(len(input_ids), -1).double().cpu())
     return torch.cat(losses).mean(0).numpy()
