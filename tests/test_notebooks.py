@@ -93,6 +93,17 @@ def test_v2_of_a_pruned_model(run, tmp_path):
     assert shapes.to_numpy().tolist() == [[4, 2, 18], [2, 1, 18], [6, 3, 13]]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_ticked_kv_heads_are_drawn_as_both_cuts(run, capsys):
+    """8 query heads, 4 KV heads, the first of them ticked: what exercise 1 of the notebook does by hand."""
+    draw = run("02", small_model(num_hidden_layers=1))["draw"]
+    draw(KV0=True, KV1=False, KV2=False, KV3=False)
+    assert [ax.get_title("left") for ax in plt.gcf().axes] == ["v2: 3 of 6 misread", "whole groups: 0 of 6 misread"]
+    draw(KV0=True, KV1=True, KV2=True, KV3=True)
+    assert "one KV head has to stay" in capsys.readouterr().out
+    plt.close("all")
+
+
 def test_groups_of_a_pruned_model(run):
     names = run("03", uneven_model())
     assert [row["layer"] for row in names["nb"].tables["one_group"]] == [0, 2] and names["chosen"] == 2
