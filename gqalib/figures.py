@@ -31,6 +31,7 @@ def use_style() -> None:
 def draw_gqa_layout(ax: plt.Axes, num_attention_heads: int, num_key_value_heads: int) -> None:
     """Query heads above, the KV head that each band of them reads below."""
     size = num_attention_heads // num_key_value_heads
+    between = " " if size > 1 else "\n"  # a narrow box has no room for both names side by side
     for head in range(num_attention_heads):
         shade = plt.cm.Greys(0.25 if (head // size) % 2 else 0.5)
         ax.add_patch(plt.Rectangle((head, 1), 0.9, 0.7, color=shade))
@@ -38,18 +39,25 @@ def draw_gqa_layout(ax: plt.Axes, num_attention_heads: int, num_key_value_heads:
         ax.plot([head + 0.45, (head // size + 0.5) * size - 0.05], [1, 0.7], color="#888888", lw=0.7)
     for kv in range(num_key_value_heads):
         ax.add_patch(plt.Rectangle((kv * size, 0), size - 0.1, 0.7, color=plt.cm.Greys(0.25 if kv % 2 else 0.5)))
-        ax.text((kv + 0.5) * size - 0.05, 0.35, f"K{kv} V{kv}", ha="center", va="center", fontsize=8)
+        ax.text((kv + 0.5) * size - 0.05, 0.35, f"K{kv}{between}V{kv}", ha="center", va="center", fontsize=8)
     ax.set(xlim=(-0.2, num_attention_heads), ylim=(-0.1, 1.8))
     ax.axis("off")
 
 
 def draw_pairing(ax: plt.Axes, pairs: Sequence[tuple[int, int, int]], num_heads: int, num_kv_heads: int) -> None:
-    """Which KV head each query head reads (filled) and which is its own (ring); `pairs` from `v2.pairing`."""
+    """Which KV head each query head reads (filled) and which is its own (ring); `pairs` from `v2.pairing`.
+
+    A grey row is a KV head that nobody reads any more. All four labels are there, whatever the pairs are, so that one
+    legend serves several panels.
+    """
     heads, read, own = np.array(pairs).T
     right, ring = read == own, {"facecolors": "none", "edgecolors": COLORS["dense"], "linewidths": 0.9}
-    ax.scatter(heads[right], read[right], marker="s", s=26, color=COLORS["v3"], label="reads its own")
+    for gone in sorted(set(range(num_kv_heads)) - set(read.tolist())):
+        ax.axhspan(gone - 0.5, gone + 0.5, color=COLORS["other"], alpha=0.3, lw=0)
+    ax.scatter(heads[right], read[right], marker="s", s=26, color=COLORS["v3"], label="reads its own KV head")
     ax.scatter(heads[~right], read[~right], marker="X", s=30, color=COLORS["v2"], label="reads another's")
-    ax.scatter(heads, own, marker="o", s=62, label="its own", **ring)
+    ax.scatter(heads, own, marker="o", s=62, label="its own KV head", **ring)
+    ax.scatter([], [], marker="s", s=90, color=COLORS["other"], alpha=0.3, lw=0, label="removed KV head")
     ax.set(xlim=(-0.7, num_heads - 0.3), ylim=(num_kv_heads - 0.5, -0.5), ylabel="KV head")
     _whole_numbers(ax)
 
@@ -92,6 +100,31 @@ def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float],
     ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(dense * 0.8, np.nanmax(values) * 2))
     readable_log_axis(ax.xaxis, steps=(1, 2, 5) if np.nanmax(values) < 200 * dense else (1,))
     ax.grid(axis="y", visible=False)
+
+
+def perplexity_dots(
+    ax: plt.Axes, names: Sequence[str], values: Sequence[float], dense: float, errors: Sequence[float] | None = None
+) -> None:
+    """A dot per model on a logarithmic axis, the value beside it, the dense model as a line.
+
+    On a logarithmic axis the length of a bar means nothing, because it has no zero; the place of a dot does.
+
+    Args:
+        values: NaN for a model that does not run. errors: standard errors, of which two are drawn each way.
+    """
+    values, positions = np.array(values, dtype=float), np.arange(len(values))[::-1]
+    errors = np.zeros(len(values)) if errors is None else np.array(errors, dtype=float)
+    for name, value, error, position in zip(names, values, errors, positions, strict=True):
+        role = _role_of(name)
+        style = {"color": COLORS[role], "marker": MARKERS[role] if role != "other" else "D", "ms": 6, "capsize": 2}
+        ax.errorbar(value, position, xerr=[[min(2 * error, value * 0.99)], [2 * error]], **style)
+        text = "does not run" if np.isnan(value) else f"{value:,.1f}"
+        where = dense if np.isnan(value) else value + 2 * error
+        ax.annotate(text, (where, position), (7, 0), textcoords="offset points", va="center", fontsize=9)
+    ax.axvline(dense, color=COLORS["dense"], lw=1, ls="--")
+    ax.set_yticks(positions, names)
+    ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(dense * 0.8, np.nanmax(values) * 2))
+    readable_log_axis(ax.xaxis, steps=(1, 2, 5) if np.nanmax(values) < 200 * dense else (1,))
 
 
 def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:

@@ -28,7 +28,7 @@ SMALL = {
 @pytest.fixture
 def run(tmp_path, tokenizer, monkeypatch):
     """Every cell of a notebook on a model, in this process, on made-up upstream records, no figures; its names."""
-    monkeypatch.setattr(Notebook, "figure", lambda self, fig, name: plt.close(fig))
+    monkeypatch.setattr(Notebook, "figure", lambda self, fig, *_: plt.close(fig))
     monkeypatch.setattr(Notebook, "upstream", lambda *_: {"metrics": defaultdict(lambda: {"value": 60.0})})
 
     def execute(number, model, **parameters):
@@ -91,6 +91,17 @@ def test_v2_of_a_pruned_model(run, tmp_path):
     shapes = layer_shapes(load.load_model(tmp_path / "models" / "v2"))
     assert [len(names["removed"][layer]) for layer in range(3)] == [1, 0, 1]
     assert shapes.to_numpy().tolist() == [[4, 2, 18], [2, 1, 18], [6, 3, 13]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ticked_kv_heads_are_drawn_as_both_cuts(run, capsys):
+    """8 query heads, 4 KV heads, the first of them ticked: what exercise 1 of the notebook does by hand."""
+    draw = run("02", small_model(num_hidden_layers=1))["draw"]
+    draw(KV0=True, KV1=False, KV2=False, KV3=False)
+    assert [ax.get_title("left") for ax in plt.gcf().axes] == ["v2: 3 of 6 misread", "whole groups: 0 of 6 misread"]
+    draw(KV0=True, KV1=True, KV2=True, KV3=True)
+    assert "one KV head has to stay" in capsys.readouterr().out
+    plt.close("all")
 
 
 def test_groups_of_a_pruned_model(run):

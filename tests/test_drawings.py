@@ -1,0 +1,57 @@
+"""The drawings of the first notebooks: the pairing map and its legend, dots with errors, and widgets that follow."""
+
+from types import SimpleNamespace
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import pytest
+
+from gqalib import figures
+from gqalib.peers import v2
+from gqalib.run import play
+
+
+@pytest.fixture
+def ax():
+    yield plt.subplots()[1]
+    plt.close("all")
+
+
+def test_a_pairing_map_can_always_have_its_whole_legend(ax):
+    figures.draw_pairing(ax, v2.pairing(range(4), range(2), 2), 4, 2)
+    assert len(ax.get_legend_handles_labels()[1]) == 4 and not ax.patches
+
+
+def test_a_removed_kv_head_is_a_grey_row(ax):
+    figures.draw_pairing(ax, v2.pairing([2, 3, 4, 5], [1, 2], 2), 6, 3)
+    assert [patch.get_y() for patch in ax.patches] == [-0.5]
+
+
+@pytest.mark.parametrize(("kv_heads", "label"), [(4, "K3\nV3"), (2, "K1 V1"), (1, "K0 V0")])
+def test_names_of_kv_heads_fit_their_boxes(ax, kv_heads, label):
+    figures.draw_gqa_layout(ax, 4, kv_heads)
+    assert ax.texts[-1].get_text() == label and len(ax.texts) == 4 + kv_heads
+
+
+def test_dots_carry_values_and_two_standard_errors(ax):
+    figures.perplexity_dots(ax, ["dense", "v2: graph", "v3"], [10, float("nan"), 40], 10, [1, 0, 3])
+    assert [text.get_text() for text in ax.texts] == ["10.0", "does not run", "40.0"]
+    first, _, last = (container.lines[2][0].get_segments() for container in ax.containers)
+    assert first[0][:, 0].tolist() == [8, 12] and last[0][:, 0].tolist() == [34, 46]
+    assert ax.get_xscale() == "log" and ax.containers[2].lines[0].get_color() == figures.COLORS["v3"]
+
+
+def test_a_widget_is_for_a_reader_alone(monkeypatch, capsys):
+    shown, drawn, tick = [], [], ipywidgets.Checkbox(False)
+    monkeypatch.setattr(play, "display", shown.append)
+    monkeypatch.delenv("GQALIB_PRESET", raising=False)
+    play.play(lambda **values: drawn.append(values), KV0=tick)
+    assert not shown and "Jupyter" in capsys.readouterr().out  # no kernel
+    monkeypatch.setattr(play, "get_ipython", lambda: SimpleNamespace(kernel=True))
+    monkeypatch.setenv(play.HELD, "somewhere")
+    play.play(lambda **values: drawn.append(values), KV0=tick)
+    assert not shown  # the runner's
+    monkeypatch.delenv(play.HELD)
+    play.play(lambda **values: drawn.append(values), KV0=tick)
+    tick.value = True
+    assert len(shown) == 1 and drawn == [{"KV0": False}, {"KV0": True}]
