@@ -28,7 +28,7 @@ SMALL = {
 @pytest.fixture
 def run(tmp_path, tokenizer, monkeypatch):
     """Every cell of a notebook on a model, in this process, on made-up upstream records, no figures; its names."""
-    monkeypatch.setattr(Notebook, "figure", lambda self, fig, name: plt.close(fig))
+    monkeypatch.setattr(Notebook, "figure", lambda self, fig, name, caption="": plt.close(fig))
     monkeypatch.setattr(Notebook, "upstream", lambda *_: {"metrics": defaultdict(lambda: {"value": 60.0})})
 
     def execute(number, model, **parameters):
