@@ -181,6 +181,23 @@ def task_dots(ax: plt.Axes, table: pd.DataFrame, roles: Mapping[str, str] = {}) 
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+def names_at_the_edge(ax: plt.Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
+    """The names of lines right of the axes, each as high as its line ends, moved up where it would cover the one below.
+
+    Args:
+        ends: the last point of each line, in data. colors: of the names.
+    """
+    ax.figure.canvas.draw()  # only now is it known where the points are
+    line_height, last = 1.3 * plt.rcParams["font.size"] * ax.figure.dpi / 72, -np.inf
+    bottom, height = ax.bbox.y0, ax.bbox.height
+    for name in sorted(ends, key=lambda name: ends[name][1]):
+        last = max(last + line_height, ax.transData.transform(ends[name])[1])
+        place, thin = (1.03, (last - bottom) / height), {"arrowstyle": "-", "color": colors[name], "lw": 0.5}
+        ax.annotate(
+            name, ends[name], place, textcoords="axes fraction", va="center", color=colors[name], arrowprops=thin
+        )
+
+
 def readable_log_axis(axis, steps: Sequence[int] = (1, 2, 5)) -> None:
     """Plain numbers at 1, 2 and 5 times the powers of ten (or at other `steps`) instead of exponents."""
     axis.set_major_locator(LogLocator(subs=steps))

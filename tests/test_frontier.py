@@ -4,12 +4,14 @@ import json
 import math
 from contextlib import nullcontext
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 from conftest import small_model
+from matplotlib.text import Text
 
-from gqalib import InputError
+from gqalib import InputError, figures
 from gqalib.measure import frontier
 from gqalib.measure.perplexity import window_losses
 from gqalib.model import shapes
@@ -131,3 +133,15 @@ def test_not_told_apart():
     own, peer = rows_of("own", 0.5, [1.0]), rows_of("p", 0.5, [1.0])
     own[0]["losses"], peer[0]["losses"] = [1.0, 2.0, 3.0, 4.0], [1.2, 1.9, 3.1, 3.9]
     assert frontier.against_peers(pd.DataFrame(own + peer), "own", ["p"])["verdict"].item() == "not told apart"
+
+
+def test_names_at_the_edge_do_not_cover_each_other():
+    ax = plt.subplots()[1]
+    ax.set(xlim=(0, 1), ylim=(1, 100), yscale="log")
+    ends = {"good": (1.0, 2.0), "as good": (1.0, 2.1), "bad": (0.5, 90.0)}
+    figures.names_at_the_edge(ax, ends, dict.fromkeys(ends, "black"))
+    ax.figure.canvas.draw()
+    boxes = {text.get_text(): Text.get_window_extent(text) for text in ax.texts}  # without the thin line
+    assert boxes["good"].y1 <= boxes["as good"].y0 < boxes["as good"].y1 <= boxes["bad"].y0
+    assert all(box.x0 >= ax.bbox.x1 for box in boxes.values())
+    plt.close("all")

@@ -71,6 +71,9 @@ def test_the_frontier_of_a_model_that_cannot_lose_half(run, monkeypatch):
     few = {"left_out": [name for name in frontier.METHODS if name not in methods], "switched_off": {}}
     names = run("10", small_model(num_key_value_heads=1, num_hidden_layers=2), **few)
     assert names["middle"] == names["largest"] == 0.25 and names["nb"].metrics["ratio_own_25"]
+    names["draw"](0.1)  # what the slider calls
+    left, right = plt.gcf().axes
+    assert left.get_title().startswith("10 %") and right.lines[-1].get_xdata() == [10, 10]
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])

@@ -38,7 +38,7 @@ PACKAGE = Path(__file__).parents[1]
 # what brings data to a computation and shows what came of it: a computation's inputs are told apart by themselves
 FRAME = (
     "__init__", "figures", "claims", "errors", "exercise", "packages", "measure.report_card", "run.checks", "run.cli",
-    "run.front", "run.grid", "run.notebook", "run.presets", "run.publish", "run.resume", "run.series",
+    "run.front", "run.grid", "run.notebook", "run.play", "run.presets", "run.publish", "run.resume", "run.series",
 )  # fmt: skip
 Part = Any  # what JSON can say, or a dict of tensors
 
