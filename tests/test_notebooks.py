@@ -68,8 +68,9 @@ def test_the_frontier_of_a_model_that_cannot_lose_half(run, monkeypatch):
     """With one group, attention stays: what is looked at more closely is what can be done."""
     methods = ["FLAP", "OSSCAR", frontier.OWN]
     monkeypatch.setattr("gc.collect", lambda: 0)  # a third of a second for each measurement
-    few = {"left_out": [name for name in frontier.METHODS if name not in methods], "switched_off": {}}
-    names = run("10", small_model(num_key_value_heads=1, num_hidden_layers=2), **few)
+    left_out = [name for name in frontier.METHODS if name not in methods]
+    monkeypatch.setitem(SMALL, "frontier.left_out", left_out)
+    names = run("10", small_model(num_key_value_heads=1, num_hidden_layers=2), switched_off={})
     assert names["middle"] == names["largest"] == 0.25 and names["nb"].metrics["ratio_own_25"]
     names["draw"](0.1)  # what the slider calls
     left, right = plt.gcf().axes
@@ -135,8 +136,9 @@ def test_answers_where_a_preset_asks_for_them(run, number, monkeypatch):
     monkeypatch.setitem(SMALL, "frontier.fractions", [0.25])
     monkeypatch.setattr(builtins, "display", lambda *shown: None, raising=False)
     monkeypatch.setattr(tasks, "score_tasks", made_up_answers)
-    few = {"left_out": [n for n in frontier.METHODS if n not in ("FLAP", frontier.OWN)], "switched_off": {}}
-    few = few if number == "10" else {"backbone_rates": [0.25]} if number == "05" else {}
+    left_out = [name for name in frontier.METHODS if name not in ("FLAP", frontier.OWN)]
+    monkeypatch.setitem(SMALL, "frontier.left_out", left_out)
+    few = {"10": {"switched_off": {}}, "05": {"backbone_rates": [0.25]}}.get(number, {})
     tables = run(number, small_model(num_hidden_layers=2), **few)["nb"].tables
     names = [name for name in ASKED if number in ASKED[name]]
     pruned = {"01": set(), "02": {"v2"}, "05": {"v3"}, "10": {"FLAP, 25 %", f"{frontier.OWN}, 25 %"}}[number]
