@@ -94,6 +94,31 @@ def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float],
     ax.grid(axis="y", visible=False)
 
 
+def perplexity_dots(
+    ax: plt.Axes, names: Sequence[str], values: Sequence[float], dense: float, errors: Sequence[float] | None = None
+) -> None:
+    """A dot per model on a logarithmic axis, models down, its value beside it, the dense model as a dashed line.
+
+    Args:
+        errors: standard errors of the values, of which two are drawn each way.
+    """
+    reach = 2 * np.array(np.zeros(len(values)) if errors is None else errors, dtype=float)
+    finite = np.isfinite(np.array(values, dtype=float))
+    drawn = np.where(finite, values, dense)
+    for position, (name, value, place, error) in enumerate(zip(names, values, drawn, reach, strict=True)):
+        text = f"{value:,.1f}" if finite[position] else "does not run" if np.isnan(value) else "beyond any number"
+        style = {"color": _colour_of(name), "marker": MARKERS[_role_of(name)] if finite[position] else "", "ms": 7}
+        ax.errorbar(place, -position, xerr=error or None, capsize=3, lw=1.2, **style)
+        beside = {"xytext": (8, 0), "textcoords": "offset points"}
+        ax.annotate(text, (place + error, -position), va="center", fontsize=9, **beside)
+    ax.axvline(dense, color=COLORS["dense"], lw=1, ls="--")
+    ax.set_yticks(-np.arange(len(values)), names)
+    low, high = min((drawn - reach).min(), dense), (drawn + reach).max()
+    ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(low / 1.1, high * max(1.15, (high / low) ** 0.15)))
+    steps = (1,) if high > 200 * low else (1, 2, 5) if high > 4 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
+    readable_log_axis(ax.xaxis, steps)
+
+
 def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
     """Measured speed-up at every batch size and context, a bar per model from 1, with the range of the rounds and the
     ceiling above it.

@@ -28,7 +28,7 @@ SMALL = {
 @pytest.fixture
 def run(tmp_path, tokenizer, monkeypatch):
     """Every cell of a notebook on a model, in this process, on made-up upstream records, no figures; its names."""
-    monkeypatch.setattr(Notebook, "figure", lambda self, fig, name: plt.close(fig))
+    monkeypatch.setattr(Notebook, "figure", lambda self, fig, name, caption="": plt.close(fig))
     monkeypatch.setattr(Notebook, "upstream", lambda *_: {"metrics": defaultdict(lambda: {"value": 60.0})})
 
     def execute(number, model, **parameters):
@@ -157,3 +157,14 @@ def test_a_trained_model_that_is_gone_is_trained_again(tmp_path):
     out.rmdir()
     names["recover"]("saved", "text", 8, out)
     assert made == ["saved", "not saved", "saved"] and out.is_dir()
+
+
+def test_the_stale_gradient_is_the_loss_own_and_costs_are_summed(run):
+    """04: the loss' backward pass fails on weights cut by .data; freezing hides it, a new Parameter mends it."""
+    nb = run("04", small_model(num_hidden_layers=3), num_pruned=2)["nb"]
+    shown = ("stale_gradient_fails", "freezing_hides_stale_gradient", "freezing_needed")
+    assert [nb.metrics[name]["value"] for name in shown] == [1, 1, 0]
+    costs = {row["pruned"]: row["nats per token"] for row in nb.tables["additivity"]}
+    single = sum(cost for name, cost in costs.items() if name.startswith("layer"))
+    assert single == pytest.approx(costs["sum"], abs=1e-5)
+    assert costs["sum"] - costs["all together"] == pytest.approx(nb.metrics["additivity_gap"]["value"], abs=1e-5)
