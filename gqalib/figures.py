@@ -106,14 +106,16 @@ def perplexity_dots(
     finite = np.isfinite(np.array(values, dtype=float))
     drawn = np.where(finite, values, dense)
     for position, (name, value, place, error) in enumerate(zip(names, values, drawn, reach, strict=True)):
+        role = _role_of(name)
+        marker = MARKERS[role] if role != "other" else "D"
         text = f"{value:,.1f}" if finite[position] else "does not run" if np.isnan(value) else "beyond any number"
-        style = {"color": _colour_of(name), "marker": MARKERS[_role_of(name)] if finite[position] else "", "ms": 7}
+        style = {"color": COLORS[role], "marker": marker if finite[position] else "", "ms": 6}
         ax.errorbar(place, -position, xerr=error or None, capsize=3, lw=1.2, **style)
         beside = {"xytext": (8, 0), "textcoords": "offset points"}
         ax.annotate(text, (place + error, -position), va="center", fontsize=9, **beside)
     ax.axvline(dense, color=COLORS["dense"], lw=1, ls="--")
     ax.set_yticks(-np.arange(len(values)), names)
-    low, high = min((drawn - reach).min(), dense), (drawn + reach).max()
+    low, high = min(np.maximum(drawn - reach, drawn / 5).min(), dense), max((drawn + reach).max(), dense)
     ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(low / 1.1, high * max(1.15, (high / low) ** 0.15)))
     steps = (1,) if high > 200 * low else (1, 2, 5) if high > 4 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
     readable_log_axis(ax.xaxis, steps)
