@@ -105,26 +105,28 @@ def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float],
 def perplexity_dots(
     ax: plt.Axes, names: Sequence[str], values: Sequence[float], dense: float, errors: Sequence[float] | None = None
 ) -> None:
-    """A dot per model on a logarithmic axis, the value beside it, the dense model as a line.
-
-    On a logarithmic axis the length of a bar means nothing, because it has no zero; the place of a dot does.
+    """A dot per model on a logarithmic axis, models down, its value beside it, the dense model as a dashed line.
 
     Args:
-        values: NaN for a model that does not run. errors: standard errors, of which two are drawn each way.
+        errors: standard errors of the values, of which two are drawn each way.
     """
-    values, positions = np.array(values, dtype=float), np.arange(len(values))[::-1]
-    errors = np.zeros(len(values)) if errors is None else np.array(errors, dtype=float)
-    for name, value, error, position in zip(names, values, errors, positions, strict=True):
+    reach = 2 * np.array(np.zeros(len(values)) if errors is None else errors, dtype=float)
+    finite = np.isfinite(np.array(values, dtype=float))
+    drawn = np.where(finite, values, dense)
+    for position, (name, value, place, error) in enumerate(zip(names, values, drawn, reach, strict=True)):
         role = _role_of(name)
-        style = {"color": COLORS[role], "marker": MARKERS[role] if role != "other" else "D", "ms": 6, "capsize": 2}
-        ax.errorbar(value, position, xerr=[[min(2 * error, value * 0.99)], [2 * error]], **style)
-        text = "does not run" if np.isnan(value) else f"{value:,.1f}"
-        where = dense if np.isnan(value) else value + 2 * error
-        ax.annotate(text, (where, position), (7, 0), textcoords="offset points", va="center", fontsize=9)
+        marker = MARKERS[role] if role != "other" else "D"
+        text = f"{value:,.1f}" if finite[position] else "does not run" if np.isnan(value) else "beyond any number"
+        style = {"color": COLORS[role], "marker": marker if finite[position] else "", "ms": 6}
+        ax.errorbar(place, -position, xerr=error or None, capsize=3, lw=1.2, **style)
+        beside = {"xytext": (8, 0), "textcoords": "offset points"}
+        ax.annotate(text, (place + error, -position), va="center", fontsize=9, **beside)
     ax.axvline(dense, color=COLORS["dense"], lw=1, ls="--")
-    ax.set_yticks(positions, names)
-    ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(dense * 0.8, np.nanmax(values) * 2))
-    readable_log_axis(ax.xaxis, steps=(1, 2, 5) if np.nanmax(values) < 200 * dense else (1,))
+    ax.set_yticks(-np.arange(len(values)), names)
+    low, high = min(np.maximum(drawn - reach, drawn / 5).min(), dense), max((drawn + reach).max(), dense)
+    ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(low / 1.1, high * max(1.15, (high / low) ** 0.15)))
+    steps = (1,) if high > 200 * low else (1, 2, 5) if high > 4 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
+    readable_log_axis(ax.xaxis, steps)
 
 
 def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:

@@ -18,7 +18,7 @@ from gqalib.prune import refit
 from gqalib.run import resume, series
 from gqalib.run.cli import main
 from gqalib.run.notebook import (
-    HELD, Notebook, default_run_dir, fitting_record, locked, machine, progress_dir, read_record,
+    COMMITTED, HELD, Notebook, default_run_dir, fitting_record, locked, machine, progress_dir, read_record,
 )  # fmt: skip
 from gqalib.run.presets import load_preset
 from gqalib.run.resume import NOT_KEPT
@@ -360,6 +360,14 @@ def test_bad_input_is_one_sentence_status_2_and_nothing_written(tmp_path, capsys
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_is_promised_what_the_committed_run_took(tmp_path):
+    nb = Notebook("01_baseline", "tiny", {}, tmp_path)
+    seconds = read_record(COMMITTED / "tiny" / "01_baseline.json")["seconds"]
+    assert nb.time_taken().startswith(f"the committed run of preset tiny took {seconds:.0f} s (")
+    nb.name = "00_nothing"
+    assert nb.time_taken() == "no committed run of preset tiny says how long this takes"
 
 
 def test_metrics_must_be_finite(tmp_path):
