@@ -87,21 +87,6 @@ def heatmap(ax: plt.Axes, values: np.ndarray, label: str, change: bool = False) 
         bar.ax.minorticks_off()
 
 
-def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float], dense: float) -> None:
-    """Horizontal bars on a logarithmic axis, the value at each end, the dense model as a line."""
-    values = np.array(values, dtype=float)
-    positions = np.arange(len(values))[::-1]
-    ax.barh(positions, np.nan_to_num(values, nan=dense), color=[_colour_of(name) for name in names], height=0.7)
-    for position, value in zip(positions, values, strict=True):
-        text = "does not run" if np.isnan(value) else f"{value:,.1f}"
-        ax.text(np.nanmax([value, dense]) * 1.04, position, text, va="center", fontsize=9)
-    ax.axvline(dense, color=COLORS["dense"], lw=1, ls="--")
-    ax.set_yticks(positions, names)
-    ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(dense * 0.8, np.nanmax(values) * 2))
-    readable_log_axis(ax.xaxis, steps=(1, 2, 5) if np.nanmax(values) < 200 * dense else (1,))
-    ax.grid(axis="y", visible=False)
-
-
 def perplexity_dots(
     ax: plt.Axes, names: Sequence[str], values: Sequence[float], dense: float, errors: Sequence[float] | None = None
 ) -> None:

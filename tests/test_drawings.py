@@ -1,5 +1,6 @@
 """The drawings of the first notebooks: the pairing map and its legend, dots with errors, and widgets that follow."""
 
+import math
 from types import SimpleNamespace
 
 import ipywidgets
@@ -33,12 +34,14 @@ def test_names_of_kv_heads_fit_their_boxes(ax, kv_heads, label):
     assert ax.texts[-1].get_text() == label and len(ax.texts) == 4 + kv_heads
 
 
-def test_dots_carry_values_and_two_standard_errors(ax):
-    figures.perplexity_dots(ax, ["dense", "v2: graph", "v3"], [10, float("nan"), 40], 10, [1, 0, 3])
-    assert [text.get_text() for text in ax.texts] == ["10.0", "does not run", "40.0"]
-    first, _, last = (container.lines[2][0].get_segments() for container in ax.containers)
-    assert first[0][:, 0].tolist() == [8, 12] and last[0][:, 0].tolist() == [34, 46]
-    assert ax.get_xscale() == "log" and ax.containers[2].lines[0].get_color() == figures.COLORS["v3"]
+def test_dots_of_perplexities_have_two_errors_and_say_what_is_no_number():
+    fig, ax = plt.subplots()
+    figures.perplexity_dots(ax, ["v3", "v2", "broken", "huge"], [20.0, 1000.0, math.nan, math.inf], 15.0, [1, 0, 0, 0])
+    assert [text.get_text() for text in ax.texts] == ["20.0", "1,000.0", "does not run", "beyond any number"]
+    (reach,) = [bar.get_segments() for bar in ax.collections]
+    assert [x for x, _ in reach[0]] == [18, 22]
+    assert ax.get_xlim()[0] < 15 and ax.get_xlim()[1] > 1000 and ax.get_xscale() == "log"
+    plt.close(fig)
 
 
 def test_a_widget_is_for_a_reader_alone(monkeypatch, capsys):
