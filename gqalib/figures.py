@@ -94,9 +94,9 @@ def perplexity_bars(ax: plt.Axes, names: Sequence[str], values: Sequence[float],
     ax.grid(axis="y", visible=False)
 
 
-def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
-    """Measured speed-up at every batch size and context, a bar per model from 1, with the range of the rounds and the
-    ceiling above it.
+def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
+    """Measured speed-up at every batch size and context, a dot per model with the range of the rounds, the ceiling as
+    a dash.
 
     `table` from `speed.beside_ceilings`; its first model is the one that the others are compared with.
     """
@@ -109,8 +109,10 @@ def speedup_bars(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
         x = np.arange(len(points)) + (index - (len(names) - 1) / 2) * width
         reach = [own["speedup"] - own["speedup_low"], own["speedup_high"] - own["speedup"]]
         shade = 0.3 + 0.7 * (index + 1) / len(names)  # models without a colour of their own differ in it
-        ax.bar(x, own["speedup"] - 1, width * 0.9, bottom=1, color=_colour_of(name), alpha=shade, label=name)
-        ax.errorbar(x, own["speedup"], reach, fmt="none", ecolor=COLORS["dense"], lw=1, capsize=2)
+        role = _role_of(name)
+        marker = "^oD"[index % 3] if role == "other" else MARKERS[role]
+        style = {"marker": marker, "color": COLORS[role], "alpha": shade, "ms": 6, "capsize": 2}
+        ax.errorbar(x, own["speedup"], reach, ls="", lw=1, label=name, **style)
         dash = {"marker": "_", "s": 1500 * width / len(points), "color": COLORS["v2"], "lw": 2}
         ax.scatter(x, own["ceiling"].where(own["speedup"].notna()), label=None if index else "ceiling", **dash)
         for place in x[own["speedup"].isna()]:
@@ -181,3 +183,9 @@ def loss_by_position(model: torch.nn.Module, windows: torch.Tensor) -> np.ndarra
         logits = model(input_ids=input_ids, use_cache=False).logits
         losses.append(token_losses(logits, input_ids).view(len(input_ids), -1).double().cpu())
     return torch.cat(losses).mean(0).numpy()
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown, in which cells may have links."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)

@@ -36,11 +36,11 @@ def test_no_error_output(notebook):
 
 
 def test_shape_of_a_page(notebook):
-    """Opens with question and time, closes with takeaways, limits, exercises and the way on; cells are short."""
+    """Opens with question and time, closes with takeaways, limits and the way on; cells are short."""
     first, last = notebook.cells[0].source, notebook.cells[-1].source
     for word in ("**Question**", "**Time**", "**Reads**", "**Writes**"):
         assert word in first
-    for word in ("## Takeaways", "**Limits.**", "**Exercises.**"):
+    for word in ("## Takeaways", "**Limits.**"):
         assert word in last
     lengths = sorted(len(cell.source.splitlines()) for cell in code_cells(notebook))
     assert lengths[len(lengths) // 2] <= 10 and lengths[-1] <= 24
