@@ -66,7 +66,7 @@ CLAIMS = (
           "The result depends on how many tokens LoRA reads. A small preset gives it few, and v2 has far to go."),
     Claim("v3: 19.66 → 37.82", "perplexity, 84.64 % of all parameters kept, one shot",
           "ratio_kept_reading", 0, 37.82 / DENSE, "× dense", ("05_full_prune", 'nb.table("one_shot"'),
-          "The document gives 84.64 % once as the part removed and once as the part kept. This reading removes little."),
+          "The document gives 84.64 % once as the part removed and once as the part kept. This one removes little."),
     Claim("the same, read literally", "perplexity, 84.64 % of all parameters removed, one shot",
           "ratio_removed_reading", 0, 37.82 / DENSE, "× dense", ("05_full_prune", 'nb.table("one_shot"'),
           "8.03 billion parameters cut to 1.23 billion, as the document writes elsewhere, is this reading."),

@@ -1,5 +1,4 @@
-"""What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables,
-the report."""
+"""What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables."""
 
 import math
 import re
@@ -158,22 +157,6 @@ def _frontier_block(record: dict[str, Any]) -> str:
 def _title(path: Path) -> str:
     """The heading of a notebook's first cell."""
     return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
-
-
-def report(run_dir: Path) -> Path:
-    """One HTML page per executed notebook and an index, in `run_dir/report`."""
-    from nbconvert import HTMLExporter
-
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
-    pages = sorted(run_dir.glob("[0-9][0-9]_*[a-z].ipynb"))
-    for path in pages:
-        html, _ = HTMLExporter().from_filename(str(path))
-        write_atomically(folder / f"{path.stem}.html", html)
-    links = "\n".join(f'<li><a href="{path.stem}.html">{path.stem.replace("_", " ")}</a></li>' for path in pages)
-    page = f"<!doctype html><meta charset=utf-8><title>Report</title><ul>{links}</ul>\n"
-    write_atomically(folder / "index.html", page)
-    return folder / "index.html"
 
 
 def _clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
