@@ -62,7 +62,7 @@ CLAIMS = (
           ("02_v2_failure", 'nb.table("controls"'),
           "The factor depends on the model; that v2 breaks it is what is tested. Section 4 of 02 shows the cause."),
     Claim("v2 + LoRA: 159.85", "perplexity of v2 after v3's budget of LoRA", "v2_lora", 2, 159.85 / DENSE, "× dense",
-          ("06_lora_recovery", "nb.metric(f\"perplexity_{row['model']}_lora\""),
+          ("06_lora_recovery", 'nb.metric(f"perplexity_{'),
           "The result depends on how many tokens LoRA reads. A small preset gives it few, and v2 has far to go."),
     Claim("v3: 19.66 → 37.82", "perplexity, 84.64 % of all parameters kept, one shot",
           "ratio_kept_reading", 0, 37.82 / DENSE, "× dense", ("05_full_prune", 'nb.table("one_shot"'),
@@ -71,7 +71,7 @@ CLAIMS = (
           "ratio_removed_reading", 0, 37.82 / DENSE, "× dense", ("05_full_prune", 'nb.table("one_shot"'),
           "8.03 billion parameters cut to 1.23 billion, as the document writes elsewhere, is this reading."),
     Claim("20–25 after LoRA", "perplexity of v3 + LoRA", "v3_lora", 0, 25 / DENSE, "× dense",
-          ("06_lora_recovery", "nb.metric(f\"perplexity_{row['model']}_lora\""),
+          ("06_lora_recovery", 'nb.metric(f"perplexity_{'),
           "The v3 of this run removes the preset's mean rate of the backbone, which is far less than 84.64 %."),
     Claim("one layer: 19.66 → 19.62", "change, a middle layer, a quarter of its groups",
           "change_single_layer", -math.inf, 1, "%", ("03_single_layer_gqa", 'nb.metric("perplexity_single_layer"'),
@@ -192,7 +192,7 @@ def _heading_above(path: Path, code: str) -> str:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and code in source:
             return headings[-1]
-        headings += re.findall(r"^#+ (.*)", source, re.MULTILINE) if cell["cell_type"] == "markdown" else []
+        headings += re.findall(r"^##? (.*)", source, re.MULTILINE) if cell["cell_type"] == "markdown" else []
     return headings[0]
 
 

@@ -72,6 +72,10 @@ def test_index_and_figures(page):
     assert 'id="08_claims--curve"' in sections[1] and "secret" in sections[1]
 
 
+def test_a_figure_is_there_for_a_paper(page, tmp_path):
+    assert (tmp_path / "figures" / "08_curve.pdf").read_bytes().startswith(b"%PDF")
+
+
 def test_code_is_hidden_until_the_button_is_pressed(page):
     assert ".input { display: none;" in page and "body.code .input { display: block; }" in page
     assert "classList.toggle('code')" in page and '<div class="input">' in page
