@@ -1,22 +1,48 @@
 """The founding document's claims as data, and what the records say of them.
 
 Its numbers are for Llama-3-8B-Instruct (dense perplexity 19.66). On another model a claim can only be tested *in form*:
-as a ratio to that model's own dense perplexity. A claim that counting alone decides can be refuted; one about a model
-that is not at hand can only fail to be reproduced.
+as a ratio to that model's own dense perplexity. A claim that counting or one counterexample decides can be refuted; one
+about a model that is not at hand can only fail to be reproduced.
 """
 
+import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import pandas as pd
 
 DENSE = 19.66
+REFUTES = ("counting", "counterexample")
+KINDS = ("reproduced", "not reproduced", "refuted", "not shown", "not decided", "not testable")  # of verdicts
+
+
+class Measured(NamedTuple):
+    """A value, and from where to where it may lie: the lowest and highest round, or two standard errors each way."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def reach(self) -> tuple[float, float]:
+        return (self.value if self.low is None else self.low), (self.value if self.high is None else self.high)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim, what stands for it here, and the range in which the value called `key` must lie."""
+    """One claim, what stands for it here, and the range in which the value called `key` must lie.
+
+    Args:
+        source: the notebook that the value stands in, and what its cell of code has in it.
+        note: what the test can say and what it cannot, whatever the value is.
+        topic: quality, speed, freezing or money.
+        decided_by: measurement, counting, a counterexample, or nothing: what no run of the workbook can show.
+        no_effect: the value that means nothing happened; a range that reaches it shows no effect.
+    """
 
     text: str
     tested: str
@@ -24,61 +50,104 @@ class Claim:
     low: float
     high: float
     unit: str
-    decided_by: str = "measurement"  # or counting, or nothing: what no run of the workbook can show
+    source: tuple[str, str]
+    note: str
+    topic: str = "quality"
+    decided_by: str = "measurement"
+    no_effect: float | None = None
 
 
 CLAIMS = (
-    Claim("v2: 19.66 → 718,107", "perplexity of v2", "v2", 10, math.inf, "× dense"),
-    Claim("v2 + LoRA: 159.85", "perplexity of v2 after v3's budget", "v2_lora", 2, 159.85 / DENSE, "× dense"),
-    Claim("v3: 19.66 → 37.82", "perplexity, 84.64 % of all parameters kept",
-          "ratio_kept_reading", 0, 37.82 / DENSE, "× dense"),
-    Claim("the same, read literally", "perplexity, 84.64 % of all parameters removed",
-          "ratio_removed_reading", 0, 37.82 / DENSE, "× dense"),
-    Claim("20–25 after LoRA", "perplexity of v3 + LoRA", "v3_lora", 0, 25 / DENSE, "× dense"),
+    Claim("v2: 19.66 → 718,107", "perplexity of v2", "v2", 10, math.inf, "× dense",
+          ("02_v2_failure", 'nb.table("controls"'),
+          "The factor depends on the model; that v2 breaks it is what is tested. Section 4 of 02 shows the cause."),
+    Claim("v2 + LoRA: 159.85", "perplexity of v2 after v3's budget of LoRA", "v2_lora", 2, 159.85 / DENSE, "× dense",
+          ("06_lora_recovery", 'nb.metric(f"perplexity_{'),
+          "The result depends on how many tokens LoRA reads. A small preset gives it few, and v2 has far to go."),
+    Claim("v3: 19.66 → 37.82", "perplexity, 84.64 % of all parameters kept, one shot",
+          "ratio_kept_reading", 0, 37.82 / DENSE, "× dense", ("05_full_prune", 'nb.table("one_shot"'),
+          "The document gives 84.64 % once as the part removed and once as the part kept. This one removes little."),
+    Claim("the same, read literally", "perplexity, 84.64 % of all parameters removed, one shot",
+          "ratio_removed_reading", 0, 37.82 / DENSE, "× dense", ("05_full_prune", 'nb.table("one_shot"'),
+          "8.03 billion parameters cut to 1.23 billion, as the document writes elsewhere, is this reading."),
+    Claim("20–25 after LoRA", "perplexity of v3 + LoRA", "v3_lora", 0, 25 / DENSE, "× dense",
+          ("06_lora_recovery", 'nb.metric(f"perplexity_{'),
+          "The v3 of this run removes the preset's mean rate of the backbone, which is far less than 84.64 %."),
     Claim("one layer: 19.66 → 19.62", "change, a middle layer, a quarter of its groups",
-          "change_single_layer", -math.inf, 1, "%"),
-    Claim("five layers: 19.66 → 19.89", "change, a quarter of their groups", "change_five_layers", -math.inf, 2, "%"),
-    Claim("MLP: magnitude 10,651, Taylor 37.82", "perplexity, magnitude ÷ Taylor", "mlp_magnitude", 2, math.inf, "×"),
+          "change_single_layer", -math.inf, 1, "%", ("03_single_layer_gqa", 'nb.metric("perplexity_single_layer"'),
+          "One layer is easy: notebook 03 shows that a random group of it often costs as little."),
+    Claim("five layers: 19.66 → 19.89", "change, a quarter of their groups", "change_five_layers", -math.inf, 2, "%",
+          ("04_multi_layer_freezing", 'nb.metric("change_five_layers"'),
+          "Only attention is cut here, as in the document's own test."),
+    Claim("MLP: magnitude 10,651, Taylor 37.82", "perplexity, magnitude ÷ Taylor", "mlp_magnitude", 2, math.inf, "×",
+          ("05_full_prune", 'nb.table("ablation"'),
+          "The only difference is the score that chooses channels. The error is paired over the test windows.",
+          no_effect=1),
     Claim("5–6× faster, 84.64 % kept", "ceiling of Llama-3-8B from its bytes",
-          "ceiling_kept_reading", 5, math.inf, "×", "counting"),
-    Claim("5–6× faster, 84.64 % removed", "decoding, smallest batch", "decode_removed_reading", 5, math.inf, "×"),
+          "ceiling_kept_reading", 5, math.inf, "×", ("07_cost_analysis", 'nb.metric("ceiling_kept_reading"'),
+          "The ceiling is counted from the real shape, so no card and no kernel can pass it.", "speed", "counting"),
+    Claim("5–6× faster, 84.64 % removed", "decoding, smallest batch, this model", "decode_removed_reading", 5, math.inf,
+          "×", ("07_cost_analysis", 'nb.table("speed", table)'),
+          "Speed depends on shapes alone, so random weights do. On a small model most of the time starts operations.",
+          "speed", no_effect=1),
     Claim("5–6× faster, 84.64 % removed, at its size", "decoding one sequence, Llama-3-8B's shape",
-          "decode_removed_at_size", 5, math.inf, "×"),
+          "decode_removed_at_size", 5, math.inf, "×", ("07_cost_analysis", 'at_size["tables"]["speed"]'),
+          "This is the claim at its own size on a GPU. Larger batches, longer contexts and prompts are in the same "
+          "table, and some of them come much nearer to their ceilings.", "speed", no_effect=1),
     Claim("5–6× faster, 84.64 % kept, at its size", "decoding one sequence, Llama-3-8B's shape",
-          "decode_kept_at_size", 5, math.inf, "×"),
+          "decode_kept_at_size", 5, math.inf, "×", ("07_cost_analysis", 'at_size["tables"]["speed"]'),
+          "Counting has already decided this reading; the measurement agrees with the ceiling or stays below it.",
+          "speed", no_effect=1),
     Claim("84.64 % removed with rates of 15–50 %", "backbone of Llama-3-8B that must go",
-          "backbone_to_remove", 15, 50, "%", "counting"),
-    Claim("freezing avoids a shape mismatch", "gradients, frozen ÷ unfrozen − 1 (04)",
-          "frozen_gradient_difference", 1e-3, math.inf, "", "counting"),
-    Claim("pays 110–220 times a month", "saving of a month ÷ investment (section 9)",
-          "monthly_return", 110, 220, "×", "nothing"),
+          "backbone_to_remove", 15, 50, "%", ("07_cost_analysis", 'nb.metric("backbone_to_remove"'),
+          "Embedding and norms cannot go, so attention and MLP have to lose more than 84.64 %. No rate of 15 to 50 % "
+          "in each layer adds up to that.", "quality", "counting"),
+    Claim("backward meets a shape mismatch", "a weight's `.data` replaced, its old gradient kept: 1 if backward fails",
+          "stale_gradient_fails", 1, 1, "", ("04_multi_layer_freezing", 'nb.metric("stale_gradient_fails"'),
+          "The error is real. It comes from the old gradient, which has the old shape and is still on the weight.",
+          "freezing"),
+    Claim("pruned layers must be frozen to avoid it", "gradients behind an unfrozen pruned layer, ÷ frozen − 1",
+          "frozen_gradient_difference", 1e-3, math.inf, "",
+          ("04_multi_layer_freezing", 'nb.metric("frozen_gradient_difference"'),
+          "Freezing does hide the error, as a frozen weight gets no gradient. But one pruned model whose backward runs "
+          "with nothing frozen, and gives the same gradients, shows that it is not needed. Freezing saves memory and "
+          "time.", "freezing", "counterexample"),
+    Claim("pays 110–220 times a month", "saving of a month ÷ investment", "monthly_return", 110, 220, "×",
+          ("07_cost_analysis", "def monthly_return"),
+          "The number is an illustration: a price per hour, a number of tokens and this machine's speed-up. Where the "
+          "range of the speed-up reaches 1, that of the saving reaches 0.", "money", "nothing", no_effect=0),
 )  # fmt: skip
 
 
-def verdicts(measured: dict[str, float], claims: tuple[Claim, ...] = CLAIMS) -> pd.DataFrame:
-    """One row per claim: `claim`, `tested`, `claimed`, `measured`, `verdict`; a value that is missing cannot be
-    tested."""
+def verdicts(measured: dict[str, Measured], claims: tuple[Claim, ...] = CLAIMS) -> pd.DataFrame:
+    """One row per claim: `claim`, `tested`, `claimed`, `measured` with its range, `verdict`; a value that is missing
+    cannot be tested."""
     return pd.DataFrame([_row(claim, measured.get(claim.key)) for claim in claims])
 
 
-def _row(claim: Claim, value: float | None) -> dict[str, str]:
+def _row(claim: Claim, found: Measured | None) -> dict[str, str]:
     return {
         "claim": claim.text,
         "tested": claim.tested,
         "claimed": f"{_range(claim)} {claim.unit}".strip(),
-        "measured": "–" if value is None else f"{_number(value)} {claim.unit}".strip(),
-        "verdict": _verdict(claim, value),
+        "measured": "–" if found is None else f"{_with_reach(found)} {claim.unit}".strip(),
+        "verdict": _verdict(claim, found),
     }
 
 
-def _verdict(claim: Claim, value: float | None) -> str:
-    if value is None:
+def _verdict(claim: Claim, found: Measured | None) -> str:
+    if found is None:
         return "not testable on this model"
+    low, high = found.reach()
+    if low < high and claim.no_effect is not None and low <= claim.no_effect <= high:
+        return f"not shown: the range reaches {claim.no_effect:g}, which is no effect"
     if claim.decided_by == "nothing":
         return "not testable here: it takes a served model and its bill"
-    if claim.low <= value <= claim.high:
+    if claim.low <= low and high <= claim.high:
         return "reproduced in form"
-    return "refuted" if claim.decided_by == "counting" else "not reproduced here"
+    if low <= claim.high and claim.low <= high:
+        return "not decided: the range reaches beyond what is claimed"
+    return "refuted" if claim.decided_by in REFUTES else "not reproduced here"
 
 
 def _range(claim: Claim) -> str:
@@ -86,11 +155,45 @@ def _range(claim: Claim) -> str:
         return f"at least {_number(claim.low)}"
     if claim.low in (0, -math.inf):
         return f"at most {_number(claim.high)}"
-    return f"{_number(claim.low)} to {_number(claim.high)}"
+    return _number(claim.low) if claim.low == claim.high else f"{_number(claim.low)} to {_number(claim.high)}"
+
+
+def _with_reach(found: Measured) -> str:
+    low, high = found.reach()
+    return _number(found.value) + (f" ({_number(low)} to {_number(high)})" if low < high else "")
 
 
 def _number(value: float) -> str:
     return f"{value:.0e}" if 0 < abs(value) < 0.005 else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def paragraph(claim: Claim, row: dict[str, str], link: str = "") -> str:
+    """What a row of `verdicts` says, in sentences, as Markdown."""
+    was = f"we measured {row['measured']}" if row["measured"] != "–" else "nothing was measured"
+    where = f" ({link})" if link else ""
+    tested = f"We tested: {claim.tested}. The claim asks for {row['claimed']}; {was}{where}."
+    return f"**{claim.text}: {row['verdict']}.** {tested} {claim.note}"
+
+
+def stands_on(claim: Claim, notebooks: Path) -> str:
+    """A link, in Markdown, to the section of the notebook whose cell of code computes the claim's value."""
+    name, code = claim.source
+    heading = _heading_above(notebooks / f"{name}.ipynb", code)
+    title = re.sub(r"[*`]", "", heading)
+    number = re.match(r"(\d+)\. ", title)
+    words = f"{name[:2]}, section {number[1]}" if number else name[:2]
+    return f"[{words}]({name}.ipynb#{quote(title.replace(' ', '-'), safe='')})"
+
+
+def _heading_above(path: Path, code: str) -> str:
+    """The last heading above the cell of code that has these words in it; the notebook's title if no cell has."""
+    headings = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and code in source:
+            return headings[-1]
+        headings += re.findall(r"^##? (.*)", source, re.MULTILINE) if cell["cell_type"] == "markdown" else []
+    return headings[0]
 
 
 def how_far(models: pd.DataFrame, targets: Sequence[float]) -> pd.DataFrame:

@@ -329,18 +329,17 @@ def test_readme_says_not_measured_until_there_is_a_record(record, tmp_path):
     assert "| sweep | 3 | 42 | 10.6 | 11.2 |" in block
 
 
-def test_speedup_bars_start_at_one_and_name_what_is_missing(record):
+def test_speedup_dots_have_their_range_and_name_what_is_missing(record):
     fig, ax = plt.subplots()
-    figures.speedup_bars(ax, pd.DataFrame(record["tables"]["speed"]), "decode")
-    bars = [(bar.get_y(), bar.get_height()) for bar in ax.patches]
-    assert bars[0] == pytest.approx((1, 0.123)) and np.isnan(bars[1][1]) and len(bars) == 2
+    figures.speedup_dots(ax, pd.DataFrame(record["tables"]["speed"]), "decode")
+    (dots,) = ax.containers
+    assert dots.lines[0].get_ydata() == pytest.approx([1.123, np.nan], nan_ok=True)
+    assert dots.lines[2][0].get_segments()[0][:, 1] == pytest.approx([1.1, 1.2])
     assert [text.get_text() for text in ax.texts] == ["not measured"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1 × 128", "32 × 8,192"]
     ticks = ax.collections[-1].get_offsets()
-    assert (
-        np.ma.filled(ticks, np.nan)[:, 1].tolist() == pytest.approx([1.25, np.nan], nan_ok=True)
-        and ax.get_yscale() == "log"
-    )
+    assert np.ma.filled(ticks, np.nan)[:, 1].tolist() == pytest.approx([1.25, np.nan], nan_ok=True)
+    assert ax.get_yscale() == "log"
     plt.close(fig)
 
 

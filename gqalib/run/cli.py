@@ -92,10 +92,10 @@ def publish(options: Namespace) -> None:
 
 
 def report(options: Namespace) -> None:
-    """HTML pages of a run."""
-    from gqalib.run import notebook, publish
+    """One HTML file of a run, to be sent to a colleague."""
+    from gqalib.run import notebook, report
 
-    print(publish.report(options.run_dir or notebook.default_run_dir(options.preset)))
+    print(report.report(options.run_dir or notebook.default_run_dir(options.preset)))
 
 
 def prune(options: Namespace) -> None:

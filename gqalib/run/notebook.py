@@ -340,14 +340,15 @@ class Notebook:
         return self.run_dir / "models" / name
 
     def figure(self, fig: plt.Figure, name: str, caption: str = "") -> None:
-        """Save a figure as PNG and SVG, list it in the record, and show it with its caption, which is its alt text,
-        too."""
+        """Save a figure as PNG and SVG, listed in the record, and as PDF, and show it with its caption, which is its
+        alt text, too."""
         folder = self.run_dir / "figures"
         folder.mkdir(exist_ok=True)
         for suffix in ("png", "svg"):
             file = f"{self.name[:2]}_{name}.{suffix}"
             fig.savefig(folder / file)
             self.artefacts.append(f"figures/{file}")
+        fig.savefig(folder / f"{self.name[:2]}_{name}.pdf")  # for a paper; the repository has no use for it
         self.captions[name] = caption
         plt.close(fig)  # else it would be shown once more, below its caption
         display(fig, metadata={"image/png": {"alt": caption or name}})

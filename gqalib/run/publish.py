@@ -1,5 +1,4 @@
-"""What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables,
-the report."""
+"""What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables."""
 
 import math
 import re
@@ -12,6 +11,7 @@ import nbformat
 import pandas as pd
 
 from gqalib.errors import InputError
+from gqalib.figures import as_markdown
 from gqalib.measure import frontier
 from gqalib.model.names import REPOSITORY
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
@@ -67,7 +67,7 @@ def cost_block(results: Path) -> str:
     model, dtype = speed["parameters"]["model"], speed["parameters"]["dtype"]
     what = f"{model} with random weights in {dtype}, {speed['machine']}"
     under = f"Measured, times dense, *of* the ceiling: {what}."
-    return f"{_markdown(cost_table(speed))}\n\n{under}\n\n{_markdown(stages_table(stages))}"
+    return f"{as_markdown(cost_table(speed))}\n\n{under}\n\n{as_markdown(stages_table(stages))}"
 
 
 def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
@@ -136,9 +136,9 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         rows.append([f"[{number}](notebooks/{path.name})", title, f"{seconds:.0f} s"])
     frontiers = sorted(results.glob("*/10_frontier.json"), key=lambda path: (path.parent.name != DEFAULT, path))
     return {
-        "results": f"{_markdown(results_table(record))}\n\n{under}",
+        "results": f"{as_markdown(results_table(record))}\n\n{under}",
         "cost": cost_block(results),
-        "series": _markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
+        "series": as_markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
         "frontier": "\n\n".join(_frontier_block(read_record(path)) for path in frontiers),
     }
 
@@ -151,33 +151,12 @@ def _frontier_block(record: dict[str, Any]) -> str:
         f"{p['calibration']['num_examples']} windows, {p['seeds']} sample{'s' * (p['seeds'] > 1)}{of_several}; "
         f"no training; {record['machine']}:"
     )
-    return f"{above}\n\n{_markdown(frontier_table(record))}"
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return f"{above}\n\n{as_markdown(frontier_table(record))}"
 
 
 def _title(path: Path) -> str:
     """The heading of a notebook's first cell."""
     return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
-
-
-def report(run_dir: Path) -> Path:
-    """One HTML page per executed notebook and an index, in `run_dir/report`."""
-    from nbconvert import HTMLExporter
-
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
-    pages = sorted(run_dir.glob("[0-9][0-9]_*[a-z].ipynb"))
-    for path in pages:
-        html, _ = HTMLExporter().from_filename(str(path))
-        write_atomically(folder / f"{path.stem}.html", html)
-    links = "\n".join(f'<li><a href="{path.stem}.html">{path.stem.replace("_", " ")}</a></li>' for path in pages)
-    page = f"<!doctype html><meta charset=utf-8><title>Report</title><ul>{links}</ul>\n"
-    write_atomically(folder / "index.html", page)
-    return folder / "index.html"
 
 
 def _clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

@@ -1,0 +1,150 @@
+"""A finished run as one HTML file, to be sent to a colleague: an index with the main results, then every notebook, its
+code behind a button."""
+
+import base64
+import io
+import json
+import re
+from html import escape, unescape
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pandas as pd
+
+from gqalib.errors import InputError
+from gqalib.run.checks import numbered_notebooks
+from gqalib.run.notebook import read_record, write_atomically
+from gqalib.run.publish import results_table
+
+THUMBNAIL = 360, 360  # pixels
+MATHJAX = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"  # formulas; without a network they stay as TeX
+STYLE = """
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 sans-serif; color: #222; }
+table { border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; } td, th { padding: 0.2rem 0.6rem; }
+tr { border-bottom: 1px solid #ddd; } th { text-align: left; } pre { font-size: 0.8rem; overflow-x: auto; }
+img { max-width: 100%; } section { border-top: 3px solid #222; margin-top: 4rem; } a.anchor-link, .prompt { display: none; }
+.input { display: none; background: #f5f5f5; padding: 0 0.6rem; } body.code .input { display: block; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: 1rem; font-size: 0.8rem; }
+button { position: fixed; top: 1rem; right: 1rem; padding: 0.4rem 0.8rem; } @media print { button { display: none; } }
+"""
+BUTTON = """<button onclick="this.textContent = document.body.classList.toggle('code') ? 'Hide code' : 'Show code'">\
+Show code</button>"""
+
+
+def report(run_dir: Path) -> Path:
+    """Write `report.html` into the folder of a run, of the notebooks that are finished there.
+
+    Raises:
+        InputError: none is.
+    """
+    paths = [path for path in numbered_notebooks(run_dir) if path.with_suffix(".json").exists()]
+    if not paths:
+        raise InputError(f"{run_dir} holds no finished notebook: run the series first")
+    records = {path.stem: read_record(path.with_suffix(".json")) for path in paths}
+    sections = [f'<section id="{path.stem}">{_body(path, records)}</section>' for path in paths]
+    first = next(iter(records.values()))
+    title = f"Report of preset {first['preset']}"
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+    head += f'<style>{STYLE}{_code_style()}</style><script async src="{MATHJAX}"></script>'
+    parts = [
+        head,
+        "<body>",
+        BUTTON,
+        f"<h1>{title}</h1>",
+        _index(run_dir, paths, records),
+        *sections,
+        "</body></html>\n",
+    ]
+    write_atomically(run_dir / "report.html", "\n".join(parts))
+    return run_dir / "report.html"
+
+
+def _index(run_dir: Path, paths: list[Path], records: dict[str, dict[str, Any]]) -> str:
+    """What was run, the notebooks, the results, the verdicts, the figures."""
+    parts = [_table(_what_was_run(list(records.values())), header=False)]
+    parts += ["<h2>Notebooks</h2>", _contents(paths, records)]
+    if "07_cost_analysis" in records:
+        parts += ["<h2>Results</h2>", _table(results_table(records["07_cost_analysis"]))]
+    if "08_claims" in records:
+        claims = pd.DataFrame(records["08_claims"]["tables"]["claims"]).drop(columns="tested")
+        parts += ["<h2>The founding document's claims</h2>", _table(claims)]
+    pictures = [_thumbnail(run_dir, record, name) for record in records.values() for name in record.get("captions", {})]
+    return "\n".join([*parts, "<h2>Figures</h2>", '<div class="gallery">', *pictures, "</div>"])
+
+
+def _what_was_run(records: list[dict[str, Any]]) -> pd.DataFrame:
+    def every(key: str) -> str:
+        return "; ".join(dict.fromkeys(str(record[key]) for record in records))
+
+    rows = {name: every(name) for name in ("preset", "overrides", "seed", "machine")}
+    rows |= {"commit": every("git_commit"), "seconds": f"{sum(record['seconds'] for record in records):,.0f}"}
+    rows |= {name: records[0]["parameters"][name] for name in ("model", "corpus")}
+    return pd.DataFrame(rows.items())
+
+
+def _contents(paths: list[Path], records: dict[str, dict[str, Any]]) -> str:
+    rows = [f'<li><a href="#{p.stem}">{escape(_title(p))}</a>, {records[p.stem]["seconds"]:.0f} s</li>' for p in paths]
+    return f"<ul>{''.join(rows)}</ul>"
+
+
+def _title(path: Path) -> str:
+    """The heading of a notebook's first cell; its name where there is none."""
+    first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()
+    return first[0].removeprefix("# ") if first and first[0].startswith("# ") else path.stem
+
+
+def _table(table: pd.DataFrame, **options: Any) -> str:
+    return table.to_html(index=False, border=0, **options)
+
+
+def _thumbnail(run_dir: Path, record: dict[str, Any], name: str) -> str:
+    """A small picture that leads to the figure in its notebook."""
+    from PIL import Image
+
+    number = f"{int(record['notebook'][:2])}.{list(record['captions']).index(name) + 1}"
+    with Image.open(run_dir / "figures" / f"{record['notebook'][:2]}_{name}.png") as picture, io.BytesIO() as small:
+        picture.thumbnail(THUMBNAIL)
+        picture.save(small, "png")
+        data = base64.b64encode(small.getvalue()).decode()
+    image = f'<img src="data:image/png;base64,{data}" alt="">'
+    words = escape(record["captions"][name] or name)
+    return f'<a href="#{record["notebook"]}--{name}">{image}<br>Figure {number}. {words}</a>'
+
+
+def _body(path: Path, records: dict[str, dict[str, Any]]) -> str:
+    """A notebook as HTML whose ids begin with its name, and whose links lead to places in the same file."""
+    from nbconvert import HTMLExporter
+
+    html, _ = HTMLExporter(template_name="basic").from_filename(str(path))
+    captions = records[path.stem].get("captions", {})
+    names = {caption or name: name for name, caption in captions.items()}
+    html = re.sub(r'alt="([^"]*)"', lambda m: _id(path.stem, names.get(unescape(m[1]), "")) + m[0], html)
+    html = re.sub(r'(<h\d[^>]*) id="([^"]*)"', lambda m: f"{m[1]} {_id(path.stem, m[2])}", html)
+    return re.sub(
+        r'<a ([^>]*?)href="([^"]*)">(.*?)</a>', lambda link: _relinked(*link.groups(), path.stem, records), html
+    )
+
+
+def _id(notebook: str, place: str) -> str:
+    return f'id="{_place(notebook, place)}" ' if place else ""
+
+
+def _place(notebook: str, place: str) -> str:
+    """What a place of a notebook is called in the report. Links may be percent-encoded in more ways than one."""
+    return escape("--".join(filter(None, [notebook, unquote(unescape(place))])))
+
+
+def _relinked(others: str, target: str, words: str, name: str, records: dict[str, dict[str, Any]]) -> str:
+    """A link of the notebook `name`, to a place in this file or to the net; its words alone where it leads nowhere."""
+    page, _, place = target.partition("#")
+    stem = page.removesuffix(".ipynb") or name
+    if not target.startswith("http"):
+        target = f"#{_place(stem, place)}"
+    return f'<a {others}href="{target}">{words}</a>' if stem in records or target.startswith("http") else words
+
+
+def _code_style() -> str:
+    from pygments.formatters import HtmlFormatter
+
+    return HtmlFormatter(style="default").get_style_defs(".highlight")

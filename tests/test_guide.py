@@ -1,0 +1,50 @@
+"""The decision guide on made-up records: what it recommends follows from them alone."""
+
+import builtins
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+
+from gqalib.measure.frontier import OWN
+from gqalib.run.notebook import NOTEBOOKS, Notebook
+
+
+def row(method, fraction, ratio, seconds, note=""):
+    return {"method": method, "fraction": fraction, "ratio": ratio, "seconds": seconds, "note": note, "error": 0.01,
+            "peak_mib": 100.0}  # fmt: skip
+
+
+FRONTIER = [row(OWN, 0.25, 1.10, 20), row("FLAP", 0.25, 1.12, 2), row("random", 0.25, 3.0, 0.1)]
+FRONTIER += [row(OWN, 0.5, 1.5, 20), row("FLAP", 0.5, 2.5, 2), row("OSSCAR", 0.5, None, None, "cannot")]
+START = {"backbone_removed_percent": 50.0, "times dense": 1.5}
+RUN = {"start": "refitted-50", "times dense": 1.2, "± standard error": 0.1, "seconds": 9.0}
+RECORDS = {
+    "10_frontier": {"frontier": FRONTIER, "other_text": [{"method": OWN, "times": 1.1}]},
+    "11_search": {"plans": [{"plan": "uniform", "times dense": 1.7}]},
+    "12_distillation": {
+        "starts": [START | {"start": "founding-50"}, START | {"start": "refitted-50"}],
+        "tokens": [RUN | {"tokens": 100, "times dense": 1.9}, RUN | {"tokens": 1000}],
+        "stages": [{"stage": "starts", "peak_gb": 9.0}, {"stage": "more tokens", "peak_gb": 2.0}],
+        "how_far": [{"target": 1.25, "recovery": way, "backbone_removed_percent": part}
+                    for way, part in (("none", 25.0), ("logits of the dense model", 50.0))],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("after", "said"), [(1.2, "helps"), (1.4, "is not shown to help"), (1.8, "hurts")])
+def test_guide(after, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Notebook, "figure", lambda self, fig, *_: plt.close(fig))
+    monkeypatch.setattr(Notebook, "upstream", lambda self, name: {"tables": RECORDS[name]})
+    monkeypatch.setattr(builtins, "display", lambda *_: None, raising=False)
+    monkeypatch.setitem(RECORDS["12_distillation"]["tokens"][1], "times dense", after)
+    names = {}
+    for cell in json.loads((NOTEBOOKS / "13_decision_guide.ipynb").read_text(encoding="utf-8"))["cells"]:
+        exec("".join(cell["source"]) if cell["cell_type"] == "code" else "", names)
+        names |= {"run_dir": str(tmp_path)} if "parameters" in cell["metadata"].get("tags", []) else {}
+    out = capsys.readouterr().out
+    assert f"remove 25 %: {OWN}, 1.10 × dense in 20 s; in a hurry FLAP, 1.12 × in 2.0 s\n" in out
+    assert f"remove 50 %: {OWN}, 1.50 × dense in 20 s\n" in out  # nothing else is near
+    assert f"then 1,000 tokens of the dense model's logits at 50 %: {said} (1.50 → {after:.2f} × dense, 9 s)" in out
+    assert "training took at most 2.00 GB" in out
+    assert names["nb"].metrics["removed_at_1.25"]["value"] == 50

@@ -1,0 +1,86 @@
+"""The report of a run of two small notebooks: one file, whose links lead somewhere in it."""
+
+import base64
+import re
+from html import unescape
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from nbformat import v4, write
+
+from gqalib.run.cli import main
+from gqalib.run.notebook import Notebook
+
+RESULT = {"model": "dense", "parameters kept %": 100.0, "backbone removed %": 0.0, "perplexity": 19.7}
+RESULT |= {"speed-up": 1.0, "ceiling": 1.0}
+CLAIM = {
+    "claim": "v2 <broke>",
+    "tested": "x",
+    "claimed": "at least 10",
+    "measured": "50",
+    "verdict": "reproduced in form",
+}
+TEXT = """# 08 · What's left?
+
+## 1. How far? 5 % · more
+See [07](07_cost_analysis.ipynb), [its cost](07_cost_analysis.ipynb#2.-Cost%2C-all), [a gone one](12_gone.ipynb#x),
+[solutions](solutions/08_claims.ipynb) and [the net](https://example.org/a.ipynb)."""
+
+
+def finished(run_dir, name, text, tables, caption):
+    """Record, figure and executed notebook, as a runner leaves them."""
+    nb = Notebook(name, "tiny", {"corpus": "random-tokens"}, run_dir, 3)
+    for table, row in tables.items():
+        nb.table(table, pd.DataFrame([row]))
+    fig, ax = plt.subplots()
+    ax.plot([1, 2])
+    nb.figure(fig, "curve", caption)
+    nb.finish()
+    png = base64.b64encode((run_dir / "figures" / f"{name[:2]}_curve.png").read_bytes()).decode()
+    alt = {"image/png": {"alt": caption or "curve"}}
+    shown = v4.new_output("display_data", {"image/png": png}, metadata=alt)
+    cells = [v4.new_markdown_cell(text), v4.new_code_cell("secret = 1", outputs=[shown])]
+    write(v4.new_notebook(cells=cells), run_dir / f"{name}.ipynb")
+
+
+@pytest.fixture
+def page(tmp_path, capsys):
+    finished(tmp_path, "07_cost_analysis", "# 07 · Cost\n\n## 2. Cost, all", {"results": RESULT}, "")
+    finished(tmp_path, "08_claims", TEXT, {"claims": CLAIM}, 'A "curve" & its model\'s ends.')
+    assert main(["report", "--run-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'report.html'}\n")
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_link_leads_somewhere(page):
+    ids = [unescape(place) for place in re.findall(r' id="([^"]*)"', page)]
+    links = [unescape(link) for link in re.findall(r'href="([^"]*)"', page)]
+    assert len(ids) == len(set(ids)) and {link[1:] for link in links if link[0] == "#"} <= set(ids)
+    assert "#07_cost_analysis" in links and "#07_cost_analysis--2.-Cost,-all" in links
+    assert [link for link in links if link[0] != "#"] == ["https://example.org/a.ipynb"]
+    assert "a gone one" in page and "gone.ipynb" not in page
+
+
+def test_index_and_figures(page):
+    index, *sections = page.split("<section")
+    assert len(sections) == 2 and "Report of preset tiny" in index
+    for word in ("random-tokens", "<td>3</td>", "19.70", "v2 &lt;broke&gt;", "reproduced in form", "cores"):
+        assert word in index
+    assert "Figure 7.1. curve" in index and "Figure 8.1. A &quot;curve&quot; &amp; its model" in index
+    assert index.count("data:image/png;base64,") == index.count('--curve"') == 2
+    assert 'id="08_claims--curve"' in sections[1] and "secret" in sections[1]
+
+
+def test_a_figure_is_there_for_a_paper(page, tmp_path):
+    assert (tmp_path / "figures" / "08_curve.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_code_is_hidden_until_the_button_is_pressed(page):
+    assert ".input { display: none;" in page and "body.code .input { display: block; }" in page
+    assert "classList.toggle('code')" in page and '<div class="input">' in page
+
+
+def test_nothing_to_report(tmp_path, capsys):
+    assert main(["report", "--run-dir", str(tmp_path)]) == 2
+    assert "holds no finished notebook: run the series first" in capsys.readouterr().err
