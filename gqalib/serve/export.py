@@ -6,34 +6,29 @@ whose columns are no multiple of 32 stays f16. Embeddings are q8_0 at least. Nor
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
-from transformers import PreTrainedTokenizerBase
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, one_sentence
 from gqalib.model import deci
 from gqalib.model.load import load_model, load_tokenizer
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
-from gqalib.run.corpora import encode, read_corpus
 from gqalib.run.resume import replacing
 from gqalib.serve import BLOCK, check_export
+from gqalib.serve.vocabulary import check_tokens, tokenizer_fields
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 ROPES = ("default", "llama3", "linear")  # those that scale each frequency once for all lengths
-TEXT = ("python-docs", "test", 40)  # what the file's tokenizer is held to: 40 documents, and what those seldom have
 REMEDIES = {
     "down_proj": f"prune with --multiple {BLOCK}",
     "o_proj": f"keep so many query heads that times head_dim they are a multiple of {BLOCK}",
 }
-SELDOM = "It's 3:07, I'LL pay $1,234.50…\r\n\n\t  naïve façade, 東京 🙂 x = [0]*10**9;   end  "
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ def export(source: str, out: Path, kind: str = "f16") -> str:
     model = load_model(source, "auto", "cpu")
     check_config(model.config)
     tensors = stored(model, kind)
-    with replacing(out) as file:
+    with one_sentence(f"{out} cannot be written", "give a folder with room"), replacing(out) as file:
         write(file, tensors, model.config, {"name": out.stem, "file_type": _file_type(kind)} | vocabulary)
         check_tokens(tokenizer, deci.read_tokenizer(file))
     return f"{out}: {summary(list(tensors.values()), kind)}"
@@ -85,9 +80,7 @@ def check_config(config: GqaLlamaConfig) -> None:
     if rope not in ROPES:
         raise InputError(f"rope of type {rope!r} cannot be exported: give a model whose type is {' or '.join(ROPES)}")
     if not first.num_attention_heads:  # whose heads decide whether it turns any
-        raise InputError(
-            "llama.cpp needs attention in the first layer, which has none: keep it there, or drop the layer"
-        )
+        raise InputError("llama.cpp needs attention in the first layer, which has none: give a model that has it there")
 
 
 def stored(model: GqaLlamaForCausalLM, kind: str) -> dict[str, Stored]:
@@ -120,52 +113,6 @@ def frequencies(model: GqaLlamaForCausalLM) -> torch.Tensor:
 
 def _file_type(kind: str) -> LlamaFileType:
     return LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
-
-
-# ---------------------------------------------------------------- the tokenizer
-
-
-def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
-    """What `GGUFWriter.add_…` takes of a tokenizer; the vocabulary is filled up to the `rows` of the embeddings.
-
-    Raises:
-        InputError: llama.cpp has no name for the way it cuts a text into words.
-    """
-    parts = json.loads(tokenizer.backend_tokenizer.to_str().replace('"trim_offsets":false', '"trim_offsets":true'))
-    model, rule = parts["model"], (parts["pre_tokenizer"], parts["model"].get("ignore_merges"))
-    pre = next((name for name, known in deci.PRE_TOKENIZERS.items() if known == rule), None)
-    if model["type"] != "BPE" or pre is None or parts["normalizer"] or max(model["vocab"].values()) >= rows:
-        known = ", ".join(deci.PRE_TOKENIZERS)
-        raise InputError(f"llama.cpp does not know this model's tokenizer: export a model with one of {known}")
-    tokens, kinds = [f"[PAD{i}]" for i in range(rows)], [TokenType.UNUSED] * rows
-    for token, i in model["vocab"].items():
-        tokens[i], kinds[i] = token, TokenType.NORMAL
-    for i, token in tokenizer.added_tokens_decoder.items():
-        if i < rows:
-            tokens[i], kinds[i] = token.content, deci.ADDED[not token.special]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    fields = {"tokenizer_model": "gpt2", "tokenizer_pre": pre, "token_list": tokens, "token_types": kinds}
-    return fields | {"token_merges": merges} | dict(_named(tokenizer, rows))
-
-
-def _named(tokenizer: PreTrainedTokenizerBase, rows: int) -> Iterator[tuple[str, Any]]:
-    """The tokens with a task, whether a text begins with one, and the chat template."""
-    for name in deci.NAMED:
-        if (token := getattr(tokenizer, f"{name}_token_id")) in range(rows):
-            yield f"{name}_token_id", token
-    yield "add_bos_token", encode(tokenizer, "", True) == [tokenizer.bos_token_id]
-    template = tokenizer.chat_template
-    if template := template.get("default") if isinstance(template, dict) else template:
-        yield "chat_template", template
-
-
-def check_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
-    """Raises InputError unless both give the same tokens for real text, rare characters and special tokens."""
-    corpus, split, count = TEXT
-    for text in (SELDOM, "".join(tokenizer.all_special_tokens), *islice(read_corpus(corpus, split), count)):
-        if encode(tokenizer, text, True) != encode(other, text, True):
-            start = " ".join(text.split())[:40]
-            raise InputError(f"the file would give other tokens than the model for {start!r}: it is not written")
 
 
 # ---------------------------------------------------------------- the file
@@ -214,5 +161,5 @@ def summary(tensors: list[Stored], kind: str) -> str:
     said = ", ".join(f"{size:,} bytes in {name}" for name, size in count.most_common())
     wide = [tensor.name for tensor in tensors if not kind.startswith("f") and tensor.kind == GGMLQuantizationType.F16]
     remedies = Counter(REMEDIES.get(name.split(".")[-2], "hidden_size sets them") for name in wide)
-    stay = f"matrices stay f16, their columns being no multiple of {BLOCK}"
-    return "\n".join([said, *(f"{number} {stay}: {remedy}" for remedy, number in remedies.items())])
+    which = f"of {sum(tensor.values.ndim > 1 for tensor in tensors)} matrices, whose columns are no multiple of {BLOCK}"
+    return "\n".join([said, *(f"kept as f16: {number} {which}; {remedy}" for remedy, number in remedies.items())])
