@@ -82,9 +82,7 @@ def read_model(file: Path) -> GqaLlamaForCausalLM:
         tensor = stored.pop(there)
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
         weights[name] = neighbours(name, values, config.head_dim, back=True)
-    model.to_empty(device="cpu").load_state_dict(weights, strict=not config.tie_word_embeddings)
-    model.tie_weights()
-    return model
+    return GqaLlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights).eval()
 
 
 def _config(file: Path, fields: dict, stored: dict) -> GqaLlamaConfig:
@@ -94,9 +92,8 @@ def _config(file: Path, fields: dict, stored: dict) -> GqaLlamaConfig:
     columns = [np.broadcast_to(fields[key], count).tolist() for key in keys]
     if ROPE not in fields and FREQUENCIES in stored:
         raise InputError(f"{file} does not say how its rope is scaled ({ROPE}): give one written by export")
-    rope = (
-        json.loads(fields[ROPE]) if ROPE in fields else {"rope_type": "default", "rope_theta": fields["rope.freq_base"]}
-    )
+    plain = {"rope_type": "default", "rope_theta": fields.get("rope.freq_base", 10_000.0)}
+    rope = json.loads(fields[ROPE]) if ROPE in fields else plain
     return GqaLlamaConfig(
         vocab_size=int(stored["token_embd.weight"].shape[1]), hidden_size=fields["embedding_length"],
         num_hidden_layers=count, head_dim=fields["attention.key_length"], rope_parameters=rope,
