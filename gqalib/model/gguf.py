@@ -1,4 +1,5 @@
-"""Llamas in a .gguf file, which becomes a plain folder of safetensors once; transformers dequantises it."""
+"""Llamas in a .gguf file, which becomes a folder of safetensors once: plain ones dequantised by transformers, uneven
+ones by `deci`."""
 
 import hashlib
 import os
@@ -6,9 +7,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from gqalib.errors import InputError, one_sentence
+from gqalib.model import deci
 from gqalib.model.names import REPOSITORY
 
 MODELS = REPOSITORY / "models"  # ignored by git
@@ -45,6 +48,13 @@ def _mark(file: Path) -> str:
 
 
 def _convert(file: Path, folder: Path) -> None:
+    if GGUFReader(file).fields["general.architecture"].contents() != deci.ARCHITECTURE:
+        return _convert_plain(file, folder)
+    deci.read_model(file).save_pretrained(folder)
+    deci.read_tokenizer(file).save_pretrained(folder)
+
+
+def _convert_plain(file: Path, folder: Path) -> None:
     """transformers' model keeps a quantizer that refuses to save it, so its weights go into a plain one."""
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)

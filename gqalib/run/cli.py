@@ -1,5 +1,5 @@
-"""`python -m gqalib`: prune and evaluate any Llama, run the series, run a grid of them, recover or distill a model on
-several devices, publish a run, report it.
+"""`python -m gqalib`: prune, evaluate and export any Llama, run the series, run a grid of them, recover or distill a model
+on several devices, publish a run, report it.
 
 A command imports what it needs when it runs: help and refusals do not wait for torch.
 """
@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from gqalib import serve
 from gqalib.errors import InputError, new_folder, one_sentence
 from gqalib.model.names import check_model
 from gqalib.run.checks import (
@@ -112,6 +113,15 @@ def prune(options: Namespace) -> None:
     print(f"{options.out}: {kept:.1f} % of the parameters kept, {removed:.1f} % of the backbone removed")
 
 
+def export(options: Namespace) -> None:
+    """Write a model, pruned or not, as one .gguf file for llama.cpp."""
+    check_model(options.model)
+    serve.check_export(options.out, options.type)
+    from gqalib.serve import export
+
+    print(export.export(options.model, options.out, options.type))
+
+
 def evaluate(options: Namespace) -> None:
     """Perplexity and size of a model, alone or against another one on the same text."""
     check_positive(tokens=options.tokens, limit=options.limit)
@@ -194,6 +204,13 @@ def _of_prune(add) -> None:
             add(f"--{name}", default=default, metavar="VALUE", help=hint.__metadata__[-1] + end)
 
 
+def _of_export(add) -> None:
+    add("--model", required=True, metavar="FOLDER", help="a Llama: a folder, a hub id or a pruned folder")
+    add("--out", type=Path, required=True, metavar="FILE", help="the .gguf file")
+    types = ", ".join(serve.TYPES)
+    add("--type", default="f16", metavar="TYPE", help=f"of the weights: {types} (default: f16)")
+
+
 def _of_evaluate(add) -> None:
     _of_a_model(add)
     add("--against", metavar="FOLDER", help="another model of the same vocabulary")
@@ -253,7 +270,7 @@ def _of_a_run(add) -> None:
 
 
 OPTIONS = {
-    prune: _of_prune, evaluate: _of_evaluate, run: _of_run, grid: _of_grid,
+    prune: _of_prune, evaluate: _of_evaluate, export: _of_export, run: _of_run, grid: _of_grid,
     recover: _of_recovery, distill: _of_recovery, at_size: _of_at_size,
     publish: _of_a_run, report: _of_a_run,
 }  # fmt: skip

@@ -1,0 +1,72 @@
+"""A tokenizer as llama.cpp has it: the vocabulary, and a name for the rule that cuts a text into words."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from gguf import TokenType
+from transformers import PreTrainedTokenizerBase
+
+from gqalib.errors import InputError
+from gqalib.model import deci
+from gqalib.run.corpora import encode, read_corpus
+
+TEXT = ("python-docs", "test", 40)  # what the file's tokenizer is held to: 40 documents, and what those seldom have
+SELDOM = "It's 3:07, I'LL pay $1,234.50…\r\n\n\t  naïve façade, 東京 🙂 x = [0]*10**9;   end  "
+
+
+def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
+    """What `GGUFWriter.add_…` takes of a tokenizer; the vocabulary is filled up to the `rows` of the embeddings.
+
+    Raises:
+        InputError: it is none of those that `deci.PRE_TOKENIZERS` names, or has more tokens than rows.
+    """
+    parts = _parts(tokenizer)
+    model, rule = parts["model"], (parts["pre_tokenizer"], parts["model"].get("ignore_merges"))
+    pre = next((name for name, known in deci.PRE_TOKENIZERS.items() if known == rule), None)
+    if model["type"] != "BPE" or pre is None or parts["normalizer"]:
+        known = ", ".join(deci.PRE_TOKENIZERS)
+        raise InputError(f"this {model['type']} tokenizer has no name in llama.cpp that export knows ({known}): "
+                         "export a model with one of these")  # fmt: skip
+    if (last := max(model["vocab"].values())) >= rows:
+        raise InputError(
+            f"the tokenizer has token {last}, but the embeddings end at {rows - 1}: give its own tokenizer"
+        )
+    tokens, kinds = [f"[PAD{i}]" for i in range(rows)], [TokenType.UNUSED] * rows
+    for token, i in model["vocab"].items():
+        tokens[i], kinds[i] = token, TokenType.NORMAL
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if i < rows:  # the model could not read it
+            tokens[i], kinds[i] = token.content, deci.ADDED[not token.special]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    fields = {"tokenizer_model": "gpt2", "tokenizer_pre": pre, "token_list": tokens, "token_types": kinds}
+    return fields | {"token_merges": merges} | dict(_named(tokenizer, rows))
+
+
+def _parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """tokenizer.json, without what has no part in the tokens."""
+    if not tokenizer.is_fast:
+        return {"model": {"type": type(tokenizer).__name__}, "pre_tokenizer": None}
+    return json.loads(tokenizer.backend_tokenizer.to_str().replace('"trim_offsets":false', '"trim_offsets":true'))
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, rows: int) -> Iterator[tuple[str, Any]]:
+    """The tokens with a task, whether a text begins with one, and the chat template."""
+    for name in deci.NAMED:
+        if (token := getattr(tokenizer, f"{name}_token_id")) in range(rows):
+            yield f"{name}_token_id", token
+    yield "add_bos_token", encode(tokenizer, "", True) == [tokenizer.bos_token_id]
+    template = tokenizer.chat_template
+    if template := template.get("default") if isinstance(template, dict) else template:
+        yield "chat_template", template
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+    """Raises InputError unless both give the same tokens for real text, rare characters and special tokens."""
+    corpus, split, count = TEXT
+    for text in (SELDOM, "".join(tokenizer.all_special_tokens), *islice(read_corpus(corpus, split), count)):
+        if encode(tokenizer, text, True) != encode(other, text, True):
+            start = " ".join(text.split())[:40]
+            raise InputError(f"llama.cpp would read other tokens than the model in {start!r}: "
+                             "export a model with the tokenizer that it was trained with")  # fmt: skip
