@@ -23,7 +23,8 @@ STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 sans-serif; color: #222; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; } td, th { padding: 0.2rem 0.6rem; }
 tr { border-bottom: 1px solid #ddd; } th { text-align: left; } pre { font-size: 0.8rem; overflow-x: auto; }
-img { max-width: 100%; } section { border-top: 3px solid #222; margin-top: 4rem; } a.anchor-link, .prompt { display: none; }
+img { max-width: 100%; } section { border-top: 3px solid #222; margin-top: 4rem; }
+a.anchor-link, .prompt { display: none; }
 .input { display: none; background: #f5f5f5; padding: 0 0.6rem; } body.code .input { display: block; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: 1rem; font-size: 0.8rem; }
 button { position: fixed; top: 1rem; right: 1rem; padding: 0.4rem 0.8rem; } @media print { button { display: none; } }
