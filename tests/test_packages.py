@@ -98,7 +98,7 @@ def test_unknown_packages_and_missing_files_are_named():
 # ---------------------------------------------------------------- .gguf
 
 
-def write_gguf(path, model, architecture="llama", kind=gguf.GGMLQuantizationType.F16):
+def write_gguf(path, model, architecture="llama", kind=gguf.GGMLQuantizationType.F16, pre=None):
     """A Llama as llama.cpp has it, with the reference model's tokenizer."""
     config, tokenizer = model.config, load_tokenizer("data/reference_model")
     writer = gguf.GGUFWriter(path, architecture)
@@ -110,6 +110,8 @@ def write_gguf(path, model, architecture="llama", kind=gguf.GGMLQuantizationType
     writer.add_rope_dimension_count(config.head_dim), writer.add_value_length(config.head_dim)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    if pre:
+        writer.add_tokenizer_pre(pre)
     writer.add_tokenizer_model("gpt2"), writer.add_token_list(words), writer.add_eos_token_id(0)
     writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in merges])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -145,6 +147,16 @@ def test_a_gguf_file_is_a_model_like_any_other(llama, tmp_path, kind, capsys):
     assert capsys.readouterr().out.count("making a folder of safetensors of a.gguf") == 1  # and once only
     loaded.save_pretrained(tmp_path / "saved")
     assert torch.equal(load_model(str(tmp_path / "saved"), device="cpu")(ids).logits, loaded(ids).logits)
+
+
+@pytest.mark.parametrize(("pre", "rule"), [("smollm", "Sequence"), ("gpt-2", "ByteLevel"), ("unheard-of", "ByteLevel")])
+def test_words_are_cut_by_the_rule_that_the_file_names(llama, tmp_path, pre, rule):
+    """SmolLM2 cuts off digits first: transformers' conversion forgets that."""
+    write_gguf(tmp_path / "a.gguf", llama, pre=pre)
+    rules = json.loads(load_tokenizer(str(tmp_path / "a.gguf")).backend_tokenizer.to_str())["pre_tokenizer"]
+    assert rules["type"] == rule
+    if pre == "smollm":
+        assert rules["pretokenizers"][0] == {"type": "Digits", "individual_digits": True}
 
 
 def test_a_gguf_file_that_is_broken_or_no_llama_is_refused(llama, tmp_path):

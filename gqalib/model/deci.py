@@ -118,8 +118,14 @@ def _token_key(name: str) -> str:
     return f"tokenizer.ggml.{NAMED[name]}_token_id"
 
 
+def knows_tokenizer(file: Path) -> bool:
+    """Whether a .gguf file, of whatever architecture, cuts words by one of `PRE_TOKENIZERS`."""
+    _, fields = read_fields(file)
+    return fields.get("tokenizer.ggml.model") == "gpt2" and fields.get("tokenizer.ggml.pre") in PRE_TOKENIZERS
+
+
 def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that a deci file holds, made of what llama.cpp reads there.
+    """The tokenizer that a .gguf file holds, made of what llama.cpp reads there.
 
     Raises:
         InputError: of another kind than those of `PRE_TOKENIZERS`.
@@ -128,7 +134,7 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     pre, tokens = fields.get("tokenizer.ggml.pre"), fields["tokenizer.ggml.tokens"]
     if fields["tokenizer.ggml.model"] != "gpt2" or pre not in PRE_TOKENIZERS:
         raise InputError(f"{file} has a tokenizer of another kind ({pre}): use one of {', '.join(PRE_TOKENIZERS)}")
-    kinds = fields["tokenizer.ggml.token_type"]
+    kinds = fields.get("tokenizer.ggml.token_type") or [gguf.TokenType.NORMAL] * len(tokens)
     vocab = {token: i for i, token in enumerate(tokens) if kinds[i] != gguf.TokenType.UNUSED}
     merges = [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]
     rule, whole = PRE_TOKENIZERS[pre]

@@ -15,6 +15,7 @@ from gqalib.model import deci
 from gqalib.model.names import REPOSITORY
 
 MODELS = REPOSITORY / "models"  # ignored by git
+CONVERSION = b"2"  # another one makes another folder
 
 
 def gguf_folder(file: Path) -> Path:
@@ -44,7 +45,7 @@ def _mark(file: Path) -> str:
         data.seek(max(0, size - 2**20))
         end = data.read()
         data.seek(0)
-        return hashlib.sha256(data.read(2**20) + end + str(size).encode()).hexdigest()[:12]
+        return hashlib.sha256(CONVERSION + data.read(2**20) + end + str(size).encode()).hexdigest()[:12]
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -55,7 +56,8 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _convert_plain(file: Path, folder: Path) -> None:
-    """transformers' model keeps a quantizer that refuses to save it, so its weights go into a plain one."""
+    """transformers' model keeps a quantizer that refuses to save it, so its weights go into a plain one; and its
+    conversion of a tokenizer knows one rule to cut words by, GPT-2's."""
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     if not isinstance(loaded, LlamaForCausalLM):
@@ -67,4 +69,5 @@ def _convert_plain(file: Path, folder: Path) -> None:
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    tokenizer = deci.read_tokenizer(file) if deci.knows_tokenizer(file) else AutoTokenizer.from_pretrained(**where)
+    tokenizer.save_pretrained(folder)
