@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from gqalib import InputError
 from gqalib.measure import at_size, recovery, speed
 from gqalib.model.load import load_model, shape_config
 from gqalib.run.cli import main
