@@ -49,5 +49,5 @@ UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval --numprocesses 2 -
 define NBVAL
 	rm -rf runs/nbval
 	GQALIB_PRESET=smoke GQALIB_RUNS=$(CURDIR)/runs/nbval TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1 \
-	  $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 -p no:randomly notebooks/0[1-9]_*.ipynb notebooks/1*_*.ipynb
+	  $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 -p no:randomly notebooks/0[1-9]_*.ipynb notebooks/1*_*.ipynb notebooks/solutions/*.ipynb
 endef

@@ -48,3 +48,10 @@ def test_each_exercise_says_what_it_takes(path):
         assert re.search(r"[★☆]{3} · \d+ minutes?", told) and "<summary>Hint</summary>" in told
         assert f"solutions/{path.name}" in told
     assert "prediction" in "\n".join(exercises(path).values())
+
+
+@pytest.mark.parametrize("path", sorted(SOLUTIONS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_solutions_were_run_once_in_order(path):
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    counts = [cell["execution_count"] for cell in found if cell["cell_type"] == "code"]
+    assert counts == list(range(1, len(counts) + 1)) and (NOTEBOOKS / path.name).is_file()

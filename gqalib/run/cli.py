@@ -1,5 +1,5 @@
-"""`python -m gqalib`: prune, evaluate and export any Llama, run the series, run a grid of them, recover or distill a model
-on several devices, publish a run, report it.
+"""`python -m gqalib`: prune, evaluate and export any Llama, run the series, run a grid of them, recover or distill a
+model on several devices, publish a run, report it.
 
 A command imports what it needs when it runs: help and refusals do not wait for torch.
 """
