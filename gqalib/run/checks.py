@@ -29,9 +29,9 @@ def check_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
     """A preset whose model and texts can be; errors as of `load_preset`, `check_model` and `check_corpus`."""
     preset = load_preset(name, overrides)
     check_model(preset.model)
-    for corpus in (preset.corpus, (overrides or {}).get("answers.other_text")):
-        if corpus:  # another text that only the preset names may be missing: notebooks say so and do without
-            check_corpus(corpus)
+    check_corpus(preset.corpus)
+    if other := (overrides or {}).get("answers.other_text"):  # one that only the preset names may be missing:
+        check_corpus(other, "test")  # notebooks say so and do without
     return preset
 
 

@@ -86,12 +86,13 @@ def folder_file(corpus: str, split: str) -> Path:
     return found[0]
 
 
-def check_corpus(corpus: str) -> None:
-    """Raises InputError if there is no such corpus, or its file is missing or holds no text; downloads nothing."""
+def check_corpus(corpus: str, *splits: str) -> None:
+    """Raises InputError if there is no such corpus, or a file of these splits (default: all) is missing or holds no
+    text; downloads nothing."""
     if corpus.startswith("file:"):
         _split_file(corpus_path(corpus), "train")
     elif corpus.startswith("folder:"):
-        for split in SPLITS:
+        for split in splits or SPLITS:
             folder_file(corpus, split)
     elif corpus not in INSTALLED and corpus not in DATASETS:
         raise InputError(
@@ -107,7 +108,7 @@ def read_corpus(corpus: str, split: str) -> Iterator[str]:
     """
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
-    check_corpus(corpus)
+    check_corpus(corpus, split)
     if corpus in INSTALLED:
         return INSTALLED[corpus](split)
     if corpus in DATASETS:
