@@ -10,14 +10,24 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from gqalib.errors import InputError
-from gqalib.serve import CONTEXT, HOST, check_serve
+from gqalib.serve import HOST, check_serve
 
+GREETING = """\
+{name}: {n_params:,} parameters, {size:,} bytes, mostly {ftype}; up to {parallel} requests at a time, of {n_ctx:,} tokens each
+{url}/v1 answers OpenAI clients, {url}/metrics Prometheus; Ctrl-C ends it
+
+curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 40}}'
+
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="none")
+client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])"""
 PATIENCE = 10  # seconds for a request of ours, and for the server's end
 
 
@@ -28,7 +38,7 @@ class Server:
         port: where it listens; 0 takes a free one.
         context: tokens of a request with its answer; by default 2048, or what the model was trained for if that is less.
         parallel: requests that are answered at a time, each with a KV cache of its own; others wait.
-        threads: by default one for each core that this process may use, or OMP_NUM_THREADS.
+        threads: by default OMP_NUM_THREADS, or one for each core.
 
     Raises:
         InputError: as `check_serve`; or the server does not come up, with its last line.
@@ -40,7 +50,7 @@ class Server:
         self.file, context = check_serve(file, port, context, parallel)
         self.options = {
             "model": str(self.file), "port": port, "context": context * parallel, "parallel": parallel,
-            "threads": threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0)),
+            "threads": threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
         }  # fmt: skip
         self.url, self._process = "", None
 
@@ -52,9 +62,8 @@ class Server:
         try:
             self.url = self._process.stdout.readline().strip()  # when the model is loaded, or the process has ended
             if not self.url:
-                raise InputError(
-                    f"{self.file} is not served ({_last_line(log)}): give a file that export wrote, or less --ctx"
-                )
+                raise InputError(f"{self.file} is not served ({_cause(log)}): give a file that "
+                                 "`python -m gqalib export` wrote, or less --ctx or --parallel")  # fmt: skip
             self._get("/health")
         except BaseException:
             self.stop()
@@ -86,6 +95,10 @@ class Server:
         """What the server says of its model: n_params, size (bytes), ftype, n_ctx (of a request), n_ctx_train, …"""
         return json.loads(self._get("/v1/models"))["data"][0]["meta"]
 
+    def greeting(self) -> str:
+        """What is served, where, and how to call it."""
+        return GREETING.format(name=self.file.name, url=self.url, **self.options | self.describe())
+
     def _get(self, path: str) -> str:
         return _get(self.url + path)
 
@@ -105,17 +118,19 @@ def _get(url: str) -> str:
         return answer.read().decode()
 
 
-def _last_line(log) -> str:
+def _cause(log: IO[bytes]) -> str:
+    """The first error that llama.cpp logged, of which later ones follow, or else the last line of all."""
     log.seek(0)
-    lines = log.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line.partition(": ")[2] for line in lines if " E " in line]
+    return (errors or lines[-1:] or ["it said nothing"])[0]
 
 
 # ---------------------------------------------------------------- in the server's process
 
 
 def _serve(options: dict[str, Any]) -> None:
-    """Load the model, print the address, and stay until standard input closes."""
+    """Load the model, print the address, and stay until standard input closes; light: no torch."""
     import xllamacpp
 
     server = xllamacpp.Server(_params(xllamacpp, **options))
