@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from gqalib.errors import one_sentence
 from gqalib.figures import COLORS
@@ -94,6 +95,7 @@ def draw(axes: Sequence[plt.Axes], samples: pd.DataFrame) -> None:
         color = COLORS["v3" if name == "processing" else "v2"]
         requests.step(seconds, samples[f"requests_{name}"], style, where="post", color=color, label=name)
     requests.set(ylabel="requests", xlabel="seconds", ylim=(0, None))
+    requests.yaxis.set_major_locator(MaxNLocator(integer=True))
     requests.legend()
     firing = alerts(samples)
     for ax in axes:
