@@ -1,10 +1,12 @@
-"""`python -m gqalib`: prune, evaluate and export any Llama, run the series, run a grid of them, recover or distill a
-model on several devices, publish a run, report it.
+"""`python -m gqalib`: prune, evaluate, export and serve any Llama, run the series, run a grid of them, recover or
+distill a model on several devices, publish a run, report it.
 
 A command imports what it needs when it runs: help and refusals do not wait for torch.
 """
 
 import argparse
+import contextlib
+import signal
 import sys
 from argparse import Namespace
 from dataclasses import fields
@@ -13,7 +15,6 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from gqalib import serve
 from gqalib.errors import InputError, new_folder, one_sentence
 from gqalib.model.names import check_model
 from gqalib.run.checks import (
@@ -21,6 +22,7 @@ from gqalib.run.checks import (
 )  # fmt: skip
 from gqalib.run.corpora import check_corpus
 from gqalib.run.presets import Cut, Preset, check_cut, check_name, load_preset, number_or_text, preset_names
+from gqalib.serve import CONTEXT, TYPES, check_export
 
 # ---------------------------------------------------------------- the commands
 
@@ -116,10 +118,23 @@ def prune(options: Namespace) -> None:
 def export(options: Namespace) -> None:
     """Write a model, pruned or not, as one .gguf file for llama.cpp."""
     check_model(options.model)
-    serve.check_export(options.out, options.type)
+    check_export(options.out, options.type)
     from gqalib.serve import export
 
     print(export.export(options.model, options.out, options.type))
+
+
+def serve(options: Namespace) -> None:
+    """Serve a .gguf file to OpenAI clients on this machine, by llama.cpp, until Ctrl-C."""
+    from gqalib.serve import server
+
+    job = server.Server(options.model, options.port, options.ctx, options.parallel)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that `with` ends what it began
+    with job as running:
+        print(running.greeting(), flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            status = running.wait()
+            raise InputError(f"the server of {options.model} ended by itself (status {status}): start it again")
 
 
 def evaluate(options: Namespace) -> None:
@@ -207,8 +222,15 @@ def _of_prune(add) -> None:
 def _of_export(add) -> None:
     add("--model", required=True, metavar="FOLDER", help="a Llama: a folder, a hub id or a pruned folder")
     add("--out", type=Path, required=True, metavar="FILE", help="the .gguf file")
-    types = ", ".join(serve.TYPES)
+    types = ", ".join(TYPES)
     add("--type", default="f16", metavar="TYPE", help=f"of the weights: {types} (default: f16)")
+
+
+def _of_serve(add) -> None:
+    add("--model", required=True, metavar="FILE", help="a .gguf file, for example one that export wrote")
+    add("--port", type=int, default=8080, help="0 for a free one (default: 8080)")
+    add("--ctx", type=int, metavar="N", help=f"tokens of a request with its answer (default: {CONTEXT})")
+    add("--parallel", type=int, default=4, metavar="N", help="requests answered at a time (default: 4)")
 
 
 def _of_evaluate(add) -> None:
@@ -270,7 +292,7 @@ def _of_a_run(add) -> None:
 
 
 OPTIONS = {
-    prune: _of_prune, evaluate: _of_evaluate, export: _of_export, run: _of_run, grid: _of_grid,
+    prune: _of_prune, evaluate: _of_evaluate, export: _of_export, serve: _of_serve, run: _of_run, grid: _of_grid,
     recover: _of_recovery, distill: _of_recovery, at_size: _of_at_size,
     publish: _of_a_run, report: _of_a_run,
 }  # fmt: skip

@@ -1,0 +1,165 @@
+"""A .gguf file behind an OpenAI-compatible server on this machine: llama.cpp's own, by xllamacpp.
+
+It runs in a process of its own, so that a notebook's interrupt or crash does not touch it, and ends when the standard
+input that we hold open for it closes: when `stop` closes it, or when this process is gone, however it went.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO, Any, Self
+from urllib.request import ProxyHandler, build_opener
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from gqalib.errors import InputError
+from gqalib.serve import HOST, check_serve
+
+GREETING = """\
+{name}: {n_params:,} parameters, {size:,} bytes, mostly {ftype}; {parallel} requests at a time, of {n_ctx:,} tokens each
+{url} is a page to chat on, {url}/v1 for OpenAI clients, {url}/metrics for Prometheus; Ctrl-C ends it
+
+curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 40}}'
+
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="none")
+client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])"""
+PATIENCE = 10  # seconds for a request of ours, and for the server's end
+OPENER = build_opener(ProxyHandler({}))  # a proxy does not reach this machine
+
+
+class Server:
+    """`with Server("model.gguf") as server:` serves the file at `server.url` (OpenAI clients add `/v1`) until the end.
+
+    Args:
+        port: where it listens; 0 takes a free one.
+        context: tokens of a request with its answer; by default 2048, or fewer if the model was trained for fewer.
+        parallel: requests that are answered at a time, each with a KV cache of its own; others wait.
+        threads: by default OMP_NUM_THREADS, or one for each core.
+
+    Raises:
+        InputError: as `check_serve`; or the server does not come up, with its first error.
+    """
+
+    def __init__(
+        self, file: str | Path, port: int = 0, context: int | None = None, parallel: int = 1, threads: int | None = None
+    ) -> None:  # fmt: skip
+        self.file, context = check_serve(file, port, context, parallel)
+        self.options = {
+            "model": str(self.file), "port": port, "context": context * parallel, "parallel": parallel,
+            "threads": threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+        }  # fmt: skip
+        self.url, self._process = "", None
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-m", __name__, json.dumps(self.options)]
+        with tempfile.TemporaryFile() as log:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            self._process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)  # interrupts are ours
+            try:
+                self._wait_until_it_answers(log)
+            except BaseException:
+                self.stop()
+                raise
+        return self
+
+    def _wait_until_it_answers(self, log: IO[bytes]) -> None:
+        self.url = self._process.stdout.readline().strip()  # when the model is loaded, or the process has ended
+        if not self.url:
+            raise InputError(f"{self.file} is not served ({_cause(log)}): give a file that "
+                             "`python -m gqalib export` wrote, or less --ctx or --parallel")  # fmt: skip
+        self._get("/health")
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the process; requests under way are dropped."""
+        self._process.stdin.close()
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    @property
+    def process_id(self) -> int:
+        """Of the server, also after its end."""
+        return self._process.pid
+
+    def wait(self) -> int:
+        """The exit status of the server, when it has ended by itself."""
+        return self._process.wait()
+
+    def metrics(self) -> dict[str, float]:
+        """The server's Prometheus metrics by their names, as of now."""
+        return read_metrics(self.url)
+
+    def describe(self) -> dict[str, Any]:
+        """What the server says of its model: n_params, size (bytes), ftype, n_ctx (of a request), n_ctx_train, …"""
+        return json.loads(self._get("/v1/models"))["data"][0]["meta"]
+
+    def greeting(self) -> str:
+        """What is served, where, and how to call it."""
+        return GREETING.format(name=self.file.name, url=self.url, **self.options | self.describe())
+
+    def _get(self, path: str) -> str:
+        return _get(self.url + path)
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """The Prometheus metrics of the llama.cpp server at a URL, by their names without `llamacpp:`.
+
+    `prompt_tokens_seconds` and `predicted_tokens_seconds` are averages since they were last read, by anybody.
+    """
+    lines = [line for line in _get(f"{url}/metrics").splitlines() if not line.startswith("#")]  # the parser renames
+    families = text_string_to_metric_families("\n".join(lines) + "\n")  # counters whose names do not end in _total
+    return {sample.name.removeprefix("llamacpp:"): sample.value for family in families for sample in family.samples}
+
+
+def _get(url: str) -> str:
+    with OPENER.open(url, timeout=PATIENCE) as answer:
+        return answer.read().decode()
+
+
+def _cause(log: IO[bytes]) -> str:
+    """The first error that llama.cpp logged, of which later ones follow, or else the last line of all."""
+    log.seek(0)
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line.partition(": ")[2] for line in lines if " E " in line]
+    return (errors or lines[-1:] or ["it said nothing"])[0]
+
+
+# ---------------------------------------------------------------- in the server's process
+
+
+def _serve(options: dict[str, Any]) -> None:
+    """Load the model, print the address, and stay until standard input closes; light: no torch."""
+    import xllamacpp
+
+    server = xllamacpp.Server(_params(xllamacpp, **options))
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+    os._exit(0)  # its own end would wait for the requests under way
+
+
+def _params(llama, model: str, port: int, context: int, parallel: int, threads: int):
+    params = llama.CommonParams()
+    params.model.path, params.model_alias = model, {Path(model).name}
+    params.hostnames, params.port = [HOST], port
+    params.n_ctx, params.n_parallel = context, parallel  # the context is shared out among the requests
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds more
+    params.cache_ram_mib = 0  # prompts of the past are kept with their requests' caches, not beside them
+    params.endpoint_metrics, params.cors_origins = True, HOST  # no web page but its own may call it
+    params.verbosity = 1  # errors
+    return params
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))
