@@ -314,3 +314,12 @@ def test_more_processes_than_cards(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="the process has no card cuda:2: start as many processes as there are cards"):
         is_one_of_several()
+
+
+def test_training_stays_on_the_card_that_the_model_is_on(tmp_path, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    second = torch.device("cuda:1")
+    assert trainer.arguments(tmp_path, second).device == second and current == [second]
+    monkeypatch.setattr(trainer, "is_one_of_several", lambda: True)  # a launcher's processes have a card each
+    assert trainer.arguments(tmp_path, second).device != second

@@ -44,6 +44,9 @@ def arguments(folder: Path, device: torch.device, cls: type = TrainingArguments,
         **changes,
     })  # fmt: skip
     args._n_gpu = min(args.n_gpu, 1)  # one process, one card: more would be wrapped in DataParallel
+    if device.type == "cuda" and not is_one_of_several():  # else the first card, whichever the model is on
+        torch.cuda.set_device(device)  # accelerate goes by this
+        vars(args)["_setup_devices"] = device  # and transformers by this
     return args
 
 
