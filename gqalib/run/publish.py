@@ -123,24 +123,33 @@ def update_readme(readme: Path, results: Path, notebooks: Path = NOTEBOOKS) -> N
 
 def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
     """README's results table and map of the series, as Markdown, from records and the notebooks' titles."""
-    record = read_record(results / DEFAULT / "07_cost_analysis.json")
-    p = read_record(results / DEFAULT / "01_baseline.json")["parameters"]
-    under = (
-        f"Measured on the {p['corpus']} test text, {p['evaluation']['num_tokens']:,} tokens in windows of "
-        f"{p['evaluation']['short_window']}, preset `{record['preset']}`, seed {record['seed']}, {record['machine']}."
-    )
     rows = []
     for path in numbered_notebooks(notebooks):
         number, _, title = _title(path).partition(" · ")
         seconds = read_record(results / DEFAULT / f"{path.stem}.json")["seconds"]
         rows.append([f"[{number}](notebooks/{path.name})", title, f"{seconds:.0f} s"])
-    frontiers = sorted(results.glob("*/10_frontier.json"), key=lambda path: (path.parent.name != DEFAULT, path))
     return {
-        "results": f"{as_markdown(results_table(record))}\n\n{under}",
+        "results": "\n\n".join(_results_block(r, results) for r in _all_presets(results, "07_cost_analysis")),
         "cost": cost_block(results),
         "series": as_markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
-        "frontier": "\n\n".join(_frontier_block(read_record(path)) for path in frontiers),
+        "frontier": "\n\n".join(map(_frontier_block, _all_presets(results, "10_frontier"))),
     }
+
+
+def _all_presets(results: Path, name: str) -> list[dict[str, Any]]:
+    """The records of a notebook, a preset each: the real model's first, then the quick look's."""
+    order = {"smollm2": 0, DEFAULT: 1}
+    paths = sorted(results.glob(f"*/{name}.json"), key=lambda path: (order.get(path.parent.name, 2), path))
+    return [read_record(path) for path in paths]
+
+
+def _results_block(record: dict[str, Any], results: Path) -> str:
+    p = read_record(results / record["preset"] / "01_baseline.json")["parameters"]
+    above = (
+        f"**{p['model']}** (preset `{record['preset']}`), {p['corpus']} test text, {p['evaluation']['num_tokens']:,} "
+        f"tokens in windows of {p['evaluation']['short_window']}, seed {record['seed']}, {record['machine']}:"
+    )
+    return f"{above}\n\n{as_markdown(results_table(record))}"
 
 
 def _frontier_block(record: dict[str, Any]) -> str:
