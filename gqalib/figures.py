@@ -177,7 +177,7 @@ def names_at_the_edge(ax: plt.Axes, ends: Mapping[str, tuple[float, float]], col
         ends: the last point of each line, in data. colors: of the names.
     """
     ax.figure.canvas.draw()  # only now is it known where the points are
-    line_height, last = 1.3 * plt.rcParams["font.size"] * ax.figure.dpi / 72, -np.inf
+    line_height, last = 1.8 * plt.rcParams["font.size"] * ax.figure.dpi / 72, -np.inf
     bottom, height = ax.bbox.y0, ax.bbox.height
     for name in sorted(ends, key=lambda name: ends[name][1]):
         last = max(last + line_height, ax.transData.transform(ends[name])[1])

@@ -3,6 +3,7 @@
 import base64
 import re
 from html import unescape
+from urllib.parse import unquote
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -84,3 +85,18 @@ def test_code_is_hidden_until_the_button_is_pressed(page):
 def test_nothing_to_report(tmp_path, capsys):
     assert main(["report", "--run-dir", str(tmp_path)]) == 2
     assert "holds no finished notebook: run the series first" in capsys.readouterr().err
+
+
+def test_a_grid_has_a_page_across_its_runs(tmp_path, capsys):
+    runs = ["tiny+seed=1", "tiny", "tiny+cost.min_run_s=2.0"]
+    for run in runs[:2]:
+        (tmp_path / run).mkdir()
+        finished(tmp_path / run, "08_claims", "# 08 · What's left?", {"claims": CLAIM}, "")
+    table = pd.DataFrame({"run": runs, "preset": "tiny", "seed": [1, 0, 0], "seconds": [3.0, 5.0, None]})
+    table = table.assign(attempts=1, error=[None, None, "a <sad> end"], perplexity_v3=[20.0, 22.0, None])
+    table.assign(**{"cost.min_run_s": [1.0, 1.0, 2.0]}).to_csv(tmp_path / "grid.csv", index=False)
+    assert main(["report", "--run-dir", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    links = [unquote(unescape(link)) for link in re.findall(r'href="([^"]*)"', page)]
+    assert links == [f"{run}/report.html" for run in runs[:2]] and all((tmp_path / link).exists() for link in links)
+    assert "21.00 ± 1.41" in page and runs[2] in page and "a &lt;sad&gt; end" in page

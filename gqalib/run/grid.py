@@ -279,9 +279,7 @@ def _pick(table: pd.DataFrame, pattern: re.Pattern) -> list[str]:
 
 def summary(table: pd.DataFrame, jobs: list[Series], folder: Path) -> str:
     """Means over seeds, which runs were retried and why, which failed, and where everything lies."""
-    means = over_seeds(table, [*_pick(table, SHOWN), "seconds"])
-    cells = {name: [_plus_minus(*row) for row in means[name].to_numpy()] for name in means.columns.unique(0)}
-    lines = ["", pd.DataFrame(cells, means.index).to_string(sparsify=False, line_width=140), ""]
+    lines = ["", means(table).to_string(sparsify=False, line_width=140), ""]
     for job in jobs:
         why = ", ".join(f"attempt {i} on {host}: {end}" for i, (host, end) in enumerate(attempts(job)[:-1], 1))
         lines += [f"retried   {job.run_dir.name} ({why})"] if why else []
@@ -289,6 +287,14 @@ def summary(table: pd.DataFrame, jobs: list[Series], folder: Path) -> str:
     lines += [f"failed    {name}: {error}" for name, error in zip(failed["run"], failed["error"], strict=True)]
     lines += [f"runs      {folder} ({len(table) - len(failed)} of {len(table)} runs complete)"]
     return "\n".join([*lines, f"table     {folder / 'grid.csv'}", f"figure    {folder / 'grid.png'}"])
+
+
+def means(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per setting: what a researcher looks at first, as words, mean ± standard deviation over seeds."""
+    found = over_seeds(table, [*_pick(table, SHOWN), "seconds"])
+    return pd.DataFrame(
+        {n: [_plus_minus(*row) for row in found[n].to_numpy()] for n in found.columns.unique(0)}, found.index
+    )
 
 
 def _plus_minus(mean: float, std: float, count: float) -> str:

@@ -1,5 +1,5 @@
 """A finished run as one HTML file, to be sent to a colleague: an index with the main results, then every notebook, its
-code behind a button."""
+code behind a button. Of a grid, a page across its runs, which leads to theirs."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ import re
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import pandas as pd
 
@@ -18,6 +18,7 @@ from gqalib.run.notebook import read_record, write_atomically
 from gqalib.run.publish import results_table
 
 THUMBNAIL = 360, 360  # pixels
+FIGURE = "A panel for each perplexity over what the grid varies, as mean and standard deviation over seeds."
 MATHJAX = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"  # formulas; without a network they stay as TeX
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 sans-serif; color: #222; }
@@ -34,31 +35,48 @@ Show code</button>"""
 
 
 def report(run_dir: Path) -> Path:
-    """Write `report.html` into the folder of a run, of the notebooks that are finished there.
+    """Write `report.html` into the folder of a run, of the notebooks that are finished there; into that of a grid, one
+    across its runs, and theirs.
 
     Raises:
         InputError: none is.
     """
-    paths = [path for path in numbered_notebooks(run_dir) if path.with_suffix(".json").exists()]
-    if not paths:
+    if (run_dir / "grid.csv").exists():
+        return _across_runs(run_dir)
+    if not (paths := _finished(run_dir)):
         raise InputError(f"{run_dir} holds no finished notebook: run the series first")
     records = {path.stem: read_record(path.with_suffix(".json")) for path in paths}
     sections = [f'<section id="{path.stem}">{_body(path, records)}</section>' for path in paths]
     first = next(iter(records.values()))
-    title = f"Report of preset {first['preset']}"
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+    return _page(run_dir, f"Report of preset {first['preset']}", BUTTON, _index(run_dir, paths, records), *sections)
+
+
+def _across_runs(folder: Path) -> Path:
+    """The settings of a grid side by side, its figure, and every run with a link to its own report."""
+    from gqalib.run.grid import means  # takes a second
+
+    table = pd.read_csv(folder / "grid.csv")
+    links = [f'<a href="{quote(report(folder / run).relative_to(folder).as_posix())}">{escape(run)}</a>'
+             if _finished(folder / run) else escape(run) for run in table["run"]]  # fmt: skip
+    shown = table.dropna(axis=1, how="all").map(lambda value: "" if pd.isna(value) else escape(str(value)))
+    parts = ["<h2>Means over seeds</h2>", _table(means(table).reset_index())]
+    if (figure := folder / "grid.png").exists():
+        data = base64.b64encode(figure.read_bytes()).decode()
+        parts.append(f'<img src="data:image/png;base64,{data}" alt="{FIGURE}">')
+    parts += ["<h2>Runs</h2>", _table(shown.assign(run=links), escape=False)]
+    return _page(folder, f"Report of {folder.name}", *parts)
+
+
+def _finished(folder: Path) -> list[Path]:
+    return [path for path in numbered_notebooks(folder) if path.with_suffix(".json").exists()]
+
+
+def _page(folder: Path, title: str, *parts: str) -> Path:
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
     head += f'<style>{STYLE}{_code_style()}</style><script async src="{MATHJAX}"></script>'
-    parts = [
-        head,
-        "<body>",
-        BUTTON,
-        f"<h1>{title}</h1>",
-        _index(run_dir, paths, records),
-        *sections,
-        "</body></html>\n",
-    ]
-    write_atomically(run_dir / "report.html", "\n".join(parts))
-    return run_dir / "report.html"
+    html = "\n".join([head, "<body>", f"<h1>{escape(title)}</h1>", *parts, "</body></html>\n"])
+    write_atomically(folder / "report.html", html)
+    return folder / "report.html"
 
 
 def _index(run_dir: Path, paths: list[Path], records: dict[str, dict[str, Any]]) -> str:
