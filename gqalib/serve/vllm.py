@@ -1,0 +1,147 @@
+"""A saved folder in vLLM, in an environment of vLLM's own: the plugin, and a check of the numbers that it serves.
+
+    python -m gqalib.serve.vllm FOLDER [--dtype bfloat16] [options of vLLM's server]
+
+starts the server on the folder, asks it for the log-probabilities of a text's tokens, and compares them with
+transformers'. Of gqalib it needs the model's own file only: vLLM pins other versions of torch and transformers.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+from gqalib.errors import InputError
+from gqalib.model.names import check_model
+
+HOST = "127.0.0.1"
+TOKENS = 128  # of the text, or as many as the model takes
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # nats, of the mean difference
+START, PATIENCE = 600, 30  # seconds that the server may take to come up, and for an answer or its end
+
+
+def register() -> None:
+    """What vLLM calls in each of its processes: it then knows the class, and runs no code out of the folder."""
+    from vllm import ModelRegistry
+
+    from gqalib.model.modeling_gqa_llama import GqaLlamaForCausalLM  # registers itself with transformers
+
+    backend = "vllm.model_executor.models.transformers:TransformersForCausalLM"
+    ModelRegistry.register_model(GqaLlamaForCausalLM.__name__, backend)
+
+
+@contextmanager
+def server(folder: str, dtype: str, options: list[str]) -> Iterator[str]:
+    """The URL of vLLM's OpenAI-compatible server, on a free port of this machine, in processes of its own; they end
+    with the block.
+
+    Raises:
+        InputError: it does not come up, with the last error that it logged.
+    """
+    with socket.create_server((HOST, 0)) as free, tempfile.TemporaryFile() as log:
+        port = str(free.getsockname()[1])
+        free.close()
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", dtype]
+        command += ["--enforce-eager", *options, "--host", HOST, "--port", port]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            _wait(process, url := f"http://{HOST}:{port}", log)
+            yield url
+        finally:
+            _end(process)
+
+
+def _wait(process: subprocess.Popen, url: str, log: IO[bytes]) -> None:
+    deadline = time.monotonic() + START
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            return urlopen(f"{url}/health", timeout=PATIENCE).close()
+        except (URLError, OSError):
+            time.sleep(1)
+    raise InputError(f"vLLM does not serve the folder ({_cause(log)}): see the limits in README, vLLM")
+
+
+def _cause(log: IO[bytes]) -> str:
+    """The first exception in the log, which later ones follow from, or else its last line."""
+    log.seek(0)
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line]
+    return (errors or lines[-1:] or ["it said nothing"])[0].strip()
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the server; whatever of its processes is left after a while is killed."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(PATIENCE)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+
+def served(url: str, model: str, tokens: list[int]) -> list[float]:
+    """Log-probability of each token but the first, in nats, as the server at `url` says it."""
+    body = {"model": model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0}
+    request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=START) as answer:
+        found = json.load(answer)["choices"][0]["prompt_logprobs"]
+    return [found[i][str(tokens[i])]["logprob"] for i in range(1, len(tokens))]
+
+
+def expected(folder: str, dtype: str) -> tuple[list[int], list[float]]:
+    """The tokens of a text, and the log-probability of each but the first, in nats, by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gqalib.model import modeling_gqa_llama  # noqa: F401  (registers itself with transformers)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    length = min(TOKENS, model.config.max_position_embeddings - 1)  # the server adds a token
+    tokens = AutoTokenizer.from_pretrained(folder)(json.__doc__)["input_ids"][:length]
+    with torch.no_grad():
+        said = model(torch.tensor([tokens])).logits[0, :-1].float().log_softmax(-1)
+    return tokens, said.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+
+
+def compare(theirs: list[float], ours: list[float], dtype: str) -> str:
+    """One line: the largest and the mean difference of two lists of log-probabilities, and the verdict."""
+    apart = [abs(a - b) for a, b in zip(theirs, ours, strict=True)]
+    mean = math.fsum(apart) / len(apart)
+    verdict = "equal" if mean < TOLERANCE[dtype] else "NOT EQUAL"
+    return f"{len(apart)} tokens in {dtype}: differences of at most {max(apart):.1e} nats, {mean:.1e} on average: {verdict}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0 equal, 1 not, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="python -m gqalib.serve.vllm", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="a saved model, pruned or not")
+    parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE))
+    asked, options = parser.parse_known_args(arguments)
+    try:
+        folder = check_model(asked.folder)
+        tokens, ours = expected(folder, asked.dtype)
+        with server(folder, asked.dtype, options) as url:
+            line = compare(served(url, folder, tokens), ours, asked.dtype)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(line)
+    return int(line.endswith("NOT EQUAL"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
