@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -26,7 +27,9 @@ for name in ("model", "dtype", "host", "port"):
     parser.add_argument("--" + name, required=True)
 parser.add_argument("--enforce-eager", action="store_true", required=True)
 parser.add_argument("--fail")
+parser.add_argument("--refuse")
 options = parser.parse_args()
+print("(APIServer pid=1) WARNING 11-27 01:08:08 [a.py:255] this can cause errors like `OSError: [Errno 24]`", flush=True)
 open(os.environ["PID"], "w").write(str(os.getpid()))
 if options.fail:
     raise ValueError(options.fail)
@@ -39,6 +42,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert asked["model"] == options.model
+        if options.refuse:
+            print("(Worker pid=2) ERROR 11-27 01:08:08 [b.py:1] RuntimeError:", options.refuse, flush=True)
+            return self.send_error(500)
         said = json.loads(os.environ["SAID"])
         found = [None, *({str(t): {"logprob": p}} for t, p in zip(asked["prompt"][1:], said, strict=True))]
         self.answer({"choices": [{"prompt_logprobs": found}]})
@@ -114,12 +120,24 @@ def test_log_probabilities_are_those_of_the_next_tokens(folder):
     assert found == pytest.approx([float(logits[i].log_softmax(0)[tokens[i + 1]]) for i in range(62)], abs=1e-5)
 
 
-def test_a_server_that_does_not_come_up(folder, stand_in, capsys):
-    assert vllm.main([folder, "--fail", "no such thing"]) == 2
+@pytest.mark.parametrize(("option", "kind"), [("--fail", "ValueError"), ("--refuse", "RuntimeError")])
+def test_a_server_that_does_not_come_up_or_answer(option, kind, folder, stand_in, capsys):
+    """It is ended, and the error that it logged is said; not what a warning mentions."""
+    assert vllm.main([folder, option, "no such thing"]) == 2
     said = capsys.readouterr().err
     assert (
-        said.startswith("error: vLLM does not serve the folder (ValueError: no such thing)") and said.count("\n") == 1
+        said
+        == f"error: vLLM does not serve {folder} ({kind}: no such thing): see the limits in README, Serve with vLLM\n"
     )
+    assert ended(stand_in)
+
+
+def test_a_check_that_is_ended_ends_the_server(folder, stand_in, monkeypatch):
+    monkeypatch.setattr(vllm, "served", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        vllm.main([folder])
+    signal.signal(signal.SIGTERM, before)
     assert ended(stand_in)
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,9 +18,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 from gqalib.errors import InputError
@@ -28,6 +28,7 @@ from gqalib.model.names import check_model
 HOST = "127.0.0.1"
 TOKENS = 128  # of the text, or as many as the model takes
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # nats, of the mean difference
+ERROR = re.compile(r"^(?:\(.+?\) )?(?:ERROR .+?\] )?(\w+Error: .+)")  # an exception in vLLM's log
 START, PATIENCE = 600, 30  # seconds that the server may take to come up, and for an answer or its end
 
 
@@ -47,50 +48,56 @@ def server(folder: str, dtype: str, options: list[str]) -> Iterator[str]:
     with the block.
 
     Raises:
-        InputError: it does not come up, with the last error that it logged.
+        InputError: it does not come up, or gives no answer in the block; with the first error that it logged.
     """
-    with socket.create_server((HOST, 0)) as free, tempfile.TemporaryFile() as log:
-        port = str(free.getsockname()[1])
-        free.close()
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", dtype]
-        command += ["--enforce-eager", *options, "--host", HOST, "--port", port]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    with tempfile.TemporaryFile() as log:
+        process, url = _start(folder, dtype, options, log)
         try:
-            _wait(process, url := f"http://{HOST}:{port}", log)
+            _wait(process, url)
             yield url
+        except OSError as error:  # urllib's, too: no answer, or one that says no
+            why = f"vLLM does not serve {folder} ({_cause(log)})"
+            raise InputError(f"{why}: see the limits in README, Serve with vLLM") from error
         finally:
             _end(process)
 
 
-def _wait(process: subprocess.Popen, url: str, log: IO[bytes]) -> None:
+def _start(folder: str, dtype: str, options: list[str], log: IO[bytes]) -> tuple[subprocess.Popen, str]:
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", dtype]
+    command += ["--enforce-eager", *options, "--host", HOST, "--port", str(port)]
+    environment = {"TORCHDYNAMO_DISABLE": "1"} | os.environ  # compiling what reads log-probabilities takes minutes
+    pipes = {"stdout": log, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env=environment, **pipes, start_new_session=True), f"http://{HOST}:{port}"
+
+
+def _wait(process: subprocess.Popen, url: str) -> None:
     deadline = time.monotonic() + START
     while process.poll() is None and time.monotonic() < deadline:
         try:
             return urlopen(f"{url}/health", timeout=PATIENCE).close()
-        except (URLError, OSError):
+        except OSError:
             time.sleep(1)
-    raise InputError(f"vLLM does not serve the folder ({_cause(log)}): see the limits in README, vLLM")
+    raise TimeoutError
 
 
 def _cause(log: IO[bytes]) -> str:
     """The first exception in the log, which later ones follow from, or else its last line."""
     log.seek(0)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error: " in line]
+    errors = [found[1] for line in lines if (found := ERROR.search(line))]
     return (errors or lines[-1:] or ["it said nothing"])[0].strip()
 
 
 def _end(process: subprocess.Popen) -> None:
     """End the server; whatever of its processes is left after a while is killed."""
-    process.send_signal(signal.SIGTERM)
-    try:
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
         process.wait(PATIENCE)
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def served(url: str, model: str, tokens: list[int]) -> list[float]:
@@ -131,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", help="a saved model, pruned or not")
     parser.add_argument("--dtype", default="float32", choices=list(TOLERANCE))
     asked, options = parser.parse_known_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without the server's end
     try:
         folder = check_model(asked.folder)
         tokens, ours = expected(folder, asked.dtype)
