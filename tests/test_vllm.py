@@ -103,21 +103,28 @@ print(*(name.partition(".")[2] for name in sys.modules if name.startswith("gqali
     assert set(done.stdout.split()) == LIGHT
 
 
-@pytest.mark.parametrize(("off", "status", "says"), [(0, 0, ": equal\n"), (1e-3, 1, ": NOT EQUAL\n")])
-def test_what_the_server_says_is_compared(off, status, says, folder, stand_in, monkeypatch, capsys):
-    tokens, ours = vllm.expected(folder, "float32")
-    assert len(tokens) == 63  # the model takes 64, and one is added
-    monkeypatch.setenv("SAID", json.dumps([value + off for value in ours]))
+@pytest.mark.parametrize(("off", "status", "verdict"), [(0, 0, "equal"), (1e-3, 1, "NOT EQUAL")])
+def test_what_the_server_says_is_compared(off, status, verdict, folder, stand_in, monkeypatch, capsys):
+    tokens, exact, rounding = vllm.expected(folder, "float32")
+    assert len(tokens) == 63 and rounding == 0  # the model takes 64, and one is added
+    monkeypatch.setenv("SAID", json.dumps([value + off for value in exact]))
     assert vllm.main([folder]) == status
-    assert (printed := capsys.readouterr().out).endswith(says)
-    assert printed.startswith(f"62 tokens in float32: differences of at most {off:.1e} nats, {off:.1e} on average")
+    distance = f"at most {off:.1e} nats from transformers in float32, {off:.1e} on average"
+    assert capsys.readouterr().out == f"62 tokens: {distance}, where rounding makes 0.0e+00: {verdict}\n"
     assert ended(stand_in)
 
 
+def test_rounding_is_allowed_for(folder):
+    tokens, exact, rounding = vllm.expected(folder, "bfloat16")
+    assert 1e-3 < rounding < 1
+    assert vllm.compare(vllm.by_transformers(folder, tokens, "bfloat16"), exact, rounding)[0]
+    assert not vllm.compare([value + 3 * rounding for value in exact], exact, rounding)[0]
+
+
 def test_log_probabilities_are_those_of_the_next_tokens(folder):
-    tokens, found = vllm.expected(folder, "float32")
-    logits = load_model(folder, device="cpu")(torch.tensor([tokens])).logits[0].detach()
-    assert found == pytest.approx([float(logits[i].log_softmax(0)[tokens[i + 1]]) for i in range(62)], abs=1e-5)
+    tokens, exact, _ = vllm.expected(folder, "float32")
+    said = load_model(folder, device="cpu")(torch.tensor([tokens])).logits[0].detach().log_softmax(-1)
+    assert exact == pytest.approx([float(said[i, tokens[i + 1]]) for i in range(62)], abs=1e-5)
 
 
 @pytest.mark.parametrize(("option", "kind"), [("--fail", "ValueError"), ("--refuse", "RuntimeError")])
