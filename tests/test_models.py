@@ -90,13 +90,16 @@ def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path):
     trusted is this repository's own file, which the first line has just written; the script is offline.
     """
     save_model(uneven, tokenizer, tmp_path / "m")
-    save_file({"x": windows, "y": logits_of(uneven)}, tmp_path / "expected.safetensors")
+    with torch.no_grad():
+        states = uneven.model(windows, use_cache=False).last_hidden_state
+    save_file({"x": windows, "y": logits_of(uneven), "states": states}, tmp_path / "expected.safetensors")
     script = (
         "import sys, torch; sys.modules['gqalib'] = None\n"
-        "from transformers import AutoModelForCausalLM; from safetensors.torch import load_file\n"
+        "from transformers import AutoModel, AutoModelForCausalLM; from safetensors.torch import load_file\n"
         f"e = load_file({str(tmp_path / 'expected.safetensors')!r})\n"
-        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'm')!r}, trust_remote_code=True).eval()\n"
-        "assert torch.equal(m(e['x'], use_cache=False).logits, e['y'])"
+        f"load = lambda kind: kind.from_pretrained({str(tmp_path / 'm')!r}, trust_remote_code=True).eval()\n"
+        "assert torch.equal(load(AutoModelForCausalLM)(e['x'], use_cache=False).logits, e['y'])\n"
+        "assert torch.equal(load(AutoModel)(e['x'], use_cache=False).last_hidden_state, e['states'])  # vLLM's"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -107,6 +110,16 @@ def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_saved_folder_names_every_class(tokenizer, tmp_path):
+    """Also one that was loaded from a folder that named fewer. vLLM wants the configuration first."""
+    save_model(small_model(), tokenizer, tmp_path / "old")
+    edit(tmp_path / "old", auto_map={"AutoConfig": "elsewhere.Config"})
+    save_model(load_model(str(tmp_path / "old")), tokenizer, tmp_path / "new")
+    found = json.loads((tmp_path / "new" / "config.json").read_text())["auto_map"]
+    classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    assert list(found.items()) == [(key, f"modeling_gqa_llama.GqaLlama{name}") for key, name in classes.items()]
 
 
 def test_cached_and_uncached_generation_agree(uneven, windows):

@@ -126,6 +126,11 @@ class GqaLlamaForCausalLM(LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def save_pretrained(self, *args, **kwargs):
+        """As ever; config.json also names the class without a head, which vLLM builds. transformers adds this one."""
+        self.config.auto_map = {"AutoModel": f"{__name__.split('.')[-1]}.{GqaLlamaModel.__name__}"}
+        super().save_pretrained(*args, **kwargs)
+
 
 AutoConfig.register("gqa_llama", GqaLlamaConfig)
 AutoModel.register(GqaLlamaConfig, GqaLlamaModel)
