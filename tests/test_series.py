@@ -378,12 +378,21 @@ def test_metrics_must_be_finite(tmp_path):
 
 
 def test_published_notebooks_are_clean(finished, tmp_path):
+    """Outputs are the run's, words are the repository's."""
     import nbformat
 
     from gqalib.run import publish
 
-    notebook = publish._clean(nbformat.read(finished().run_dir / "02_second.ipynb", as_version=4))
+    job = finished()
+    source, executed = (nbformat.read(path, as_version=4) for path in (job.paths[1], job.run_dir / job.paths[1].name))
+    source.cells.insert(0, nbformat.v4.new_markdown_cell("words that came later"))
+    executed.cells[-1].outputs = [nbformat.v4.new_output("stream", text="said by the run")]
+    notebook = publish._page(source, executed)
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
-    assert str(tmp_path) not in nbformat.writes(notebook)
+    assert code[-1].outputs == executed.cells[-1].outputs and not code[0].outputs
+    assert str(tmp_path) not in nbformat.writes(notebook) and notebook.cells[0].source == "words that came later"
     assert code[0].source == PARAMETERS
+    code[-1].source += "  # changed"
+    with pytest.raises(InputError, match="the code of 'words that came later' has changed since this run: run it"):
+        publish._page(notebook, executed)

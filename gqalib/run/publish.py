@@ -72,12 +72,12 @@ def cost_block(results: Path) -> str:
 
 def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
     """Copy a finished run of a plain preset into the repository: records, figures and README's tables; of `tiny` the
-    notebooks, too.
+    outputs of the notebooks, too, whose words may have changed since.
 
     Of `tiny` the whole series must be there, of another preset at least one notebook.
 
     Raises:
-        InputError: a record is missing, or was made with overrides or another preset.
+        InputError: a record is missing, or was made with overrides, another preset or, of `tiny`, other code cells.
     """
     paths = numbered_notebooks(notebooks)
     paths = [path for path in paths if preset == DEFAULT or (run_dir / f"{path.stem}.json").exists()]
@@ -89,7 +89,8 @@ def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, r
     (results / preset).mkdir(parents=True, exist_ok=True)
     for path, record in records.items():
         if preset == DEFAULT:
-            write_atomically(path, nbformat.writes(_clean(nbformat.read(run_dir / path.name, as_version=4))) + "\n")
+            page = _page(nbformat.read(path, as_version=4), nbformat.read(run_dir / path.name, as_version=4))
+            write_atomically(path, nbformat.writes(page) + "\n")
         name = f"{path.stem}.json"
         write_atomically(results / preset / name, (run_dir / name).read_text(encoding="utf-8"))
         _copy_figures(run_dir, record, root / "figures" / preset)
@@ -168,11 +169,20 @@ def _title(path: Path) -> str:
     return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
 
 
-def _clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """An executed notebook as it is committed: no injected parameters, no timings, cells counted 1 … n."""
-    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    for count, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
-        cell.execution_count = count
+def _page(notebook: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A notebook with the outputs of its run, as it is committed: no injected parameters, no timings, cells counted
+    1 … n.
+
+    Raises:
+        InputError: the run's code cells are others.
+    """
+    cells, ran = ([cell for cell in nb.cells if cell.cell_type == "code"] for nb in (notebook, executed))
+    ran = [cell for cell in ran if "injected-parameters" not in cell.metadata.get("tags", [])]
+    if [cell.source for cell in cells] != [cell.source for cell in ran]:
+        title = notebook.cells[0].source.partition("\n")[0]
+        raise InputError(f"the code of {title!r} has changed since this run: run it again")
+    for count, (cell, done) in enumerate(zip(cells, ran, strict=True), 1):
+        cell.outputs, cell.execution_count = done.outputs, count
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
