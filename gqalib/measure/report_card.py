@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gqalib.device import bf16_is_fast
-from gqalib.measure import tasks
+from gqalib.measure import more_tasks, tasks
 from gqalib.measure.perplexity import exponential, ratio_with_error, window_losses
 from gqalib.model.load import load_model
 from gqalib.run.corpora import corpus_path, evaluation_windows
@@ -32,6 +32,7 @@ from gqalib.run.notebook import Notebook
 Models = dict[str, "nn.Module | str | Path | Callable[[], nn.Module]"]
 Rows = dict[str, pd.DataFrame]  # of `tasks.score_tasks`, by model
 CODE = "from gqalib.measure import perplexity, tasks"  # what the numbers that are kept depend on
+MORE_CODE = "from gqalib.measure import more_tasks"
 HOW_TO_GET = "README says which files go there, and nothing else needs them"
 SURE = 2  # standard errors from which on a difference counts as shown
 
@@ -64,12 +65,43 @@ def read_tasks(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase)
     return rows
 
 
-def _score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, names: list[str], limit: int | None, fast: bool):
+def tasks_asked(nb: Notebook) -> list[str]:
+    """The tasks of sections `answers` and `tasks_in_depth`; none where the latter names none.
+
+    Raises:
+        InputError: as `more_tasks.check_tasks`.
+    """
+    asked = nb.preset.tasks_in_depth
+    more = [name for name in more_tasks.check_tasks(asked.names, asked.run_code) if name in more_tasks.MORE]
+    return tasks.check_tasks(nb.preset.answers.tasks) + more if more else []
+
+
+def read_more_tasks(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Every example of the tasks of section `tasks_in_depth`, as `read_tasks`; each task is kept by itself."""
+    asked = nb.preset.tasks_in_depth
+    names = [name for name in tasks_asked(nb) if name in more_tasks.MORE]
+    kept, rows = nb.shared_progress("more tasks", MORE_CODE), {}
+    for name, model in _each(nb, models):
+        fast = bf16_is_fast(model.device)
+        progress = kept.of(model, asked.limit, fast, version("lm-eval"))
+        scores = (partial(_score, model, tokenizer, [task], asked.limit, fast, asked.run_code) for task in names)
+        parts = [pd.DataFrame(progress.once(task, score)) for task, score in zip(names, scores, strict=True)]
+        rows[name] = pd.concat(parts, ignore_index=True)
+    return rows
+
+
+def _score(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, names: list[str], limit: int | None, fast: bool,
+    run_code: bool | None = None,
+) -> dict[str, list]:  # fmt: skip
+    """The seven where nothing is said about code."""
     if fast and model.dtype != torch.bfloat16:
         model = copy.deepcopy(model).to(torch.bfloat16)
     at_once = 16 if model.device.type == "cpu" else 64
     with contextlib.redirect_stderr(io.StringIO()):  # a page has no use for lm-eval's progress bars
-        return tasks.score_tasks(model, tokenizer, names, limit, at_once).to_dict("list")
+        if run_code is None:
+            return tasks.score_tasks(model, tokenizer, names, limit, at_once).to_dict("list")
+        return more_tasks.score_tasks(model, tokenizer, names, limit, at_once, run_code).to_dict("list")
 
 
 def task_table(rows: Rows) -> pd.DataFrame:
@@ -79,7 +111,7 @@ def task_table(rows: Rows) -> pd.DataFrame:
     """
     dense, parts = next(iter(rows.values())), []
     for name, found in rows.items():
-        part = tasks.summary(found, None if found is dense else dense).assign(model=name)
+        part = more_tasks.summary(found, None if found is dense else dense).assign(model=name)
         part.loc[part["task"] == "mean", ["kept", "kept_error"]] = above_chance_kept(found, dense)[:2]
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
@@ -98,26 +130,37 @@ def side_by_side(table: pd.DataFrame, what: str = "accuracy") -> pd.DataFrame:
     return wide
 
 
-def above_chance_kept(rows: pd.DataFrame, dense: pd.DataFrame) -> tuple[float, float, list[str]]:
+def above_chance_kept(
+    rows: pd.DataFrame, dense: pd.DataFrame, start: pd.DataFrame | None = None
+) -> tuple[float, float, list[str]]:
     """The share of what is above chance that a model keeps of the dense one's, in percent: the mean over tasks of
     (a − c) / (d − c), with accuracies a and d and chance c.
 
     Only tasks on which the dense model is above chance by more than `SURE` errors count: where it guesses, there is
     nothing to keep, and the quotient could be anything. That choice flatters the dense model a little.
 
+    Args:
+        start: the same examples read by another model: then how much more is kept than by that one.
+
     Returns:
         The share, its standard error, the tasks that count; NaN where none does.
     """
     found = {}
     for name, group in rows.groupby("task", sort=False):
-        same = dense[dense["task"] == name].set_index("example")["right"].loc[group["example"]]
-        own, reference = (right.to_numpy() - tasks.TASKS[name].chance for right in (group["right"], same))
+        chance = more_tasks.CHANCE[name]
+        own, reference = (_right(frame, name, group["example"]) for frame in (group, dense))
+        own = own - (chance if start is None else _right(start, name, group["example"]))
+        reference = reference - chance
         if reference.mean() > SURE * reference.std(ddof=1) / math.sqrt(len(reference)):
             found[name] = _quotient(own, reference)
     if not found:
         return math.nan, math.nan, []
     shares, errors = zip(*found.values(), strict=True)
     return 100 * sum(shares) / len(found), 100 * math.hypot(*errors) / len(found), list(found)
+
+
+def _right(rows: pd.DataFrame, name: str, examples: pd.Series) -> np.ndarray:
+    return rows[rows["task"] == name].set_index("example")["right"].loc[examples].to_numpy()
 
 
 def _quotient(own: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
@@ -130,11 +173,11 @@ def _quotient(own: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
 def verdict(rows: Rows) -> list[str]:
     """What the numbers show, in lines to print: the first model against chance, the others against the first."""
     (first, dense), *others = rows.items()
-    table = tasks.summary(dense)
+    table = more_tasks.summary(dense)
     known = _named(table, table["accuracy"] - table["chance"] > SURE * table["error"])
     lines, errors = [f"{first}: above chance by more than {SURE} errors on {known}"], []
     for name, found in others:
-        table = tasks.summary(found, dense)
+        table = more_tasks.summary(found, dense)
         gap, error = table["difference"], SURE * table["difference_error"]
         below, above = _named(table, gap < -error), _named(table, gap > error)
         lines += [
@@ -159,6 +202,63 @@ def _kept(rows: pd.DataFrame, dense: pd.DataFrame, mean: pd.Series) -> str:
 
 def _named(table: pd.DataFrame, chosen: pd.Series) -> str:
     return ", ".join(table.loc[chosen, "task"]) or "nothing"
+
+
+# ---------------------------------------------------------------- groups of tasks
+
+GROUPS = {  # ours: no task measures one thing alone
+    "arc_easy": ("facts", "school science; nothing in the prompt gives the answer away"),
+    "openbookqa": ("facts", "an elementary fact, applied; the open book is not shown"),
+    "mmlu_continuation": ("facts", "examinations in 57 subjects, the answer in words"),
+    "mmlu": ("facts", "the same questions, the answer as a letter: a small model may miss the form of it"),
+    "arc_challenge": ("reasoning", "school science that looking up and counting words did not answer"),
+    "boolq": ("reasoning", "yes or no, to be concluded from a passage"),
+    "piqa": ("reasoning", "which of two ways to do something works"),
+    "hellaswag": ("reasoning", "which of four ends can follow"),
+    "winogrande": ("reasoning", "whom a pronoun means, where grammar does not tell"),
+    "humaneval": ("reasoning", "a program from its description; its tests are run"),
+    "lambada": ("form", "the last word of a passage that determines it: language, followed over some sentences"),
+    "sciq": ("form", "the answer stands in the passage of the prompt: to be found again"),
+    "squad": ("form", "the answer stands in the passage: to be copied out, and no more"),
+}
+
+
+def group_table(rows: Rows, starts: dict[str, str] = {}) -> pd.DataFrame:
+    """The groups of `GROUPS`, model by model.
+
+    Args:
+        starts: for a recovered model the one that it was trained from.
+
+    Returns:
+        Per model and group `kept` with its error and the `tasks` that count, see `above_chance_kept`; `nats`, the
+        paired change of the right answers' log-likelihood per byte, the mean over the group's tasks, with its error;
+        with a start also `back`, how much more is kept than by it, with its paired error.
+    """
+    dense, lines = next(iter(rows.values())), []
+    for name, found in rows.items():
+        for group, part in found.groupby(found["task"].map(lambda task: GROUPS[task][0])):
+            kept, error, counted = above_chance_kept(part, dense)
+            line = {"model": name, "group": group, "kept": kept, "kept_error": error, "tasks": ", ".join(counted)}
+            if len(scored := part.dropna(subset="nats")):
+                mean = more_tasks.summary(scored, dense).iloc[-1]
+                line |= {"nats": mean["nats_difference"], "nats_error": mean["nats_difference_error"]}
+            if name in starts:
+                line["back"], line["back_error"], _ = above_chance_kept(part, dense, rows[starts[name]])
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def goes_first(table: pd.DataFrame, model: str) -> str:
+    """Which group a model has lost most of, as a line to print: by the difference to the group that lost least, whose
+    error is that of independent examples."""
+    part = table[(table["model"] == model) & table["kept"].notna()].sort_values("kept")
+    said = ", ".join(f"{row.group} {row.kept:.0f} ± {row.kept_error:.0f} %" for row in part.itertuples())
+    if len(part) < 2:
+        return f"{model} keeps {said or 'nothing that counts'}: there is nothing to compare"
+    least, most = part.iloc[0], part.iloc[-1]
+    gap, error = most["kept"] - least["kept"], math.hypot(least["kept_error"], most["kept_error"])
+    shown = f"{least['group']} has gone first" if gap > SURE * error else "not told apart"
+    return f"{model} keeps {said}: {shown} ({gap:.0f} ± {error:.0f} points behind {most['group']})"
 
 
 # ---------------------------------------------------------------- another text

