@@ -39,7 +39,7 @@ def test_guide(after, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(builtins, "display", lambda *_: None, raising=False)
     monkeypatch.setitem(RECORDS["12_distillation"]["tokens"][1], "times dense", after)
     names = {}
-    for cell in json.loads((NOTEBOOKS / "13_decision_guide.ipynb").read_text(encoding="utf-8"))["cells"]:
+    for cell in json.loads((NOTEBOOKS / "15_decision_guide.ipynb").read_text(encoding="utf-8"))["cells"]:
         exec("".join(cell["source"]) if cell["cell_type"] == "code" else "", names)
         names |= {"run_dir": str(tmp_path)} if "parameters" in cell["metadata"].get("tags", []) else {}
     out = capsys.readouterr().out

@@ -11,10 +11,11 @@ import contextlib
 import copy
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -223,7 +224,7 @@ GROUPS = {  # ours: no task measures one thing alone
 }
 
 
-def group_table(rows: Rows, starts: dict[str, str] = {}) -> pd.DataFrame:
+def group_table(rows: Rows, starts: Mapping[str, str] = MappingProxyType({})) -> pd.DataFrame:
     """The groups of `GROUPS`, model by model.
 
     Args:
