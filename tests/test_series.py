@@ -16,6 +16,7 @@ from conftest import small_model, without_kernels
 from gqalib import InputError
 from gqalib.prune import refit
 from gqalib.run import resume, series
+from gqalib.run.checks import waits_for
 from gqalib.run.cli import main
 from gqalib.run.notebook import (
     COMMITTED, HELD, Notebook, default_run_dir, fitting_record, locked, machine, progress_dir, read_record,
@@ -127,6 +128,11 @@ def test_notebooks_know_who_holds_the_lock_and_nobody_does_later(job, notebooks)
     job(only="01").run()
     assert read_record(job().run_dir / "01_first.json")["texts"]["held"] == str(job().run_dir)
     assert HELD not in os.environ
+
+
+def test_a_notebook_waits_for_records_and_models(notebooks):
+    write_notebook(notebooks, "03_third", 'nb.upstream("01_first")', 'places = {"a": nb.made(name, "02_second")}')
+    assert waits_for(notebooks / "03_third.ipynb") == ["01_first", "02_second"]
 
 
 def test_notebooks_beside_each_other_wait_for_what_they_read(job, notebooks, monkeypatch):

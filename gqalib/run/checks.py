@@ -179,9 +179,18 @@ def reads(path: Path) -> list[str]:
     Raises:
         InputError: a name is computed, so that only running the notebook would tell.
     """
-    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    asked = re.findall(r"\.upstream\(\s*(.*?),?\s*\)", "\n".join("".join(cell["source"]) for cell in cells))
+    asked = re.findall(r"\.upstream\(\s*(.*?),?\s*\)", _code(path))
     for name in asked:
         if not re.fullmatch(r"([\"'])\w+\1", name):
             raise InputError(f'{path.stem} computes a name, nb.upstream({name}): write it, as nb.upstream("01_name")')
     return [name[1:-1] for name in asked]
+
+
+def waits_for(path: Path) -> list[str]:
+    """The notebooks whose records (`reads`) or models, `nb.made(model, "NN_name")`, a notebook asks for."""
+    return reads(path) + re.findall(r"\.made\([^)]*?[\"'](\w+)[\"']\s*\)", _code(path))
+
+
+def _code(path: Path) -> str:
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    return "\n".join("".join(cell["source"]) for cell in cells)

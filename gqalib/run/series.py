@@ -16,7 +16,7 @@ import psutil
 
 from gqalib.errors import InputError
 from gqalib.model.load import load_tokenizer
-from gqalib.run.checks import NOTEBOOKS, check_preset, reads, selected
+from gqalib.run.checks import NOTEBOOKS, check_preset, selected, waits_for
 from gqalib.run.corpora import evaluation_windows
 from gqalib.run.notebook import (
     AT_ONCE, HELD, SHARED, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked,
@@ -92,9 +92,9 @@ class Series:
                         self._say(running.pop(done), done.result(), started, [*running.values(), *waiting])
 
     def _ready(self, waiting: list[Path], running: dict[Future, Path]) -> list[Path]:
-        """Those that read no record of a notebook that is not there yet."""
+        """Those that need no record or model of a notebook that is not there yet."""
         unfinished = {path.stem for path in [*waiting, *running.values()]}
-        return [path for path in waiting if not unfinished.intersection(reads(path))]
+        return [path for path in waiting if not unfinished.intersection(waits_for(path))]
 
     def _finish(self, path: Path, force: bool) -> float | None:
         """Execute a notebook that is not finished; the seconds that it took, or None."""
