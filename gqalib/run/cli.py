@@ -1,5 +1,5 @@
-"""`python -m gqalib`: prune, evaluate, export and serve any Llama, run the series, run a grid of them, recover or distill a
-model on several devices, publish a run, report it.
+"""`python -m gqalib`: prune, evaluate, export and serve any Llama, run the series, run a grid of them, recover or
+distill a model on several devices, publish a run, report it.
 
 A command imports what it needs when it runs: help and refusals do not wait for torch.
 """
@@ -229,9 +229,7 @@ def _of_export(add) -> None:
 def _of_serve(add) -> None:
     add("--model", required=True, metavar="FILE", help="a .gguf file, for example one that export wrote")
     add("--port", type=int, default=8080, help="0 for a free one (default: 8080)")
-    add(
-        "--ctx", type=int, metavar="N", help=f"tokens of a request with its answer (default: {CONTEXT}, or the model's)"
-    )
+    add("--ctx", type=int, metavar="N", help=f"tokens of a request with its answer (default: {CONTEXT})")
     add("--parallel", type=int, default=4, metavar="N", help="requests answered at a time (default: 4)")
 
 

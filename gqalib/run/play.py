@@ -17,7 +17,7 @@ def play(draw: Callable[..., None], **controls) -> None:
     Args:
         draw: is called with the value of each control under its name, and ends with `plt.show()`.
     """
-    if not _is_live():
+    if not is_live():
         print("Open this page in Jupyter and run it: here stand the controls, and what you do with them is drawn.")
         return
     from ipywidgets import HBox, Layout, VBox, interactive_output
@@ -26,7 +26,7 @@ def play(draw: Callable[..., None], **controls) -> None:
     display(VBox([row, interactive_output(draw, controls)]))
 
 
-def _is_live() -> bool:
+def is_live() -> bool:
     """Whether a kernel runs this that neither the runner (`HELD`) nor nbval (`GQALIB_PRESET`) has started."""
     started = os.environ.get(HELD) or os.environ.get("GQALIB_PRESET")
     return hasattr(get_ipython(), "kernel") and not started

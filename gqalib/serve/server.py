@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import IO, Any, Self
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,8 +19,8 @@ from gqalib.errors import InputError
 from gqalib.serve import HOST, check_serve
 
 GREETING = """\
-{name}: {n_params:,} parameters, {size:,} bytes, mostly {ftype}; up to {parallel} requests at a time, of {n_ctx:,} tokens each
-{url}/v1 answers OpenAI clients, {url}/metrics Prometheus; Ctrl-C ends it
+{name}: {n_params:,} parameters, {size:,} bytes, mostly {ftype}; {parallel} requests at a time, of {n_ctx:,} tokens each
+{url} is a page to chat on, {url}/v1 for OpenAI clients, {url}/metrics for Prometheus; Ctrl-C ends it
 
 curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 40}}'
@@ -29,6 +29,7 @@ from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="none")
 client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])"""
 PATIENCE = 10  # seconds for a request of ours, and for the server's end
+OPENER = build_opener(ProxyHandler({}))  # a proxy does not reach this machine
 
 
 class Server:
@@ -36,12 +37,12 @@ class Server:
 
     Args:
         port: where it listens; 0 takes a free one.
-        context: tokens of a request with its answer; by default 2048, or what the model was trained for if that is less.
+        context: tokens of a request with its answer; by default 2048, or fewer if the model was trained for fewer.
         parallel: requests that are answered at a time, each with a KV cache of its own; others wait.
         threads: by default OMP_NUM_THREADS, or one for each core.
 
     Raises:
-        InputError: as `check_serve`; or the server does not come up, with its last line.
+        InputError: as `check_serve`; or the server does not come up, with its first error.
     """
 
     def __init__(
@@ -55,20 +56,23 @@ class Server:
         self.url, self._process = "", None
 
     def __enter__(self) -> Self:
-        log = tempfile.TemporaryFile()
         command = [sys.executable, "-m", __name__, json.dumps(self.options)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-        self._process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)  # an interrupt is ours
-        try:
-            self.url = self._process.stdout.readline().strip()  # when the model is loaded, or the process has ended
-            if not self.url:
-                raise InputError(f"{self.file} is not served ({_cause(log)}): give a file that "
-                                 "`python -m gqalib export` wrote, or less --ctx or --parallel")  # fmt: skip
-            self._get("/health")
-        except BaseException:
-            self.stop()
-            raise
+        with tempfile.TemporaryFile() as log:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            self._process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)  # interrupts are ours
+            try:
+                self._wait_until_it_answers(log)
+            except BaseException:
+                self.stop()
+                raise
         return self
+
+    def _wait_until_it_answers(self, log: IO[bytes]) -> None:
+        self.url = self._process.stdout.readline().strip()  # when the model is loaded, or the process has ended
+        if not self.url:
+            raise InputError(f"{self.file} is not served ({_cause(log)}): give a file that "
+                             "`python -m gqalib export` wrote, or less --ctx or --parallel")  # fmt: skip
+        self._get("/health")
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -82,6 +86,11 @@ class Server:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+
+    @property
+    def process_id(self) -> int:
+        """Of the server, also after its end."""
+        return self._process.pid
 
     def wait(self) -> int:
         """The exit status of the server, when it has ended by itself."""
@@ -114,7 +123,7 @@ def read_metrics(url: str) -> dict[str, float]:
 
 
 def _get(url: str) -> str:
-    with urlopen(url, timeout=PATIENCE) as answer:
+    with OPENER.open(url, timeout=PATIENCE) as answer:
         return answer.read().decode()
 
 
@@ -136,16 +145,18 @@ def _serve(options: dict[str, Any]) -> None:
     server = xllamacpp.Server(_params(xllamacpp, **options))
     print(server.listening_address, flush=True)
     sys.stdin.read()
+    os._exit(0)  # its own end would wait for the requests under way
 
 
 def _params(llama, model: str, port: int, context: int, parallel: int, threads: int):
     params = llama.CommonParams()
-    params.model.path, params.hostnames, params.port = model, [HOST], port
+    params.model.path, params.model_alias = model, {Path(model).name}
+    params.hostnames, params.port = [HOST], port
     params.n_ctx, params.n_parallel = context, parallel  # the context is shared out among the requests
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds more
     params.cache_ram_mib = 0  # prompts of the past are kept with their requests' caches, not beside them
-    params.endpoint_metrics = True
+    params.endpoint_metrics, params.cors_origins = True, HOST  # no web page but its own may call it
     params.verbosity = 1  # errors
     return params
 

@@ -1,0 +1,315 @@
+"""A served model, asked by the official client: its answers, its metrics, its end; and what is refused before."""
+
+import functools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+import yaml
+from conftest import small_model
+from gguf import GGUFReader
+from matplotlib.figure import Figure
+from openai import OpenAI
+from test_export import SHAPE, byte_tokenizer, uneven
+
+from gqalib.errors import InputError
+from gqalib.model.load import load_model, load_tokenizer, save_model
+from gqalib.run.cli import main
+from gqalib.serve import CONTEXT, export, vocabulary, watch
+from gqalib.serve.server import Server
+
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
+TEXT = "the 123rd of the 12 and the other"
+READABLE = {"grammar": "root ::= [ -~]+"}  # a random model chooses bytes that are no characters
+GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True} | READABLE}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "pruned"
+    model = uneven(small_model(**SHAPE | {"max_position_embeddings": 256}))
+    save_model(model, byte_tokenizer(chat_template=TEMPLATE), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def file(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "read_corpus", lambda *_: iter([TEXT]))
+        export.export(str(folder), folder.parent / "a.gguf", "f16")
+    return folder.parent / "a.gguf"
+
+
+@pytest.fixture(scope="module")
+def server(file):
+    with Server(file, parallel=2, context=256) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def is_there(process_id: int) -> bool:
+    return psutil.pid_exists(process_id) and psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
+
+
+def is_gone(process_id: int, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while is_there(process_id) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not is_there(process_id)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_log_probabilities_are_those_of_transformers(folder, client):
+    """Of all 300 tokens, after prompts of several lengths; weights and products are in f16 there."""
+    model, tokenizer = load_model(str(folder), device="cpu"), load_tokenizer(str(folder))
+    for length in (1, 4, 33):
+        prompt = TEXT[:length]
+        with torch.no_grad():
+            ours = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1].log_softmax(-1)
+        answer = client.completions.create(model="any", prompt=prompt, max_tokens=1, logprobs=300, extra_body=READABLE)
+        theirs = {each["id"]: each["logprob"] for each in answer.choices[0].logprobs.content[0]["top_logprobs"]}
+        assert theirs.keys() == set(range(300)) and ours.max() - ours.min() > 2
+        torch.testing.assert_close(torch.tensor([theirs[i] for i in range(300)]), ours, atol=0.005, rtol=0)
+
+
+def test_a_completion_and_a_streamed_chat(server, client):
+    """The stream's parts are together what comes at once; the metrics count each token."""
+    before = server.metrics()
+    answer = client.completions.create(model="any", prompt=TEXT, max_tokens=12, **GREEDY)
+    messages = [{"role": "user", "content": "the 12"}]
+    whole = client.chat.completions.create(model="any", messages=messages, max_tokens=12, **GREEDY)
+    stream = client.chat.completions.create(model="any", messages=messages, max_tokens=12, stream=True, **GREEDY)
+    parts = [part.choices[0].delta.content for part in stream]
+    assert len(answer.choices[0].text) == 12 and answer.model == "a.gguf"
+    assert len(parts) > 12 and "".join(filter(None, parts)) == whole.choices[0].message.content
+    gained = {name: value - before[name] for name, value in server.metrics().items()}
+    assert gained["tokens_predicted_total"] == 3 * 12
+    read = answer.usage.prompt_tokens + 2 * whole.usage.prompt_tokens
+    assert gained["prompt_tokens_total"] + gained["prompt_tokens_cached_total"] == read
+
+
+def test_what_is_served(server, file):
+    """As many parameters as the file has, the embeddings once; and a page to chat on."""
+    count = sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+    greeting = server.greeting()
+    assert f"a.gguf: {count:,} parameters" in greeting and "2 requests at a time, of 256 tokens each" in greeting
+    shown = {}
+    exec("answer = ".join(re.split("(?=client.chat)", greeting[greeting.index("from openai") :])), shown)  # noqa: S102
+    assert len(shown["answer"].choices) == 1
+
+
+# ---------------------------------------------------------------- its end
+
+
+@pytest.fixture
+def command(file):
+    """`python -m gqalib serve`, its process, URL and server's process."""
+    line = [sys.executable, "-m", "gqalib", "serve", "--model", str(file), "--port", "0"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        said = [process.stdout.readline() for _ in range(2)]
+        yield process, said[1].split()[0], psutil.Process(process.pid).children()[0].pid
+        process.kill()
+
+
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -9)])
+def test_no_process_is_left(how, status, command):
+    """Whatever ends the command, also in the middle of an answer."""
+    process, url, server = command
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(model="any", prompt="the", max_tokens=200, stream=True, **GREEDY)
+        next(iter(stream))
+        process.send_signal(how)
+        assert process.wait(10) == status and is_gone(server)
+
+
+def test_a_server_that_ends_by_itself(command):
+    process, _, server = command
+    os.kill(server, signal.SIGKILL)
+    assert process.wait(10) == 2
+
+
+def test_with_ends_the_server(file):
+    with pytest.raises(ZeroDivisionError), Server(file) as server:
+        assert is_there(server.process_id) and os.getsid(server.process_id) != os.getsid(0)  # an interrupt is not its
+        _ = 1 / 0
+    assert not is_there(server.process_id)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refused(says, *arguments, capsys):
+    assert main(["serve", "--model", *map(str, arguments)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and re.search(says, said), said
+
+
+def test_bad_input(folder, file, tmp_path, capsys):
+    refused(
+        f"is a folder: run `python -m gqalib export --model {folder} --out pruned.gguf` first", folder, capsys=capsys
+    )
+    refused("nowhere.gguf does not exist", tmp_path / "nowhere.gguf", capsys=capsys)
+    refused("test_server.py is no .gguf file", __file__, capsys=capsys)
+    (tmp_path / "text.gguf").write_text("GGUF or not")
+    refused("text.gguf holds no language model", tmp_path / "text.gguf", capsys=capsys)
+    refused("was trained for up to 256 tokens", file, "--ctx", 257, capsys=capsys)
+    refused("--ctx 0 cannot be", file, "--ctx", 0, capsys=capsys)
+    refused("--parallel 0 cannot be", file, "--parallel", 0, capsys=capsys)
+    refused("--port 65536 cannot be", file, "--port", 65536, capsys=capsys)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused(f"--port {port} cannot be had .Address already in use", file, "--port", port, capsys=capsys)
+
+
+def test_refusals_import_nothing_heavy():
+    code = "import sys; from gqalib.run.cli import main; main(['serve', '--model', 'no.gguf']);"
+    code += "print({'torch', 'transformers', 'xllamacpp', 'pandas', 'gguf'} & sys.modules.keys())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+def test_without_xllamacpp(file, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    refused("serve needs xllamacpp, which is not installed", file, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data.replace(b"deci", b"dexi"), "unknown model architecture: 'dexi'"),
+        (lambda data: data.replace(b"blk.1.attn_q.w", b"blk.1.attn_x.w"), "tensor 'blk.1.attn_q.weight' not found"),
+        (lambda data: data[: len(data) // 2], "data is not within the file bounds, model is corrupted or incomplete"),
+    ],
+    ids=["architecture", "tensor", "half"],
+)
+def test_files_that_do_not_come_up(change, says, file, tmp_path):
+    (tmp_path / "b.gguf").write_bytes(change(file.read_bytes()))
+    server = Server(tmp_path / "b.gguf")
+    with pytest.raises(InputError, match=f"b.gguf is not served .error loading model: .*{says}.: give") as raised:
+        server.__enter__()
+    assert "\n" not in str(raised.value) and not is_there(server.process_id)
+
+
+# ---------------------------------------------------------------- watching
+
+
+def test_watch(server, client):
+    """The samples are the server's metrics; tokens are counted while an answer is on its way."""
+    with watch.Watch(server.url, every=0.01) as seen:
+        for _ in range(3):
+            client.completions.create(model="any", prompt="the", max_tokens=240, **GREEDY)
+    samples = seen.samples
+    tokens = samples["tokens_predicted_total"].iloc[-1] - samples["tokens_predicted_total"].iloc[0]
+    seconds = samples.index.to_series().diff().dt.total_seconds()
+    assert tokens == 720 == pytest.approx((watch.tokens_per_second(samples) * seconds).sum(), rel=1e-3)
+    assert len(samples) > 3 and samples["requests_processing"].max() == 1 and (samples["up"] == 1).all()
+    axes = Figure().subplots(1, 2)
+    watch.draw(axes, samples)
+    assert axes[0].lines[0].get_ydata()[-1] == watch.tokens_per_second(samples).iloc[-1]
+
+
+def test_an_open_notebook_sees_it_live(server, monkeypatch):
+    shown = []
+    monkeypatch.setattr(watch, "is_live", lambda: True)
+    monkeypatch.setattr(watch, "display", lambda *_, **__: SimpleNamespace(update=shown.append))
+    with watch.Watch(server.url, every=60) as seen:
+        assert shown == []
+    assert len(shown[0].axes[0].lines[0].get_ydata()) == len(seen.samples) == 2
+
+
+def test_more_requests_than_slots_wait(server, client):
+    ask = functools.partial(client.completions.create, model="any", prompt="the", max_tokens=200, **GREEDY)
+    with ThreadPoolExecutor(5) as pool, watch.Watch(server.url, every=0.01) as seen:
+        list(pool.map(lambda _: ask(), range(5)))
+    assert seen.samples["requests_processing"].max() == 2 and 1 <= seen.samples["requests_deferred"].max() <= 3
+
+
+def test_nothing_to_watch():
+    with (
+        pytest.raises(InputError, match="no metrics at http://127.0.0.1:9 .*: start a server"),
+        watch.Watch("http://127.0.0.1:9"),
+    ):
+        pass
+
+
+@pytest.fixture
+def samples(server):
+    """Forty minutes of an idle server, a sample each 15 seconds."""
+    row = {"up": 1.0} | server.metrics()
+    times = pd.date_range("2026-01-01", periods=161, freq="15s")
+    return pd.DataFrame([row] * len(times), index=times).astype(float)
+
+
+def first(fires: pd.Series) -> int:
+    """The first sample at which a rule fires."""
+    return int(fires.to_numpy().argmax())
+
+
+def test_an_idle_server_is_no_alarm(samples):
+    assert not watch.alerts(samples).to_numpy().any()
+
+
+def test_a_server_that_is_down(samples):
+    samples.loc[samples.index[20:], samples.columns != "up"] = float("nan")
+    samples.loc[samples.index[20:], "up"] = 0
+    fires = watch.alerts(samples)
+    assert first(fires["ServerDown"]) == 24 and fires["ServerDown"][24:].all()
+    assert not fires.drop(columns="ServerDown").to_numpy().any()
+    axes = Figure().subplots(1, 2)
+    watch.draw(axes, samples)
+    assert axes[1].get_title(loc="left") == "ServerDown"
+
+
+def test_requests_that_wait(samples):
+    """For three samples, which is not long enough; then for five."""
+    samples.iloc[[20, 21, 22, 30, 31, 32, 33, 34], samples.columns.get_loc("requests_deferred")] = 2
+    fires = watch.alerts(samples)["RequestsWaiting"]
+    assert fires.sum() == 1 and first(fires) == 34
+
+
+def test_slow_answers(samples):
+    """20 tokens per second, from sample 80 on 4: the mean of five minutes falls below 5 near their end."""
+    speed = np.where(np.arange(161) < 80, 20, 4)
+    samples["tokens_predicted_total"] = (speed * 10.0).cumsum()
+    samples["tokens_predicted_seconds_total"] = np.full(161, 10.0).cumsum()
+    fires = watch.alerts(samples)["SlowAnswers"]
+    means = pd.Series(speed).rolling(20).mean()
+    assert first(fires) == first(means < 5) + 4 and fires[-20:].all()
+    counters = ["tokens_predicted_total", "tokens_predicted_seconds_total"]
+    samples.loc[samples.index[150:], counters] -= samples[counters].iloc[149]  # started again
+    assert watch.alerts(samples)["SlowAnswers"].equals(fires)
+
+
+def test_a_long_request(samples):
+    samples.loc[samples.index[7:], "n_tokens_max"] = 0.9 * CONTEXT + 1
+    assert first(watch.alerts(samples)["ContextNearlyFull"]) == 7
+
+
+def test_rules_are_prometheus_rules(server):
+    """Of its grammar: comparisons of metrics that the server has, or of ratios of their rates, with a number."""
+    metrics = {f"llamacpp:{name}" for name in server.metrics()} | {'up{job="gqalib"}'}
+    rules = watch.read_rules()
+    assert [set(group) for group in yaml.safe_load(watch.RULES.read_text())["groups"]] == [{"name", "rules"}]
+    for rule in rules:
+        assert {"alert", "expr"} < rule.keys() <= {"alert", "expr", "for", "labels", "annotations"}
+        assert re.fullmatch(r"[a-zA-Z_]\w*", rule["alert"]) and re.fullmatch(r"\d+[smhd]", rule.get("for", "0s"))
+        term = r"(?:rate\(([\w:]+)\[\d+[smhd]\]\)|([\w:]+(?:{\w+=\"\w+\"})?))"
+        found = re.fullmatch(rf"{term}(?: / {term})? (?:<|>|<=|>=|==|!=) [\d.]+", rule["expr"])
+        assert found and set(filter(None, found.groups())) <= metrics, rule["expr"]
