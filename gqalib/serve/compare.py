@@ -27,6 +27,7 @@ from gqalib.stream import batches
 CODE = "from gqalib.serve import compare"  # what speeds that are kept depend on
 PACKAGES = ("xllamacpp", "openai")  # of servers and their clients; files are written without them
 BACKGROUND = "A language model is"  # of a request that only the speed is wanted of
+ALL_WORK = {"ignore_eos": True, "cache_prompt": False}  # llama.cpp: no answer ends early, no prompt is remembered
 Urls = dict[str, str]  # of servers, without /v1, by name
 
 
@@ -51,22 +52,19 @@ async def answer(client, prompt: str, num_new_tokens: int) -> dict[str, Any]:
     Raises:
         InputError: the server does not answer, or not with two tokens at least.
     """
-    arrivals, text, tokens = [], "", 0
+    first, text, tokens = None, "", 0
     how = {"max_tokens": num_new_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
-    exact = {
-        "ignore_eos": True,
-        "cache_prompt": False,
-    }  # llama.cpp's (vLLM has the first): each answer does all its work
     with one_sentence(f"{client.base_url} does not answer", "start a server there, or give a shorter prompt"):
         start = time.perf_counter()
-        async for part in await client.completions.create(model="any", prompt=prompt, extra_body=exact, **how):
-            arrivals += [time.perf_counter()] if part.choices else []
-            text += part.choices[0].text or "" if part.choices else ""
+        async for part in await client.completions.create(model="any", prompt=prompt, extra_body=ALL_WORK, **how):
+            first = first or time.perf_counter()
+            text += part.choices[0].text if part.choices else ""
             tokens = part.usage.completion_tokens if part.usage else tokens
+        end = time.perf_counter()
     if tokens < 2:
         raise InputError(f"{client.base_url} gave {tokens} tokens, too few to time: ask for more, or a shorter prompt")
-    first, last = arrivals[0] - start, arrivals[-1] - arrivals[0]
-    return {"first_ms": 1e3 * first, "token_ms": 1e3 * last / (tokens - 1), "tokens": tokens, "text": text}
+    later = 1e3 * (end - first) / (tokens - 1)
+    return {"first_ms": 1e3 * (first - start), "token_ms": later, "tokens": tokens, "text": text}
 
 
 async def in_pairs(urls: Urls, prompts: Sequence[str], num_new_tokens: int, seed: int = 0) -> pd.DataFrame:
@@ -120,7 +118,7 @@ def decode_speed(file: Path, num_new_tokens: int = 32, repeats: int = 3) -> dict
     some answers, the `slowest` and the `fastest`."""
     from openai import OpenAI
 
-    how = {"max_tokens": num_new_tokens, "temperature": 0, "extra_body": {"ignore_eos": True, "cache_prompt": False}}
+    how = {"max_tokens": num_new_tokens, "temperature": 0, "extra_body": ALL_WORK}
     with Server(file) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
         said = [client.completions.create(model="any", prompt=BACKGROUND, **how) for _ in range(1 + repeats)]

@@ -51,10 +51,15 @@ def _bytes() -> PreTrainedTokenizerFast:
 
 
 def rows_of(
-    name: str, model: GqaLlamaForCausalLM, fields: dict[str, Any], windows: torch.Tensor, progress: Progress
-) -> Rows:
+    name: str, model: GqaLlamaForCausalLM, fields: dict[str, Any], windows: torch.Tensor, progress: Progress,
+    device: str = "cpu",
+) -> Rows:  # fmt: skip
     """A row for each of `KINDS`: `model`, `type`, `file`, `bytes`, and the `losses` of `window_losses`, float64 [count],
-    of the weights as they are read back from the file. Rows and files are kept."""
+    of the weights as they are read back from the file. Rows and files are kept.
+
+    Args:
+        model: on the CPU. fields: of `vocabulary`. device: where the losses are computed.
+    """
     rows = []
     for kind in KINDS:
         kept = progress.of(model, kind, fields, windows)
@@ -62,14 +67,14 @@ def rows_of(
         if not file.exists():
             export.check_config(model.config)
             with replacing(file) as unfinished:
-                export.write_model(unfinished, model.cpu(), kind, {"name": file.stem} | fields)
-        row = kept.once("row", partial(_measured, file, windows, model.device))
+                export.write_model(unfinished, model, kind, {"name": file.stem} | fields)
+        row = kept.once("row", partial(_measured, file, windows, device))
         losses = torch.tensor(row["losses"], dtype=torch.float64)
         rows.append({"model": name, "type": kind, "file": file} | row | {"losses": losses})
     return rows
 
 
-def _measured(file: Path, windows: torch.Tensor, device: torch.device) -> dict[str, Any]:
+def _measured(file: Path, windows: torch.Tensor, device: str) -> dict[str, Any]:
     model = to_device(deci.read_model(file), device)
     return {"bytes": file.stat().st_size, "losses": window_losses(model, windows).tolist()}
 
