@@ -95,9 +95,12 @@ def test_prune_or_quantise():
     assert (
         "1 files pruned only, each beside the best dense file that is no larger: 1 worse" in quantised.verdict(worse)[0]
     )
-    assert quantised.verdict(worse)[-1].endswith("quantise, do not prune; prune as well only for a file below 0.0 MB")
+    assert quantised.verdict(worse)[-1].endswith(
+        "quantise, do not prune; only pruning as well makes files of 0.0 MB and less"
+    )
     same = quantised.prune_or_quantise(made_rows(dense_q4_0=0.1, pruned_f16=0.1))
     assert same["verdict"].tolist() == ["not told apart"]
+    assert quantised.verdict(same)[-1] == "for the same file size: pruning and quantising are not told apart"
 
 
 def test_front():

@@ -41,8 +41,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _bytes() -> PreTrainedTokenizerFast:
-    letters = ["<e>", *sorted(ByteLevel.alphabet())]
-    words = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokens, merges = ["<e>", *sorted(ByteLevel.alphabet()), "ĠĠ"], [("Ġ", "Ġ")]  # llama.cpp wants a merge
+    words = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
     words.pre_tokenizer = ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>")
 
@@ -139,8 +139,9 @@ def _advice(beside: pd.DataFrame) -> str:
     alone = beside[beside["verdict"] == "no rival"]
     if len(won):
         return f"quantise, and prune as well where that wins ({', '.join(won['file'])})"
-    below = f"; prune as well only for a file below {alone['bytes'].max() / 1e6:.1f} MB" if len(alone) else ""
-    return f"quantise, do not prune{below}"
+    below = f"; only pruning as well makes files of {alone['bytes'].max() / 1e6:.1f} MB and less" if len(alone) else ""
+    lost = (beside["verdict"] == "worse").any()
+    return ("quantise, do not prune" if lost else "pruning and quantising are not told apart") + below
 
 
 # ---------------------------------------------------------------- widths
