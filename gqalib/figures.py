@@ -170,6 +170,30 @@ def task_dots(ax: plt.Axes, table: pd.DataFrame, roles: Mapping[str, str] = {}) 
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+def size_dots(ax: plt.Axes, table: pd.DataFrame, roles: Mapping[str, str] = {}) -> None:
+    """Perplexity over size, a colour per model, a marker per type, two standard errors, and the front as a line.
+
+    Args:
+        table: of `quantised.table`. roles: of `COLORS`, for models whose name does not say it.
+    """
+    kinds = table["type"].unique()
+    for name, rows in table.groupby("model", sort=False):
+        color = COLORS[roles.get(name) or _role_of(name)]
+        for marker, kind in zip("osD^v", kinds, strict=False):
+            part = rows[rows["type"] == kind]
+            x, y = part["bytes"] / 1e6, part["times dense"]
+            ax.errorbar(x, y, 2 * part["± standard error"], color=color, marker=marker, ls="", capsize=2, lw=1)
+        ax.plot([], [], "o", color=color, label=name)
+    for marker, kind in zip("osD^v", kinds, strict=False):
+        ax.plot([], [], marker, color="none", mec=COLORS["dense"], label=kind)
+    front = table[table["front"]].sort_values("bytes")
+    ax.step(front["bytes"] / 1e6, front["times dense"], where="post", color=COLORS["other"], lw=1, zorder=0)
+    ax.set(xlabel="file (MB)", ylabel="perplexity (× dense, ± 2 standard errors)", yscale="log")
+    high = (table["times dense"] + 2 * table["± standard error"]).max()
+    readable_log_axis(ax.yaxis, (1, 1.02, 1.05, 1.1, 1.2, 1.5) if high < 1.5 else (1, 1.2, 1.5, 2, 3, 5))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def names_at_the_edge(ax: plt.Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
     """The names of lines right of the axes, each as high as its line ends, moved up where it would cover the one below.
 

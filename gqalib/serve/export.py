@@ -62,9 +62,8 @@ def export(source: str, out: Path, kind: str = "f16") -> str:
     vocabulary = tokenizer_fields(tokenizer, tokenizer.num_rows)
     model = load_model(source, "auto", "cpu")
     check_config(model.config)
-    tensors = stored(model, kind)
     with one_sentence(f"{out} cannot be written", "give a folder with room"), replacing(out) as file:
-        write(file, tensors, model.config, {"name": out.stem, "file_type": _file_type(kind)} | vocabulary)
+        tensors = write_model(file, model, kind, {"name": out.stem} | vocabulary)
         check_tokens(tokenizer, deci.read_tokenizer(file))
     return f"{out}: {summary(list(tensors.values()), kind)}"
 
@@ -116,6 +115,13 @@ def _file_type(kind: str) -> LlamaFileType:
 
 
 # ---------------------------------------------------------------- the file
+
+
+def write_model(file: Path, model: GqaLlamaForCausalLM, kind: str, fields: dict[str, Any]) -> dict[str, Stored]:
+    """A model in one type, `fields` are name and vocabulary; the tensors as they were stored."""
+    tensors = stored(model, kind)
+    write(file, tensors, model.config, {"file_type": _file_type(kind)} | fields)
+    return tensors
 
 
 def write(file: Path, tensors: dict[str, Stored], config: GqaLlamaConfig, fields: dict[str, Any]) -> None:

@@ -1,0 +1,196 @@
+"""Two servers side by side: how fast they answer the same prompts, in turn and in random order, and how often two models
+are right about the same questions. Any OpenAI-compatible server will do.
+
+    rows = await in_pairs({"dense": url, "pruned": other}, prompts, num_new_tokens=32)
+    paired(rows, "first_ms", "prompt", ["dense", "pruned"])
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import binomtest, ttest_rel
+from torch import nn
+
+from gqalib.errors import InputError, one_sentence
+from gqalib.serve.server import Server
+from gqalib.stream import batches
+
+CODE = "from gqalib.serve import compare"  # what speeds that are kept depend on
+PACKAGES = ("xllamacpp", "openai")  # of servers and their clients; files are written without them
+BACKGROUND = "A language model is"  # of a request that only the speed is wanted of
+ALL_WORK = {"ignore_eos": True, "cache_prompt": False}  # llama.cpp: no answer ends early, no prompt is remembered
+Urls = dict[str, str]  # of servers, without /v1, by name
+
+
+def missing_packages() -> list[str]:
+    return [name for name in PACKAGES if not find_spec(name)]
+
+
+def client_of(url: str):
+    """The official asynchronous client of a server; a request that fails is not made again, which would be timed."""
+    from openai import AsyncOpenAI
+
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+async def answer(client, prompt: str, num_new_tokens: int) -> dict[str, Any]:
+    """One greedy answer of exactly so many tokens, as it streams in: `first_ms`, the time to the first token; `token_ms`,
+    the time of each later one; `tokens`; `text`.
+
+    Raises:
+        InputError: the server does not answer, or not with two tokens at least.
+    """
+    first, text, tokens = None, "", 0
+    how = {"max_tokens": num_new_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    with one_sentence(f"{client.base_url} does not answer", "start a server there, or give a shorter prompt"):
+        start = time.perf_counter()
+        async for part in await client.completions.create(model="any", prompt=prompt, extra_body=ALL_WORK, **how):
+            first = first or time.perf_counter()
+            text += part.choices[0].text if part.choices else ""
+            tokens = part.usage.completion_tokens if part.usage else tokens
+        end = time.perf_counter()
+    if tokens < 2:
+        raise InputError(f"{client.base_url} gave {tokens} tokens, too few to time: ask for more, or a shorter prompt")
+    later = 1e3 * (end - first) / (tokens - 1)
+    return {"first_ms": 1e3 * (first - start), "token_ms": later, "tokens": tokens, "text": text}
+
+
+async def in_pairs(urls: Urls, prompts: Sequence[str], num_new_tokens: int, seed: int = 0) -> pd.DataFrame:
+    """Each prompt is answered by every server, one after the other, prompts and servers in an order that `seed` draws.
+
+    Returns:
+        A row for each answer, in the order of asking: `prompt` (its index), `server`, and what `answer` gives.
+    """
+    draw, clients, rows = random.Random(seed), {name: client_of(url) for name, url in urls.items()}, []
+    for client in clients.values():
+        await answer(client, BACKGROUND, 2)  # the first one of a server is slower
+    for index in draw.sample(range(len(prompts)), len(prompts)):
+        for name in draw.sample(list(clients), len(clients)):
+            row = await answer(clients[name], prompts[index], num_new_tokens)
+            rows.append({"prompt": index, "server": name} | row)
+    return pd.DataFrame(rows)
+
+
+async def under_load(
+    urls: Urls, prompts: Sequence[str], num_new_tokens: int, at_once: Sequence[int] = (1, 2, 4), rounds: int = 5,
+    seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """All prompts to one server, so many of them at a time; in each round every server has its turn, in random order.
+
+    Returns:
+        A row for each turn: `at_once`, `round`, `server`, `tokens_per_s` of all its answers together.
+    """
+    draw, rows = random.Random(seed), []
+    for number in range(rounds):
+        for size in draw.sample(list(at_once), len(at_once)):
+            for name in draw.sample(list(urls), len(urls)):
+                speed = await _throughput(urls[name], prompts, num_new_tokens, size)
+                rows.append({"at_once": size, "round": number, "server": name, "tokens_per_s": speed})
+    return pd.DataFrame(rows)
+
+
+async def _throughput(url: str, prompts: Sequence[str], num_new_tokens: int, at_once: int) -> float:
+    client, gate = client_of(url), asyncio.Semaphore(at_once)
+
+    async def one(prompt: str) -> int:
+        async with gate:
+            return (await answer(client, prompt, num_new_tokens))["tokens"]
+
+    start = time.perf_counter()
+    tokens = await asyncio.gather(*map(one, prompts))
+    return sum(tokens) / (time.perf_counter() - start)
+
+
+def decode_speed(file: Path, num_new_tokens: int = 32, repeats: int = 3) -> dict[str, float]:
+    """How fast llama.cpp writes with a .gguf file, one sequence at a time, by its own clock: the median `tokens/s` of
+    some answers, the `slowest` and the `fastest`."""
+    from openai import OpenAI
+
+    how = {"max_tokens": num_new_tokens, "temperature": 0, "extra_body": ALL_WORK}
+    with Server(file) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        said = [client.completions.create(model="any", prompt=BACKGROUND, **how) for _ in range(1 + repeats)]
+    speeds = [part.timings["predicted_per_second"] for part in said[1:]]  # the first one warms up
+    return {"tokens/s": median(speeds), "slowest": min(speeds), "fastest": max(speeds)}
+
+
+# ---------------------------------------------------------------- what it shows
+
+
+def paired(rows: pd.DataFrame, what: str, by: str, names: Sequence[str]) -> dict[str, Any]:
+    """The second of two servers beside the first over the same pairs, with 95 % intervals of Student's t.
+
+    Args:
+        rows: of `in_pairs` or `under_load`. what: the column that is compared. by: the column whose equal values make a
+            pair. names: the two servers.
+
+    Returns:
+        `pairs`; `first` and `second`, the means; `difference`, with `low` and `high`; `ratio`, the geometric mean of the
+        pairs' ratios, with `ratio_low` and `ratio_high`.
+
+    Raises:
+        InputError: there are fewer than two pairs.
+    """
+    wide = rows.pivot(index=by, columns="server", values=what)[list(names)].dropna()
+    if len(wide) < 2:
+        raise InputError(f"{len(wide)} pairs of answers show nothing: give at least two prompts")
+    first, second = wide.to_numpy().T
+    (difference, *ends), ratio = _mean(second, first), np.exp(_mean(np.log(second), np.log(first)))
+    found = {"pairs": len(wide), "first": first.mean(), "second": second.mean()}
+    found |= {"difference": difference, "low": ends[0], "high": ends[1]}
+    return found | dict(zip(("ratio", "ratio_low", "ratio_high"), ratio.tolist(), strict=True))
+
+
+def _mean(second: np.ndarray, first: np.ndarray) -> tuple[float, float, float]:
+    """Mean paired difference and the ends of its interval."""
+    interval = ttest_rel(second, first).confidence_interval()
+    return float((second - first).mean()), float(interval.low), float(interval.high)
+
+
+def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict[str, Any]:
+    """The exact test of McNemar (1947) on answers to the same questions, 1 for a right one.
+
+    Only questions count on which one is right and the other wrong. If both were equally good, each of these would be as
+    likely to favour the one as the other: p is that of `only_second` heads in so many throws of a fair coin.
+
+    Returns:
+        `examples`, `both`, `only_first`, `only_second`, `neither`, `difference` (second less first, in percentage
+        points of all examples), `p`.
+    """
+    first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    lost, won = int((first & ~second).sum()), int((~first & second).sum())
+    p = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    same = {"both": int((first & second).sum()), "only_first": lost, "only_second": won}
+    return {"examples": len(first)} | same | {
+        "neither": int((~first & ~second).sum()), "difference": 100 * (won - lost) / len(first), "p": float(p),
+    }  # fmt: skip
+
+
+def compared_answers(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """`mcnemar` of two models for each task and for `all` examples together; rows of `tasks.score_tasks`."""
+    both = first.merge(second, on=["task", "example"], suffixes=("_first", "_second"), validate="one_to_one")
+    groups = [*both.groupby("task", sort=False), ("all", both)]
+    return pd.DataFrame([{"task": name} | mcnemar(rows["right_first"], rows["right_second"]) for name, rows in groups])
+
+
+@torch.no_grad()
+def last_token_right(model: nn.Module, windows: torch.Tensor) -> list[int]:
+    """For each window [count, length]: 1 if its last token is the most likely one after the others, else 0."""
+    right = []
+    for rows in batches(windows):
+        ids = windows[rows].to(model.device)
+        logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=1).logits[:, -1]
+        right += (logits.argmax(-1) == ids[:, -1]).int().tolist()
+    return right

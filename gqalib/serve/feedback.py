@@ -1,0 +1,172 @@
+"""What people prefer: two anonymous answers side by side, a vote, a log of votes, and what a log can tell.
+
+The log is JSONL, a line for each vote: `time`, `prompt`, `left` and `right` (which model stood where), `vote` (left,
+right or tie).
+"""
+
+import html
+import json
+import math
+import os
+import random
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+import numpy as np
+from scipy.stats import binom, binomtest, norm
+
+from gqalib.errors import InputError
+
+VOTES = ("left", "tie", "right")
+FIELDS = ("time", "prompt", "left", "right", "vote")
+Vote = dict[str, str]
+
+
+# ---------------------------------------------------------------- the log
+
+
+def append(log: Path, vote: Vote) -> None:
+    """One more line in a log, on the disk when this returns; what a crash has left of a line goes first."""
+    with log.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(vote, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_votes(log: Path) -> list[Vote]:
+    """The votes of a log, none where there is no log yet; a last line without an end is half a vote, and left out.
+
+    Raises:
+        InputError: another line is no vote.
+    """
+    *lines, _ = log.read_bytes().split(b"\n") if log.exists() else [b""]
+    votes = []
+    for number, line in enumerate(lines, 1):
+        try:
+            vote = {name: json.loads(line)[name] for name in FIELDS}
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"line {number} of {log} is no vote: correct it, or remove it") from error
+        if vote["vote"] not in VOTES:
+            raise InputError(f"line {number} of {log} votes {vote['vote']!r}: it can be {', '.join(VOTES)}")
+        votes.append(vote)
+    return votes
+
+
+# ---------------------------------------------------------------- the vote
+
+
+class Ballot:
+    """A widget that shows two answers to each prompt, asks which is better, and only then says whose they were.
+
+    Args:
+        answers: of exactly two models, to each of the prompts. log: where votes go. seed: of the sides; None draws anew.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str], answers: Mapping[str, Sequence[str]], log: Path, seed: int | None = None
+    ) -> None:  # fmt: skip
+        self.prompts, self.answers, self.log, self.position = list(prompts), answers, log, 0
+        draw = random.Random(seed)
+        self.sides = [draw.sample(list(answers), 2) for _ in self.prompts]  # left and right, for each prompt
+        self.page, self.said = ipywidgets.HTML(), ipywidgets.HTML()
+        self.buttons = [ipywidgets.Button(description=name) for name in VOTES]
+        for button in self.buttons:
+            button.on_click(lambda pressed: self.vote(pressed.description))
+        self.widget = ipywidgets.VBox([self.page, ipywidgets.HBox(self.buttons), self.said])
+        self._show()
+
+    def vote(self, which: str) -> None:
+        """Log a vote on what is shown, say who wrote what, and show the next pair."""
+        left, right = self.sides[self.position]
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        vote = {"time": now, "prompt": self.prompts[self.position], "left": left, "right": right, "vote": which}
+        append(self.log, vote)
+        self.position += 1
+        self.said.value = f"{which}: left was {html.escape(left)}, right was {html.escape(right)}"
+        self._show()
+
+    def _show(self) -> None:
+        done = self.position == len(self.prompts)
+        for button in self.buttons:
+            button.disabled = done
+        self.page.value = "no more answers to compare" if done else self.pair(self.position)
+
+    def pair(self, index: int) -> str:
+        """The two answers to a prompt as HTML, without names."""
+        texts = [self.answers[name][index] for name in self.sides[index]]
+        return side_by_side(self.prompts[index], *texts)
+
+
+def side_by_side(prompt: str, left: str, right: str) -> str:
+    """Two answers as an HTML table; what a model wrote is shown, never run."""
+    said = [f"<td style='width:50%;text-align:left;vertical-align:top;white-space:pre-wrap'>{html.escape(text)}</td>"
+            for text in (left, right)]  # fmt: skip
+    heads = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("left", "right"))
+    return f"<p><b>{html.escape(prompt)}</b></p><table><tr>{heads}</tr><tr>{''.join(said)}</tr></table>"
+
+
+# ---------------------------------------------------------------- what votes tell
+
+
+def preference(votes: Sequence[Vote], first: str, second: str) -> dict[str, Any]:
+    """How often `second` was preferred to `first`, among votes between these two; ties say nothing of the direction.
+
+    Returns:
+        `votes`, `ties`, `for_first`, `for_second`, `share` (for second, of those that decided), its 95 % interval `low`
+        and `high` (Wilson 1927), and `p` (exact binomial test of 1/2); the last four are NaN where nobody decided.
+    """
+    between = [vote for vote in votes if {vote["left"], vote["right"]} == {first, second}]
+    chosen = [vote[vote["vote"]] for vote in between if vote["vote"] != "tie"]
+    won, decided = chosen.count(second), len(chosen)
+    counts = {"votes": len(between), "ties": len(between) - decided, "for_first": decided - won, "for_second": won}
+    if not decided:
+        return counts | dict.fromkeys(("share", "low", "high", "p"), math.nan)
+    test = binomtest(won, decided)
+    interval = test.proportion_ci(method="wilson")
+    ends = {"low": float(interval.low), "high": float(interval.high)}
+    return counts | {"share": won / decided} | ends | {"p": float(test.pvalue)}
+
+
+def power(share: float, votes: int | np.ndarray, alpha: float = 0.05) -> float | np.ndarray:
+    """How likely the exact two-sided test of so many deciding votes is to tell a true `share` from 1/2."""
+    least = binom.ppf(alpha / 2, votes, 0.5) - 1  # the test rejects up to here: P(X <= least) < alpha / 2
+    least += binom.cdf(least + 1, votes, 0.5) <= alpha / 2
+    return binom.cdf(least, votes, share) + binom.sf(votes - least - 1, votes, share)
+
+
+def votes_needed(share: float, wanted: float = 0.8, alpha: float = 0.05) -> float:
+    """The least number of deciding votes whose exact test has the power `wanted` against a true `share`; infinite for
+    1/2. It is looked for around the normal approximation: (z_(1-α/2) / 2 + z_wanted √(share (1 − share)))² /
+    (share − 1/2)².
+
+    Raises:
+        InputError: share or wanted is no probability, or wanted is 1.
+    """
+    if not (0 <= share <= 1 and 0 < wanted < 1):
+        raise InputError(f"share = {share} with power {wanted} cannot be: give probabilities, a power below 1")
+    if share == 0.5:
+        return math.inf
+    spread = norm.ppf(1 - alpha / 2) / 2 + norm.ppf(wanted) * math.sqrt(share * (1 - share))
+    about = (spread / (share - 0.5)) ** 2
+    tried = np.arange(max(1, int(about / 2)), int(1.5 * about) + 20)
+    return int(tried[power(share, tried, alpha) >= wanted][0])
+
+
+def simulated(
+    prompts: Sequence[str], first: str, second: str, share: float, ties: float, count: int, seed: int = 0
+) -> list[Vote]:
+    """Made-up votes, drawn with a stated preference: `second` wins a deciding vote with probability `share`. For showing
+    what the analysis does; evidence of nothing."""
+    draw, votes = random.Random(seed), []
+    for index in range(count):
+        left, right = draw.sample([first, second], 2)
+        winner = second if draw.random() < share else first
+        vote = "tie" if draw.random() < ties else "left" if winner == left else "right"
+        prompt = prompts[index % len(prompts)]
+        votes.append({"time": "simulated", "prompt": prompt, "left": left, "right": right, "vote": vote})
+    return votes

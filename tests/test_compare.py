@@ -1,0 +1,391 @@
+"""Files of a model in every type, two servers compared, votes counted: on hand-made numbers and a made-up server."""
+
+import asyncio
+import json
+import math
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import small_model
+from test_export import IDS, SHAPE, byte_tokenizer
+
+from gqalib import figures
+from gqalib.errors import InputError
+from gqalib.measure.perplexity import window_losses
+from gqalib.model import deci, surgery
+from gqalib.model.load import load_tokenizer
+from gqalib.run.resume import Progress
+from gqalib.serve import compare, export, feedback, quantised
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def fields():
+    tokenizer = byte_tokenizer()
+    tokenizer.num_rows = SHAPE["vocab_size"]
+    return quantised.vocabulary(tokenizer)
+
+
+def test_rows_are_of_the_file_as_it_is_read_back_and_are_kept(tmp_path, fields, monkeypatch):
+    model, windows = small_model(**SHAPE), IDS.view(4, 10)
+    progress = Progress(tmp_path / "kept", {})
+    rows = quantised.rows_of("dense", model, fields, windows, progress)
+    assert [row["type"] for row in rows] == list(quantised.KINDS)
+    for row in rows:
+        assert row["bytes"] == row["file"].stat().st_size
+        assert torch.equal(row["losses"], window_losses(deci.read_model(row["file"]), windows))
+    errors = [(row["losses"] - window_losses(model, windows)).abs().max() for row in rows]
+    assert 0 < errors[0] < errors[1] < errors[3]
+    monkeypatch.setattr(quantised, "_measured", lambda *_: pytest.fail("it was kept"))
+    rows[1]["file"].unlink()  # a file that is gone is written again, and not read
+    again = quantised.rows_of("dense", model, fields, windows, progress)
+    assert [row["bytes"] for row in again] == [row["bytes"] for row in rows] and rows[1]["file"].exists()
+
+
+def test_nothing_half_written(tmp_path, fields, monkeypatch):
+    def fails(file, *_):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "write_model", fails)
+    with pytest.raises(KeyboardInterrupt):
+        quantised.rows_of("dense", small_model(**SHAPE), fields, IDS, Progress(tmp_path / "kept", {}))
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_words_that_llama_cpp_does_not_know_become_bytes(capsys):
+    found = quantised.vocabulary(load_tokenizer("shape:tiny"))
+    assert len(found["token_list"]) == 512 and found["tokenizer_pre"] == "gpt-2"
+    assert "this WordLevel tokenizer has no name" in capsys.readouterr().out
+
+
+def made_rows(**losses):
+    """Files of 100 and less bytes; the losses of four windows each."""
+    sizes = {"f16": 100, "q8_0": 60, "q5_0": 40, "q4_0": 30}
+    rows = []
+    for name, mean in losses.items():
+        model, kind = name.split("_", 1)
+        size = sizes[kind] * (1 if model == "dense" else 0.5)
+        rows.append({"model": model, "type": kind, "bytes": size, "losses": torch.tensor([1.0, 2.0, 3.0, 4.1]) + mean})
+    return rows
+
+
+def test_prune_or_quantise():
+    rows = made_rows(dense_f16=0, dense_q8_0=0.01, dense_q4_0=0.2, pruned_f16=0.1, pruned_q8_0=0.11, pruned_q4_0=0.1)
+    rows[3]["losses"] += torch.tensor([0.01, -0.01, 0.01, -0.01])  # else the paired error would be nothing
+    found = quantised.prune_or_quantise(rows)
+    assert found["way"].tolist() == ["prune", "both", "both"]
+    # 50 bytes beside dense q4_0 of 30; 30 beside the same; 15: no dense file is as small
+    assert found["rival"].tolist()[:2] == ["dense q4_0"] * 2 and found["verdict"].tolist() == [
+        "better",
+        "better",
+        "no rival",
+    ]
+    assert found["times rival"][0] == pytest.approx(math.exp(-0.1)) and found["± error"][0] > 0
+    assert quantised.verdict(found)[-1].endswith("prune as well where that wins (pruned f16, pruned q8_0)")
+    worse = quantised.prune_or_quantise(made_rows(dense_q8_0=0.01, dense_q4_0=0.02, pruned_f16=0.1, pruned_q4_0=1))
+    assert (
+        "1 files pruned only, each beside the best dense file that is no larger: 1 worse" in quantised.verdict(worse)[0]
+    )
+    assert quantised.verdict(worse)[-1].endswith(
+        "quantise, do not prune; only pruning as well makes files of 0.0 MB and less"
+    )
+    same = quantised.prune_or_quantise(made_rows(dense_q4_0=0.1, pruned_f16=0.1))
+    assert same["verdict"].tolist() == ["not told apart"]
+    assert quantised.verdict(same)[-1] == "for the same file size: pruning and quantising are not told apart"
+
+
+def test_front():
+    assert quantised.on_front([1, 2, 3, 2, 1], [3, 2, 2, 1, 3]) == [True, False, False, True, True]
+
+
+def test_table_and_figure():
+    rows = made_rows(dense_f16=0, dense_q4_0=0.2, v3_f16=0.1, v3_q4_0=0.5)
+    table = quantised.table(rows, rows[0]["losses"])
+    assert table["times dense"].tolist() == pytest.approx(np.exp([0, 0.2, 0.1, 0.5]))
+    assert table["front"].tolist() == [True, True, True, True]
+    fig, ax = plt.subplots()
+    figures.size_dots(ax, table, {"v3": "recovered"})
+    fig.canvas.draw()
+    shown = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert shown == ["dense", "v3", "f16", "q4_0"]
+    plt.close(fig)
+
+
+def test_weights_are_counted_as_the_file_has_them(tmp_path, fields):
+    model = small_model(**SHAPE)
+    surgery.keep_channels(model, 1, range(41))
+    for kind in ("f16", "q4_0"):
+        tensors = export.write_model(tmp_path / f"{kind}.gguf", model, kind, {"name": "a"} | fields)
+        assert quantised.weight(model, kind)["bytes"] == sum(tensor.num_bytes for tensor in tensors.values())
+    assert quantised.weight(model, "q4_0") | {"bytes": 0} == {"matrices": 29, "kept f16": 1, "bytes": 0}
+    assert quantised.weight(model, "f16")["kept f16"] == 0
+
+
+def test_a_cut_shape_has_the_multiple_and_leaves_the_configuration_alone():
+    config = small_model(**SHAPE | {"intermediate_size": 256}).config
+    loose, even = (quantised.cut_shape(config, 0.3, multiple) for multiple in (1, 32))
+    widths = [layer.mlp.gate_proj.out_features for layer in even.model.layers]
+    assert all(width % 32 == 0 for width in widths) and config.intermediate_size == 256
+    assert quantised.weight(even, "q8_0")["kept f16"] == 0 < quantised.weight(loose, "q8_0")["kept f16"]
+    counts = [sum(p.numel() for p in model.parameters()) for model in (loose, even)]
+    assert counts[0] == pytest.approx(counts[1], rel=0.05)
+
+
+# ---------------------------------------------------------------- a made-up server
+
+PAUSE = 0.004  # seconds per token
+
+
+class FakeServer:
+    """Streams an answer of `tokens` tokens, one every PAUSE × `slow` seconds, and notes what it was asked."""
+
+    def __init__(self, slow=1, tokens=None, status=200):
+        self.slow, self.tokens, self.status = slow, tokens, status
+        self.asked = []
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.0"
+
+            def do_POST(self):
+                fake.answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self):
+        Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+    def answer(self, handler, body):
+        self.asked.append(body)
+        handler.send_response(self.status)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.end_headers()
+        count = body["max_tokens"] if self.tokens is None else self.tokens
+        for part in [*({"text": f" {i}"} for i in range(count)), None]:
+            time.sleep(PAUSE * self.slow if part else 0)
+            choices = [{"index": 0, "finish_reason": None, "logprobs": None} | part] if part else []
+            usage = None if part else {"completion_tokens": count, "prompt_tokens": 1, "total_tokens": count + 1}
+            said = {"id": "a", "object": "text_completion", "created": 0, "model": "m", "choices": choices}
+            handler.wfile.write(f"data: {json.dumps(said | {'usage': usage})}\n\n".encode())
+            handler.wfile.flush()
+        handler.wfile.write(b"data: [DONE]\n\n")
+
+
+def test_an_answer_is_timed_token_by_token():
+    pytest.importorskip("openai")
+    with FakeServer(slow=5) as server:
+        found = asyncio.run(compare.answer(compare.client_of(server.url), "once", 5))
+    assert found["tokens"] == 5 and found["text"] == " 0 1 2 3 4"
+    assert found["first_ms"] >= 5e3 * PAUSE and found["token_ms"] > 0
+    assert found["first_ms"] + 4 * found["token_ms"] >= 5 * 5e3 * PAUSE
+    asked = server.asked[0]
+    assert (asked["prompt"], asked["max_tokens"], asked["temperature"], asked["stream"]) == ("once", 5, 0, True)
+    assert asked["ignore_eos"] is True and asked["cache_prompt"] is False
+
+
+def test_servers_that_cannot_be_timed():
+    pytest.importorskip("openai")
+    for bad, says in (({"status": 500}, "does not answer"), ({"tokens": 1}, "gave 1 tokens, too few")):
+        with FakeServer(**bad) as server, pytest.raises(InputError, match=says) as raised:
+            asyncio.run(compare.answer(compare.client_of(server.url), "once", 5))
+        assert "\n" not in str(raised.value) and len(server.asked) == 1  # no second try
+    with pytest.raises(InputError, match="does not answer"):
+        asyncio.run(compare.answer(compare.client_of(server.url), "once", 5))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Servers that answer at once; what each was asked, in order, and how many answers were under way at most."""
+    log, under_way, most = [], [], [0]
+
+    async def answer(client, prompt, num_new_tokens):
+        log.append((client, prompt))
+        under_way.append(client)
+        most[0] = max(most[0], len(under_way))
+        assert len(set(under_way)) == 1, "one server waits while the other is timed"
+        await asyncio.sleep(0)
+        under_way.remove(client)
+        return {"first_ms": 1.0, "token_ms": 2.0 if client == "fast" else 4.0, "tokens": num_new_tokens, "text": ""}
+
+    monkeypatch.setattr(compare, "answer", answer)
+    monkeypatch.setattr(compare, "client_of", lambda url: url)
+    return log, most
+
+
+def test_in_pairs_asks_both_each_prompt_in_random_order(asked):
+    urls, prompts = {"dense": "slow", "pruned": "fast"}, [f"prompt {i}" for i in range(12)]
+    rows = asyncio.run(compare.in_pairs(urls, prompts, 3, seed=1))
+    log, most = asked
+    assert log[:2] == [("slow", compare.BACKGROUND), ("fast", compare.BACKGROUND)] and most == [1]
+    assert log[2:] == [(urls[row.server], prompts[row.prompt]) for row in rows.itertuples()]
+    assert rows["prompt"][::2].tolist() == rows["prompt"][1::2].tolist() != list(range(12))
+    assert sorted(rows["prompt"][::2]) == list(range(12))
+    assert 0 < (rows["server"][::2] == "dense").sum() < 12
+    assert rows.equals(asyncio.run(compare.in_pairs(urls, prompts, 3, seed=1)))
+    noise = 0.01 * rows["prompt"] * (rows["server"] == "dense")
+    times = rows[rows["prompt"] > 0].assign(token_ms=rows["token_ms"] + noise)
+    found = compare.paired(times, "token_ms", "prompt", ["dense", "pruned"])
+    assert found["pairs"] == 11 and found["ratio_high"] < 1 and found["difference"] == pytest.approx(-2.06)
+
+
+def test_under_load_as_many_at_once_as_asked(asked):
+    urls, (log, most) = {"dense": "slow", "pruned": "fast"}, asked
+    rows = asyncio.run(compare.under_load(urls, ["a"] * 6, 3, at_once=(1, 3), rounds=2))
+    assert rows.groupby(["at_once", "round", "server"]).size().tolist() == [1] * 8
+    assert most == [3] and len(log) == 8 * 6 and (rows["tokens_per_s"] > 0).all()
+
+
+# ---------------------------------------------------------------- what it shows
+
+
+def test_paired_interval_is_that_of_the_differences():
+    """Differences 1, 2, 3: mean 2, standard error 1/√3, t of 2 degrees of freedom 4.3027."""
+    rows = pd.DataFrame({"prompt": [0, 0, 1, 1, 2, 2], "server": list("ababba"), "ms": [10.0, 11, 20, 22, 33, 30]})
+    found = compare.paired(rows, "ms", "prompt", ["a", "b"])
+    assert (found["pairs"], found["first"], found["second"], found["difference"]) == (3, 20, 22, 2)
+    assert found["high"] - 2 == pytest.approx(4.302653 / 3**0.5) == 2 - found["low"]
+    assert found["ratio"] == pytest.approx((1.1 * 1.1 * 1.1) ** (1 / 3))
+    turned = compare.paired(rows, "ms", "prompt", ["b", "a"])
+    assert turned["difference"] == -2 and turned["ratio"] == pytest.approx(1 / 1.1)
+    with pytest.raises(InputError, match="1 pairs of answers show nothing"):
+        compare.paired(rows[:2], "ms", "prompt", ["a", "b"])
+
+
+def test_mcnemar_against_a_known_value():
+    """1 and 9 of 10 examples that differ: p = 2 (C(10,0) + C(10,1)) / 2^10 = 22 / 1024, however many agree."""
+    first = [1] * 1 + [0] * 9 + [1] * 50 + [0] * 40
+    second = [0] * 1 + [1] * 9 + [1] * 50 + [0] * 40
+    found = compare.mcnemar(first, second)
+    assert found["p"] == pytest.approx(22 / 1024) and found["difference"] == pytest.approx(8)
+    counts = {name: found[name] for name in ("examples", "both", "only_first", "only_second", "neither")}
+    assert counts == {"examples": 100, "both": 50, "only_first": 1, "only_second": 9, "neither": 40}
+    assert compare.mcnemar(first[:10], second[:10])["p"] == found["p"]
+    assert compare.mcnemar([1, 0], [1, 0])["p"] == 1
+
+
+def test_answers_are_paired_by_example_not_by_row():
+    first = pd.DataFrame({"task": ["a", "a", "b"], "example": [0, 1, 0], "right": [1, 0, 1]})
+    second = first.sample(frac=1, random_state=1)
+    found = compare.compared_answers(first, second).set_index("task")
+    assert list(found.index) == ["a", "b", "all"] and (found["only_first"] + found["only_second"] == 0).all()
+    assert found["examples"].tolist() == [2, 1, 3]
+
+
+def test_last_token_right():
+    model, windows = small_model(), torch.randint(1, 61, (6, 9), generator=torch.Generator().manual_seed(0))
+    windows[::2, -1] = model(windows[::2]).logits[:, -2].argmax(-1)
+    assert compare.last_token_right(model, windows)[::2] == [1, 1, 1]
+    assert (
+        compare.last_token_right(model, windows)
+        == (model(windows).logits[:, -2].argmax(-1) == windows[:, -1]).int().tolist()
+    )
+
+
+# ---------------------------------------------------------------- votes
+
+
+def vote(which="left", left="a", right="b"):
+    return {"time": "now", "prompt": "é\n?", "left": left, "right": right, "vote": which}
+
+
+def test_votes_come_back_and_half_a_vote_is_left_out(tmp_path):
+    log = tmp_path / "votes.jsonl"
+    assert feedback.read_votes(log) == []
+    for which in feedback.VOTES:
+        feedback.append(log, vote(which))
+    whole = log.read_bytes()
+    assert feedback.read_votes(log) == [vote(which) for which in feedback.VOTES] and whole.count(b"\n") == 3
+    log.write_bytes(whole[:-1] + b"")  # the end of the line is not there yet
+    assert len(feedback.read_votes(log)) == 2
+    log.write_bytes(whole + whole[:20])
+    assert len(feedback.read_votes(log)) == 3
+    feedback.append(log, vote("tie"))  # what is torn goes, what is whole stays
+    assert feedback.read_votes(log)[2:] == [vote("right"), vote("tie")] and log.read_bytes().startswith(whole)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"vote": "left"}', json.dumps(vote("middle"))])
+def test_a_line_that_is_no_vote_is_named(line, tmp_path):
+    log = tmp_path / "votes.jsonl"
+    feedback.append(log, vote())
+    log.write_bytes(log.read_bytes() + line.encode() + b"\n")
+    with pytest.raises(InputError, match="line 2 of "):
+        feedback.read_votes(log)
+
+
+def test_a_ballot_hides_names_until_the_vote(tmp_path):
+    """And what a model wrote is text, whatever it looks like."""
+    answers = {"dense": ["<b>x</b>", "d2"], "pruned": ["p1", "p2"]}
+    ballot = feedback.Ballot(["first?", "second?"], answers, tmp_path / "votes.jsonl", seed=0)
+    assert isinstance(ballot.widget, ipywidgets.VBox)
+    assert "dense" not in ballot.page.value and "pruned" not in ballot.page.value and ballot.said.value == ""
+    assert "&lt;b&gt;x" in ballot.page.value and "<b>x" not in ballot.page.value
+    left = ballot.sides[0][0]
+    ballot.buttons[0].click()
+    assert f"left was {left}" in ballot.said.value and "second?" in ballot.page.value
+    ballot.buttons[1].click()
+    assert ballot.page.value == "no more answers to compare" and all(button.disabled for button in ballot.buttons)
+    votes = feedback.read_votes(tmp_path / "votes.jsonl")
+    assert [(each["prompt"], each["vote"]) for each in votes] == [("first?", "left"), ("second?", "tie")]
+    assert votes[0]["left"] == left and {votes[0]["left"], votes[0]["right"]} == {"dense", "pruned"}
+
+
+def test_sides_are_drawn():
+    many = feedback.Ballot([""] * 64, {"a": [""] * 64, "b": [""] * 64}, None, seed=3)
+    assert 20 < sum(left == "a" for left, _ in many.sides) < 44
+
+
+def test_preference():
+    """8 of 10: Wilson's 95 % interval is 0.490 to 0.943, exact p = 2 (45 + 10 + 1) / 1024."""
+    votes = [vote("left", "b", "a")] * 5 + [vote("right", "a", "b")] * 3 + [vote("left")] * 2 + [vote("tie")] * 4
+    found = feedback.preference([*votes, vote("left", "a", "c")], "a", "b")
+    assert (found["votes"], found["ties"], found["for_first"], found["for_second"]) == (14, 4, 2, 8)
+    assert (found["low"], found["high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert found["share"] == 0.8 and found["p"] == pytest.approx(112 / 1024)
+    assert math.isnan(feedback.preference([vote("tie")], "a", "b")["share"])
+
+
+@pytest.mark.parametrize("share", [0.6, 0.3, 0.9, 1.0])
+def test_votes_needed_by_simulation(share):
+    """So many votes are enough, by counting, and the power is that of the test that `preference` makes."""
+    needed, draw = feedback.votes_needed(share), np.random.default_rng(0)
+    assert feedback.power(share, needed) >= 0.8 > feedback.power(share, needed - 1)
+    counts = draw.binomial(needed, share, 4000)
+    p = {int(count): compare.binomtest(int(count), needed).pvalue for count in set(counts)}
+    told = np.mean([p[int(count)] <= 0.05 for count in counts])
+    assert told == pytest.approx(feedback.power(share, needed), abs=0.025)
+
+
+def test_votes_needed_at_its_ends():
+    assert feedback.votes_needed(0.5) == math.inf
+    assert feedback.votes_needed(0.7) == feedback.votes_needed(0.3) < feedback.votes_needed(0.55)
+    assert feedback.votes_needed(0.7, wanted=0.95) > feedback.votes_needed(0.7)
+    for share, wanted in ((1.2, 0.8), (0.6, 1.0)):
+        with pytest.raises(InputError, match="give probabilities"):
+            feedback.votes_needed(share, wanted)
+
+
+def test_simulated_votes_say_so_and_have_the_stated_preference():
+    votes = feedback.simulated(["q"], "a", "b", share=0.7, ties=0.25, count=4000, seed=1)
+    found = feedback.preference(votes, "a", "b")
+    assert {each["time"] for each in votes} == {"simulated"}
+    assert found["share"] == pytest.approx(0.7, abs=0.03) and found["ties"] / 4000 == pytest.approx(0.25, abs=0.03)
+    assert sum(each["left"] == "a" for each in votes) / 4000 == pytest.approx(0.5, abs=0.03)
+    assert votes == feedback.simulated(["q"], "a", "b", 0.7, 0.25, 4000, seed=1)
