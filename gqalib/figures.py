@@ -190,7 +190,8 @@ def size_dots(ax: plt.Axes, table: pd.DataFrame, roles: Mapping[str, str] = {}) 
     ax.step(front["bytes"] / 1e6, front["times dense"], where="post", color=COLORS["other"], lw=1, zorder=0)
     ax.set(xlabel="file (MB)", ylabel="perplexity (× dense, ± 2 standard errors)", yscale="log")
     high = (table["times dense"] + 2 * table["± standard error"]).max()
-    readable_log_axis(ax.yaxis, (1, 1.02, 1.05, 1.1, 1.2, 1.5) if high < 1.5 else (1, 1.2, 1.5, 2, 3, 5))
+    small = (1, 1.02, 1.05, 1.1, 1.2, 1.5) if high > 1.05 else (1, 1.01, 1.02, 1.03, 1.04, 9.8, 9.9)
+    readable_log_axis(ax.yaxis, (1, 1.2, 1.5, 2, 3, 5) if high > 1.5 else small)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
