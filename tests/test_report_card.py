@@ -11,7 +11,7 @@ import torch
 from conftest import small_model
 
 from gqalib import InputError, figures, packages
-from gqalib.measure import report_card, tasks
+from gqalib.measure import more_tasks, report_card, tasks
 from gqalib.measure.perplexity import window_losses
 from gqalib.model.load import save_model
 from gqalib.run import notebook
@@ -64,7 +64,11 @@ def pruned_model():
 def test_presets_that_need_no_network_ask_nothing():
     asked = {name: load_preset(name).answers for name in preset_names()}
     assert all(asked[name] == Answers() for name in ("tiny", "full", "smoke", "llama3-8b-shape", "stories260k"))
-    assert asked["smollm2"].tasks and len(asked["smollm2"].prompts) == 3 and asked["smollm2"].other_text == "folder:data/wikitext-2"
+    assert (
+        asked["smollm2"].tasks
+        and len(asked["smollm2"].prompts) == 3
+        and asked["smollm2"].other_text == "folder:data/wikitext-2"
+    )
 
 
 def test_off_is_one_line_each_and_touches_neither_model_nor_package(tmp_path, monkeypatch, capsys, tokenizer):
@@ -169,7 +173,7 @@ def test_the_verdict_names_what_is_beyond_two_errors():
     assert lines[1] == "pruned: below dense on mean; above it on nothing"
     assert lines[2].startswith("    keeps 58 ± ") and "on 2 of 3 tasks; its right answers: -0.052 ± " in lines[2]
     assert lines[3] == "broken: below dense on piqa, arc_easy, mean; above it on nothing"
-    least = [report_card.SURE * tasks.summary(rows, DENSE)["difference_error"] for rows in (PRUNED, broken)]
+    least = [report_card.SURE * more_tasks.summary(rows, DENSE)["difference_error"] for rows in (PRUNED, broken)]
     assert lines[5].startswith("smallest difference that this table can show: ")
     assert f"{max(each[:3].max() for each in least):.1f} points of every task" in lines[5]
     assert len(report_card.verdict({"dense": DENSE})) == 1

@@ -220,8 +220,16 @@ def _answer(name: str, sample: dict) -> dict[str, float]:
 
 
 def summary(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> pd.DataFrame:
-    """`tasks.summary`, for these tasks as well, with SQuAD's exact matches in percent as `exact`. Where an answer is
-    written, its `nats` are missing."""
+    """Accuracy per task and their mean, in percent, with standard errors over examples; of the seven tasks or of these.
+
+    Args:
+        dense: the same examples read by the dense model.
+
+    Returns:
+        Per task and for `mean`: `examples`, `accuracy`, `error`, `chance`, `nats` (missing where an answer is written)
+        and SQuAD's exact matches in percent, `exact`; with `dense` also the paired `difference` to it,
+        `difference_error`, and `nats_difference`, `nats_difference_error`.
+    """
     table = pd.DataFrame([_task_row(name, group, dense) for name, group in rows.groupby("task", sort=False)])
     mean = {"task": "mean", "examples": table["examples"].sum()}
     for column in table.columns.drop(["task", "examples"]):

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from gqalib.measure import tasks
+from gqalib.measure import more_tasks, tasks
 from gqalib.measure.frontier import covariances_and_table
 from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.load import load_model, load_tokenizer, save_model
@@ -112,6 +112,6 @@ class Bench:
     def score(self, model: nn.Module, name: str) -> None:
         """The downstream tasks of a model, in bfloat16."""
         found = tasks.score_tasks(copy.deepcopy(model).to(torch.bfloat16), self.tokenizer, ["all"], EXAMPLES, rows=64)
-        self.answers.append(tasks.summary(found).assign(model=name))
+        self.answers.append(more_tasks.summary(found).assign(model=name))
         self.nb.table("tasks", pd.concat(self.answers))
         self.nb.save()

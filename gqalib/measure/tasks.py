@@ -9,7 +9,6 @@ long before an answer does.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -123,38 +122,3 @@ def _examples(name: str, samples: list[dict]) -> pd.DataFrame:
         right = int(sample[TASKS[name].metric])
         rows.append({"example": sample["doc_id"], "right": right, "nats": nats / len(said.encode())})
     return pd.DataFrame(rows).assign(task=name)
-
-
-def summary(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Accuracy per task and their mean, in percent, with standard errors over examples.
-
-    Args:
-        dense: the same examples read by the dense model.
-
-    Returns:
-        Per task and for `mean`: `examples`, `accuracy`, `error`, `chance`, `nats`; with `dense` also the paired
-        `difference` to it, `difference_error`, and `nats_difference`, `nats_difference_error`.
-    """
-    table = pd.DataFrame([_task_row(name, group, dense) for name, group in rows.groupby("task", sort=False)])
-    mean = {"task": "mean", "examples": table["examples"].sum()}
-    for column in table.columns.drop(["task", "examples"]):
-        values = table[column]
-        independent = column.endswith("error")
-        mean[column] = math.sqrt((values**2).sum()) / len(values) if independent else values.mean()
-    return pd.concat([table, pd.DataFrame([mean])], ignore_index=True)
-
-
-def _task_row(name: str, rows: pd.DataFrame, dense: pd.DataFrame | None) -> dict:
-    row = {"task": name, "examples": len(rows), **_mean_and_error("accuracy", "error", 100 * rows["right"])}
-    row |= {"chance": 100 * TASKS[name].chance, "nats": rows["nats"].mean()}
-    if dense is None:
-        return row
-    other = dense[dense["task"] == name].set_index("example").loc[rows["example"]]
-    for column, scale, label in (("right", 100, "difference"), ("nats", 1, "nats_difference")):
-        change = scale * (rows[column].to_numpy() - other[column])
-        row |= _mean_and_error(label, f"{label}_error", change)
-    return row
-
-
-def _mean_and_error(mean: str, error: str, values: pd.Series) -> dict[str, float]:
-    return {mean: values.mean(), error: values.std() / math.sqrt(len(values))}

@@ -4,6 +4,7 @@ import re
 import socket
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 from gqalib.errors import InputError, reason
 from gqalib.model.names import GGUF
@@ -82,3 +83,15 @@ def _check_port(port: int) -> None:
         raise InputError(
             f"--port {port} cannot be had ({reason(error)}): give another one, or 0 for a free one"
         ) from error
+
+
+def cause(log: IO[bytes], error: re.Pattern) -> str:
+    """Why a server has ended, by its log: the first error, which later ones follow from, or else the last line.
+
+    Args:
+        error: finds an error in a line; its first group is what is said.
+    """
+    log.seek(0)
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [found[1] for line in lines if (found := error.search(line))]
+    return (errors or lines[-1:] or ["it said nothing"])[0].strip()

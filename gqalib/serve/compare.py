@@ -1,5 +1,5 @@
-"""Two servers side by side: how fast they answer the same prompts, in turn and in random order, and how often two models
-are right about the same questions. Any OpenAI-compatible server will do.
+"""Two servers side by side: how fast they answer the same prompts, in turn and in random order, and how often two
+models are right about the same questions. Any OpenAI-compatible server will do.
 
     rows = await in_pairs({"dense": url, "pruned": other}, prompts, num_new_tokens=32)
     paired(rows, "first_ms", "prompt", ["dense", "pruned"])
@@ -32,6 +32,7 @@ Urls = dict[str, str]  # of servers, without /v1, by name
 
 
 def missing_packages() -> list[str]:
+    """Those of `PACKAGES` that are not installed."""
     return [name for name in PACKAGES if not find_spec(name)]
 
 
@@ -49,8 +50,8 @@ def client_of(url: str):
 
 
 async def answer(client, prompt: str, num_new_tokens: int) -> dict[str, Any]:
-    """One greedy answer of exactly so many tokens, as it streams in: `first_ms`, the time to the first token; `token_ms`,
-    the time of each later one; `tokens`; `text`.
+    """One greedy answer of exactly so many tokens, as it streams in: `first_ms`, the time to the first token;
+    `token_ms`, the time of each later one; `tokens`; `text`.
 
     Raises:
         InputError: the server does not answer, or not with two tokens at least.
@@ -140,8 +141,8 @@ def paired(rows: pd.DataFrame, what: str, by: str, names: Sequence[str]) -> dict
             pair. names: the two servers.
 
     Returns:
-        `pairs`; `first` and `second`, the means; `difference`, with `low` and `high`; `ratio`, the geometric mean of the
-        pairs' ratios, with `ratio_low` and `ratio_high`.
+        `pairs`; `first` and `second`, the means; `difference`, with `low` and `high`; `ratio`, the geometric mean of
+        the pairs' ratios, with `ratio_low` and `ratio_high`.
 
     Raises:
         InputError: there are fewer than two pairs.

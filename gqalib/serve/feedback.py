@@ -64,7 +64,8 @@ class Ballot:
     """A widget that shows two answers to each prompt, asks which is better, and only then says whose they were.
 
     Args:
-        answers: of exactly two models, to each of the prompts. log: where votes go. seed: of the sides; None draws anew.
+        answers: of exactly two models, to each of the prompts. log: where votes go. seed: of the sides; None draws
+            anew.
     """
 
     def __init__(
@@ -160,8 +161,8 @@ def votes_needed(share: float, wanted: float = 0.8, alpha: float = 0.05) -> floa
 def simulated(
     prompts: Sequence[str], first: str, second: str, share: float, ties: float, count: int, seed: int = 0
 ) -> list[Vote]:
-    """Made-up votes, drawn with a stated preference: `second` wins a deciding vote with probability `share`. For showing
-    what the analysis does; evidence of nothing."""
+    """Made-up votes, drawn with a stated preference: `second` wins a deciding vote with probability `share`. They show
+    what the analysis does, and are evidence of nothing."""
     draw, votes = random.Random(seed), []
     for index in range(count):
         left, right = draw.sample([first, second], 2)

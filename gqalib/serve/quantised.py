@@ -54,8 +54,8 @@ def rows_of(
     name: str, model: GqaLlamaForCausalLM, fields: dict[str, Any], windows: torch.Tensor, progress: Progress,
     device: str = "cpu",
 ) -> Rows:  # fmt: skip
-    """A row for each of `KINDS`: `model`, `type`, `file`, `bytes`, and the `losses` of `window_losses`, float64 [count],
-    of the weights as they are read back from the file. Rows and files are kept.
+    """A row for each of `KINDS`: `model`, `type`, `file`, `bytes`, and the `losses` of `window_losses`, float64
+    [count], of the weights as they are read back from the file. Rows and files are kept.
 
     Args:
         model: on the CPU. fields: of `vocabulary`. device: where the losses are computed.

@@ -6,6 +6,7 @@ input that we hold open for it closes: when `stop` closes it, or when this proce
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from urllib.request import ProxyHandler, build_opener
 from prometheus_client.parser import text_string_to_metric_families
 
 from gqalib.errors import InputError
-from gqalib.serve import HOST, check_serve
+from gqalib.serve import HOST, cause, check_serve
 
 GREETING = """\
 {name}: {n_params:,} parameters, {size:,} bytes, mostly {ftype}; {parallel} requests at a time, of {n_ctx:,} tokens each
@@ -28,6 +29,7 @@ curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
 from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="none")
 client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])"""
+ERROR = re.compile(r" E .*?: (.*)")  # in llama.cpp's log
 PATIENCE = 10  # seconds for a request of ours, and for the server's end
 OPENER = build_opener(ProxyHandler({}))  # a proxy does not reach this machine
 
@@ -70,7 +72,7 @@ class Server:
     def _wait_until_it_answers(self, log: IO[bytes]) -> None:
         self.url = self._process.stdout.readline().strip()  # when the model is loaded, or the process has ended
         if not self.url:
-            raise InputError(f"{self.file} is not served ({_cause(log)}): give a file that "
+            raise InputError(f"{self.file} is not served ({cause(log, ERROR)}): give a file that "
                              "`python -m gqalib export` wrote, or less --ctx or --parallel")  # fmt: skip
         self._get("/health")
 
@@ -125,14 +127,6 @@ def read_metrics(url: str) -> dict[str, float]:
 def _get(url: str) -> str:
     with OPENER.open(url, timeout=PATIENCE) as answer:
         return answer.read().decode()
-
-
-def _cause(log: IO[bytes]) -> str:
-    """The first error that llama.cpp logged, of which later ones follow, or else the last line of all."""
-    log.seek(0)
-    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    errors = [line.partition(": ")[2] for line in lines if " E " in line]
-    return (errors or lines[-1:] or ["it said nothing"])[0]
 
 
 # ---------------------------------------------------------------- in the server's process

@@ -24,8 +24,8 @@ from urllib.request import Request, urlopen
 
 from gqalib.errors import InputError
 from gqalib.model.names import check_model
+from gqalib.serve import HOST, cause
 
-HOST = "127.0.0.1"
 TOKENS = 128  # of the text, or as many as the model takes
 TOLERANCE = 1e-4  # nats, of the mean difference in float32; rounding to dtype comes on top
 ERROR = re.compile(
@@ -58,7 +58,7 @@ def server(folder: str, dtype: str, options: list[str]) -> Iterator[str]:
             _wait(process, url)
             yield url
         except OSError as error:  # urllib's, too: no answer, or one that says no
-            why = f"vLLM does not serve {folder} ({_cause(log)})"
+            why = f"vLLM does not serve {folder} ({cause(log, ERROR)})"
             raise InputError(f"{why}: see the limits in README, Serve with vLLM") from error
         finally:
             _end(process)
@@ -82,14 +82,6 @@ def _wait(process: subprocess.Popen, url: str) -> None:
         except OSError:
             time.sleep(1)
     raise TimeoutError
-
-
-def _cause(log: IO[bytes]) -> str:
-    """The first exception in the log, which later ones follow from, or else its last line."""
-    log.seek(0)
-    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    errors = [found[1] for line in lines if (found := ERROR.search(line))]
-    return (errors or lines[-1:] or ["it said nothing"])[0].strip()
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -140,8 +132,9 @@ def compare(theirs: list[float], exact: list[float], rounding: float) -> tuple[b
     """Whether the server is as near to transformers as rounding allows, and a line with the differences in nats."""
     apart = _apart(theirs, exact)
     equal = fmean(apart) < TOLERANCE + 2 * rounding
-    line = f"{len(apart)} tokens: at most {max(apart):.1e} nats from transformers in float32, {fmean(apart):.1e} on average"
-    return equal, f"{line}, where rounding makes {rounding:.1e}: {'equal' if equal else 'NOT EQUAL'}"
+    found = f"at most {max(apart):.1e} nats from transformers in float32, {fmean(apart):.1e} on average"
+    verdict = "equal" if equal else "NOT EQUAL"
+    return equal, f"{len(apart)} tokens: {found}, where rounding makes {rounding:.1e}: {verdict}"
 
 
 def _apart(these: list[float], those: list[float]) -> list[float]:

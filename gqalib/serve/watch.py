@@ -96,7 +96,7 @@ def draw(axes: Sequence[plt.Axes], samples: pd.DataFrame) -> None:
         requests.step(seconds, samples[f"requests_{name}"], style, where="post", color=color, label=name)
     requests.set(ylabel="requests", xlabel="seconds", ylim=(0, None))
     requests.yaxis.set_major_locator(MaxNLocator(integer=True))
-    requests.legend()
+    requests.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # above: lines go everywhere
     firing = alerts(samples)
     for ax in axes:
         ax.fill_between(
