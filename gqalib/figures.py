@@ -190,6 +190,7 @@ def size_dots(ax: plt.Axes, table: pd.DataFrame, roles: Mapping[str, str] = {}) 
     ax.step(front["bytes"] / 1e6, front["times dense"], where="post", color=COLORS["other"], lw=1, zorder=0)
     ax.set(xlabel="file (MB)", ylabel="perplexity (× dense, ± 2 standard errors)", yscale="log")
     high = (table["times dense"] + 2 * table["± standard error"]).max()
+    # steps within a power of ten: 9.8 and 9.9 are 0.98 and 0.99, in the one below
     small = (1, 1.02, 1.05, 1.1, 1.2, 1.5) if high > 1.05 else (1, 1.01, 1.02, 1.03, 1.04, 9.8, 9.9)
     readable_log_axis(ax.yaxis, (1, 1.2, 1.5, 2, 3, 5) if high > 1.5 else small)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -223,10 +224,6 @@ def stretch_around_zero(axis, linear_up_to: float) -> None:
     """Linear up to a value, logarithmic beyond, with plain numbers: for changes of which one dwarfs the others."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("symlog", linthresh=linear_up_to)
     axis.set_major_formatter("{x:,.10g}")
-
-
-def _colour_of(name: str) -> str:
-    return COLORS[_role_of(name)]
 
 
 def _role_of(name: str) -> str:

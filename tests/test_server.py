@@ -148,9 +148,9 @@ def test_a_server_that_ends_by_itself(command):
 
 def test_with_ends_the_server(file):
     with pytest.raises(ZeroDivisionError), Server(file) as server:
-        assert is_there(server.process_id) and os.getsid(server.process_id) != os.getsid(0)  # an interrupt is not its
+        assert is_there(server._process.pid) and os.getsid(server._process.pid) != os.getsid(0)  # an interrupt is not its
         _ = 1 / 0
-    assert not is_there(server.process_id)
+    assert not is_there(server._process.pid)
 
 
 # ---------------------------------------------------------------- refusals
@@ -204,7 +204,7 @@ def test_files_that_do_not_come_up(change, says, file, tmp_path):
     server = Server(tmp_path / "b.gguf")
     with pytest.raises(InputError, match=f"b.gguf is not served .error loading model: .*{says}.: give") as raised:
         server.__enter__()
-    assert "\n" not in str(raised.value) and not is_there(server.process_id)
+    assert "\n" not in str(raised.value) and not is_there(server._process.pid)
 
 
 # ---------------------------------------------------------------- watching

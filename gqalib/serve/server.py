@@ -89,11 +89,6 @@ class Server:
             self._process.wait()
         self._process.stdout.close()
 
-    @property
-    def process_id(self) -> int:
-        """Of the server, also after its end."""
-        return self._process.pid
-
     def wait(self) -> int:
         """The exit status of the server, when it has ended by itself."""
         return self._process.wait()
