@@ -16,6 +16,7 @@ from gqalib.model.load import to_device
 
 BATCH_TOKENS = 2048  # per pass: what two cores like, and what a backward pass through all layers of 8B has room for
 MOST_TOKENS = 65_536  # per forward pass on a GPU: beyond it nothing gets faster
+SUBLAYER_VALUES = 2**25  # tokens × MLP channels at a time in a sublayer on a GPU: fewer, and launching takes the time
 
 
 def streamed(model: nn.Module, device: torch.device | str) -> nn.Module:
@@ -145,6 +146,11 @@ def batches(windows: torch.Tensor, num_tokens: int | None = None) -> Iterator[sl
     """Slices of windows [count, length] that hold about `num_tokens` tokens each (default: `BATCH_TOKENS`)."""
     size = max(1, (num_tokens or BATCH_TOKENS) // windows.shape[1])
     yield from (slice(i, i + size) for i in range(0, len(windows), size))
+
+
+def sublayer_tokens(device: torch.device, intermediate_size: int) -> int:
+    """Tokens per pass through one sublayer: `BATCH_TOKENS` on a CPU, on a GPU as many as `SUBLAYER_VALUES` says."""
+    return BATCH_TOKENS if device.type != "cuda" else max(BATCH_TOKENS, SUBLAYER_VALUES // intermediate_size)
 
 
 def tokens_at_once(model: nn.Module) -> int:

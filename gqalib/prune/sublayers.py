@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from gqalib.model.shapes import attention_of, decoder_layers, layer_shape
 from gqalib.model.surgery import keep_channels, keep_groups
-from gqalib.stream import advance, batches
+from gqalib.stream import advance, batches, sublayer_tokens
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Sublayer:
         self.output = self.module.down_proj if half else self.module.o_proj  # its inputs are the units' activations
         self.num_units = shape["intermediate_size" if half else "num_key_value_heads"]
         self.unit = self.output.in_features // self.num_units  # features of one
+        self.at_once = sublayer_tokens(self.norm.weight.device, shape["intermediate_size"])
         self._others: dict[torch.Size, dict[str, Any]] = {}
 
     @property
@@ -70,7 +71,7 @@ class Sublayer:
 
     def calls(self, stream: Tensor, windows: Tensor) -> Iterator[Call]:
         """The batches of a residual stream [count, length, hidden] that stands before the sublayer."""
-        for rows in batches(windows):
+        for rows in batches(windows, self.at_once):
             shape = windows[rows].shape
             if shape not in self._others:  # positions and mask are the same for all batches of one shape
                 self._others[shape] = {} if self.half else self._attention_arguments(stream[rows], windows[rows])
