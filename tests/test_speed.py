@@ -314,6 +314,7 @@ def record():
 
 def test_readme_says_not_measured_until_there_is_a_record(record, tmp_path):
     assert publish.cost_block(tmp_path).startswith("Speed at this size: not measured.")
+    assert publish.recovery_block(tmp_path) == "A real model on a GPU: not measured."
     folder = tmp_path / "llama3-8b-shape"
     folder.mkdir()
     (folder / "at_size_speed.json").write_text(json.dumps(record))

@@ -19,6 +19,7 @@ from gqalib.run.notebook import read_record, write_atomically
 
 DEFAULT = "tiny"  # the preset whose executed notebooks are committed
 AT_SIZE = "llama3-8b-shape"  # the preset that measures cost at real size
+RECOVERY = "smollm2-gpu"  # the preset that prunes and distils a real model on a GPU
 RESULTS = {"parameters kept %": 1, "backbone removed %": 1, "perplexity": 2, "speed-up": 2, "ceiling": 2}  # digits
 
 
@@ -68,6 +69,25 @@ def cost_block(results: Path) -> str:
     what = f"{model} with random weights in {dtype}, {speed['machine']}"
     under = f"Measured, times dense, *of* the ceiling: {what}."
     return f"{as_markdown(cost_table(speed))}\n\n{under}\n\n{as_markdown(stages_table(stages))}"
+
+
+def recovery_block(results: Path) -> str:
+    """README's words on a real model recovered on a GPU, and the tasks that it was asked: the record's tables, or that
+    there is none."""
+    try:
+        record = read_record(results / RECOVERY / "at_size_recovery.json")
+    except InputError:
+        return "A real model on a GPU: not measured."
+    models, tasks = (pd.DataFrame(record["tables"][name]) for name in ("models", "tasks"))
+    for column, form in {"parameters_kept_percent": "{:.1f}", "perplexity": "{:.2f}", "num_tokens": "{:,.0f}"}.items():
+        models[column] = models[column].fillna(0).map(form.format)
+    models["× dense"] = [f"{row['ratio']:.3f} ± {row['error']:.3f}" for row in models.to_dict("records")]
+    columns = ["model", "parameters_kept_percent", "num_tokens", "corpus", "window", "perplexity", "× dense"]
+    tasks["accuracy"] = [f"{row['accuracy']:.1f} ± {row['error']:.1f}" for row in tasks.to_dict("records")]
+    tables = models[columns], tasks[["model", "task", "examples", "accuracy", "chance"]].round(1)
+    under = f"{record['parameters']['model']}, {record['machine']}. Corpus `wt2` is WikiText-2's test split."
+    names = {"parameters_kept_percent": "parameters kept %", "num_tokens": "tokens of distillation"}
+    return "\n\n".join([as_markdown(tables[0].rename(columns=names)), under, as_markdown(tables[1])])
 
 
 def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
@@ -132,6 +152,7 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
     return {
         "results": "\n\n".join(_results_block(r, results) for r in _all_presets(results, "07_cost_analysis")),
         "cost": cost_block(results),
+        "recovery": recovery_block(results),
         "series": as_markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
         "frontier": "\n\n".join(map(_frontier_block, _all_presets(results, "10_frontier"))),
     }
