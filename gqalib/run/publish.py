@@ -71,23 +71,35 @@ def cost_block(results: Path) -> str:
     return f"{as_markdown(cost_table(speed))}\n\n{under}\n\n{as_markdown(stages_table(stages))}"
 
 
+def recovered_table(record: dict[str, Any]) -> pd.DataFrame:
+    """Perplexity of every model on every text, as the step `recovery` of `at_size` recorded it."""
+    table = pd.DataFrame(record["tables"]["models"])
+    table["× dense"] = [
+        f"{ratio:.3f} ± {error:.3f}" for ratio, error in zip(table["ratio"], table["error"], strict=True)
+    ]
+    names = {"parameters_kept_percent": "parameters kept %", "num_tokens": "tokens of distillation"}
+    for column, digits in {"parameters_kept_percent": 1, "num_tokens": 0, "perplexity": 2}.items():
+        table[column] = table[column].fillna(0).map(f"{{:,.{digits}f}}".format)
+    return table[["model", *names, "corpus", "window", "perplexity", "× dense"]].rename(columns=names)
+
+
+def tasks_table(record: dict[str, Any]) -> pd.DataFrame:
+    """Accuracy in the downstream tasks with its standard error, in percent, as the same step recorded it."""
+    table = pd.DataFrame(record["tables"]["tasks"]).round(1)
+    table["accuracy"] = [
+        f"{accuracy} ± {error}" for accuracy, error in zip(table["accuracy"], table["error"], strict=True)
+    ]
+    return table[["model", "task", "examples", "accuracy", "chance"]]
+
+
 def recovery_block(results: Path) -> str:
-    """README's words on a real model recovered on a GPU, and the tasks that it was asked: the record's tables, or that
-    there is none."""
+    """README's words on a real model recovered on a GPU: the record's tables, or that there is none."""
     try:
         record = read_record(results / RECOVERY / "at_size_recovery.json")
     except InputError:
         return "A real model on a GPU: not measured."
-    models, tasks = (pd.DataFrame(record["tables"][name]) for name in ("models", "tasks"))
-    for column, form in {"parameters_kept_percent": "{:.1f}", "perplexity": "{:.2f}", "num_tokens": "{:,.0f}"}.items():
-        models[column] = models[column].fillna(0).map(form.format)
-    models["× dense"] = [f"{row['ratio']:.3f} ± {row['error']:.3f}" for row in models.to_dict("records")]
-    columns = ["model", "parameters_kept_percent", "num_tokens", "corpus", "window", "perplexity", "× dense"]
-    tasks["accuracy"] = [f"{row['accuracy']:.1f} ± {row['error']:.1f}" for row in tasks.to_dict("records")]
-    tables = models[columns], tasks[["model", "task", "examples", "accuracy", "chance"]].round(1)
     under = f"{record['parameters']['model']}, {record['machine']}. Corpus `wt2` is WikiText-2's test split."
-    names = {"parameters_kept_percent": "parameters kept %", "num_tokens": "tokens of distillation"}
-    return "\n\n".join([as_markdown(tables[0].rename(columns=names)), under, as_markdown(tables[1])])
+    return f"{as_markdown(recovered_table(record))}\n\n{under}\n\n{as_markdown(tasks_table(record))}"
 
 
 def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
