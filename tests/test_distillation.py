@@ -163,7 +163,13 @@ def test_products_are_in_the_dtype_that_was_asked_for(dtype, fast, student, teac
     """On a CPU without instructions for it neither the model's products nor Muon's are in bf16, unless told so."""
     for place in (device, optimizer):
         monkeypatch.setattr(place, "bf16_is_fast", lambda device: fast)
-    seen = set()
+    seen, steps, orthogonal = set(), set(), optimizer.orthogonal
+
+    def watched(*given):
+        steps.add((found := orthogonal(*given)).dtype)
+        return found
+
+    monkeypatch.setattr(optimizer, "orthogonal", watched)
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -172,11 +178,30 @@ def test_products_are_in_the_dtype_that_was_asked_for(dtype, fast, student, teac
 
     with Watch():
         distill(student, teacher, windows, dataclasses.replace(FULL, num_tokens=60, dtype=dtype), tmp_path)
-    products = {dtype for operation, dtype in seen if operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)}
+    products = {dtype for operation, dtype in seen if operation in (torch.ops.aten.mm, torch.ops.aten.addmm)}
     in_bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
     assert products == {torch.bfloat16 if in_bf16 else torch.float32}
-    assert ((torch.ops.aten.addmm, torch.bfloat16) in seen) == fast  # Newton and Schulz
+    assert steps == {torch.bfloat16 if fast else torch.float32}
     assert all(p.dtype == torch.float32 for p in student.parameters())
+
+
+@pytest.mark.parametrize("limit", [1, 2**25], ids=["one by one", "all of a shape"])
+def test_stacked_muon_is_torchs(limit, monkeypatch):
+    """Tall, wide and square matrices, one of them without a gradient; in bf16, as torch's always are."""
+    monkeypatch.setattr(optimizer, "STACK", limit)
+    monkeypatch.setattr(optimizer, "bf16_is_fast", lambda device: True)
+    start = [torch.randn(shape) for shape in ((24, 8), (8, 24), (24, 8), (8, 8), (24, 8))]
+    ends = []
+    for muon in (torch.optim.Muon, optimizer.StackedMuon):
+        matrices = [torch.nn.Parameter(m.clone()) for m in start]
+        steps, noise = muon(matrices, lr=0.1, weight_decay=0.1, ns_steps=3), torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for m in matrices[:4]:
+                m.grad = torch.randn(m.shape, generator=noise)
+            steps.step()
+        ends.append(matrices)
+    assert all(torch.equal(*both) for both in zip(*ends, strict=True)) and torch.equal(ends[1][4], start[4])
+    assert not torch.equal(ends[1][0], start[0])
 
 
 # ---------------------------------------------------------------- what is trained
@@ -401,10 +426,7 @@ def test_prune_and_recover(model, teacher, windows, logits_of, tmp_path):
     def cut(model, step):
         rate = 1 - (1 - 0.2 * step) / (1 - 0.2 * (step - 1))  # of what is left; 40 % after two steps
         founding.prune(
-            model,
-            plans.Plan.from_rates(model, torch.full((3,), rate, dtype=torch.float64)),
-            windows,
-            sequential=False,
+            model, plans.Plan.from_rates(model, torch.full((3,), rate, dtype=torch.float64)), windows, sequential=False
         )
 
     settings = dataclasses.replace(FULL, num_tokens=1200)
@@ -414,9 +436,6 @@ def test_prune_and_recover(model, teacher, windows, logits_of, tmp_path):
     one_shot = teacher
     target = logits_of(teacher).log_softmax(-1)
     founding.prune(
-        one_shot,
-        plans.Plan.from_rates(one_shot, torch.full((3,), 0.4, dtype=torch.float64)),
-        windows,
-        sequential=False,
+        one_shot, plans.Plan.from_rates(one_shot, torch.full((3,), 0.4, dtype=torch.float64)), windows, sequential=False
     )
     assert kl_divergence(logits_of(model), target).mean() < kl_divergence(logits_of(one_shot), target).mean()

@@ -28,6 +28,7 @@ from gqalib.errors import InputError
 from gqalib.measure.cost import Used, free_bytes, measured, weight_bytes
 from gqalib.model import attention
 from gqalib.model.shapes import decoder_layers, layer_shapes
+from gqalib.recover.optimizer import STACK
 from gqalib.run.presets import Distillation, Recovery
 from gqalib.stream import is_streamed
 
@@ -172,7 +173,8 @@ def _distillation(c: _Sizes, settings: Recovery | Distillation) -> Terms:
     if getattr(settings, "lora_r", 0):
         return {**_adapter(c, settings), **copies, "activations and logits": work}
     by_muon = c.layers * c.s if getattr(settings, "muon_lr", 0) else 0
-    work = {"activations, logits, gradients": max(c.all, work + c.d * c.V * c.s)}
+    stack = 12 * min(c.layers, max(STACK, c.d * c.f)) if by_muon else 0  # gradients: mixed, stacked, orthogonalised
+    work = {"activations, logits, gradients": max(c.all + stack, work + c.d * c.V * c.s)}
     return {"optimisers": by_muon + 2 * (c.all - by_muon), **copies, **work}
 
 

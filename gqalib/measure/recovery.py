@@ -1,15 +1,13 @@
 """A real model pruned and taught with as much text as a GPU reads in minutes: step `recovery` of `measure.at_size`.
 
 Every size of `frontier.fractions`, the smallest model first: the refit with its allocated rates, then distillation of
-all weights by `distillation.num_tokens`, whose Muon rate short runs choose, then the downstream tasks. Models are saved
-in `models/` beside the record, which is written anew after each of them; a run that was cut off goes on where it was.
+all weights, then the downstream tasks. Models are saved in `models/` beside the record, which is written anew after
+each of them; a run that was cut off goes on where it was.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import time
 from typing import Any
 
 import pandas as pd
@@ -28,8 +26,6 @@ from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
 
 READS = ("pruning", "frontier", "evaluation", "distillation")
-PROBED = (1, 2, 4)  # times `distillation.muon_lr`
-PROBES = 20  # a probe is so much shorter than the run
 EXAMPLES = 1000  # of each task
 KNOB = "frontier.calibration.num_examples"
 
@@ -45,7 +41,7 @@ def measure_recovery(nb: Notebook, also: str | None = None) -> None:
         with nb.stage("sweep", model, bench.calibration.shape, KNOB):
             progress.run(refit.sweep, model, table.plan(fraction), bench.calibration, covariances=covariances)
         bench.record(model, f"refit-{size}", fraction=fraction, num_tokens=0)
-        num_tokens = bench.teach(model, f"distilled-{size}", muon_lr=bench.best_rate(model))
+        num_tokens = bench.teach(model, f"distilled-{size}")
         bench.record(model, f"distilled-{size}", fraction=fraction, num_tokens=num_tokens)
         bench.score(model, f"distilled-{size}")
     bench.score(dense, "dense")
@@ -55,11 +51,11 @@ class Bench:
     """What all sizes share: models, texts, and the record."""
 
     def __init__(self, nb: Notebook, also: str | None) -> None:
-        p, self.nb, self.rows, self.answers, self.probes = nb.preset, nb, [], [], {}
+        p, self.nb, self.rows, self.answers = nb.preset, nb, [], []
         self.dense, self.teacher = (load_model(p.model, dtype, p.device) for dtype in ("float32", "bfloat16"))
         self.tokenizer, self.counts = load_tokenizer(p.model), count_parameters(self.dense)
         self.calibration = self.windows(p.corpus, "train", p.frontier.calibration)
-        self.validation, own = (self.windows(p.corpus, split, p.frontier.test) for split in ("validation", "test"))
+        own = self.windows(p.corpus, "test", p.frontier.test)
         self.text = corpora.training_windows(p.corpus, self.tokenizer, own.shape[1], p.distillation.num_tokens)
         whole = [Sample(p.evaluation.num_tokens // n, n) for n in (p.evaluation.short_window, p.evaluation.long_window)]
         self.tests = [(p.corpus, own), *((also, self.windows(also, "test", sample)) for sample in whole if also)]
@@ -82,29 +78,12 @@ class Bench:
         self.nb.table("models", pd.DataFrame(self.rows))
         self.nb.save()
 
-    def best_rate(self, start: nn.Module) -> float:
-        """Muon's rate that leaves the least loss on validation text after a short run; each is tried once, from the
-        smallest model."""
-        settings, rows = self.nb.preset.distillation, []
-        if not self.probes:
-            for rate in (factor * settings.muon_lr for factor in PROBED):
-                model = copy.deepcopy(start)
-                self.teach(model, f"probe-{rate:g}", muon_lr=rate, num_tokens=settings.num_tokens // PROBES)
-                self.probes[rate] = window_losses(model, self.validation).mean().item()
-                rows.append({"muon_lr": rate, "validation_loss": self.probes[rate]})
-            self.nb.table("probes", pd.DataFrame(rows))
-        return min(self.probes, key=self.probes.get)
-
-    def teach(self, model: nn.Module, name: str, **changes: Any) -> int:
+    def teach(self, model: nn.Module, name: str) -> int:
         """Distillation in place; returns the tokens that were seen."""
-        settings = dataclasses.replace(self.nb.preset.distillation, **changes)
-        started = time.monotonic()
-        log = distill(model, self.teacher, self.text, settings, self.nb.run_dir / "training" / name)
-        num_tokens = int(log["tokens"].iloc[-1])
-        speed = num_tokens / log["seconds"].sum()
-        print(
-            f"{name}: {time.monotonic() - started:.0f} s, {speed:,.0f} tokens/s, last loss {log['loss'].iloc[-1]:.3f}"
-        )
+        folder = self.nb.run_dir / "training" / name
+        log = distill(model, self.teacher, self.text, self.nb.preset.distillation, folder)
+        num_tokens, loss = int(log["tokens"].iloc[-1]), log["loss"].iloc[-1]
+        print(f"{name}: {num_tokens / log['seconds'].sum():,.0f} tokens/s, last loss {loss:.3f}")
         self.nb.table(f"training {name}", log.iloc[:: max(1, len(log) // 50)])
         return num_tokens
 

@@ -36,8 +36,8 @@ from gqalib.run.presets import Distillation, Preset
 from gqalib.run.resume import Progress, code_hash, digest
 
 COLUMNS = ["tokens", "loss", "kl", "cross_entropy", "learning_rate", "seconds"]
-AT_ONCE = {"cpu": 2048, "cuda": 16_384}  # tokens that go through student and teacher together
-PIECE = {"cpu": 2**17, "cuda": 2**24}  # logits of a piece of the divergence: what caches like, and what fills a card
+AT_ONCE = {"cpu": 2048, "cuda": 32_768}  # tokens that go through student and teacher together
+PIECE = {"cpu": 2**17, "cuda": 2**26}  # logits of a piece of the divergence: what caches like, and what fills a card
 Rows = torch.Tensor | Sequence[dict[str, list[int]]]
 
 
