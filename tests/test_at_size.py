@@ -63,7 +63,7 @@ def test_pruning_and_refit(measured):
     assert len(record["tables"]["sweep_seconds"]) == record["metrics"]["layers"]["value"] == 2
 
 
-SMALL = {
+RECOVERED = {
     "model": "shape:tiny", "corpus": "random-tokens", "device": "cpu", "frontier.fractions": [0.5],
     "frontier.calibration.num_examples": 8, "frontier.calibration.length": 64, "frontier.test.num_examples": 4,
     "frontier.test.length": 64, "distillation.num_tokens": 256, "distillation.batch_tokens": 128,
@@ -76,7 +76,7 @@ def test_recovery(tmp_path, monkeypatch):
         return pd.DataFrame({"task": "piqa", "example": [0, 1], "right": [0, 1], "nats": [-1.0, -2.0]})
 
     monkeypatch.setattr(recovery.tasks, "score_tasks", scored)
-    at_size.at_size("smollm2-gpu", SMALL, tmp_path, ["recovery"], also="random-tokens")
+    at_size.at_size("smollm2-gpu", RECOVERED, tmp_path, ["recovery"], also="random-tokens")
     tables = read_record(tmp_path / "at_size_recovery.json")["tables"]
     rows = pd.DataFrame(tables["models"])
     assert rows["model"].unique().tolist() == ["dense", "refit-50", "distilled-50"]
@@ -86,7 +86,7 @@ def test_recovery(tmp_path, monkeypatch):
     assert {row["model"] for row in tables["tasks"]} == {"dense", "distilled-50"}
     assert load_model(str(tmp_path / "models" / "distilled-50"), device="cpu").dtype == torch.float32
     monkeypatch.setattr("gqalib.prune.refit.mend", lambda *_: pytest.fail("what is kept was cut again"))
-    at_size.at_size("smollm2-gpu", SMALL, tmp_path, ["recovery"], also="random-tokens")
+    at_size.at_size("smollm2-gpu", RECOVERED, tmp_path, ["recovery"], also="random-tokens")
     assert read_record(tmp_path / "at_size_recovery.json")["tables"]["models"] == tables["models"]
 
 
