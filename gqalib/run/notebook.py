@@ -181,7 +181,7 @@ def locked(run_dir: Path, shared: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.listdir(run_dir) == [".lock"]:  # nothing came of it
+            if [path.name for path in run_dir.glob("*")] == [".lock"]:  # nothing came of it; a folder may be gone
                 shutil.rmtree(run_dir)
 
 
