@@ -6,8 +6,8 @@ nothing:
 
     speed     prefill and decode at every batch size and context, beside the ceilings; widths that
               hardware likes and that it does not
-    in_turn   the same for one sequence and the two readings of 84.64 %, one model in memory at a time: for a
-              processor, whose memory holds no two of them
+    in_turn   the same for one sequence, all models in the memory of the dense one: for a processor, whose memory holds
+              no two of them
     pruning   the founding document's method: layer removal, sequential scores, surgery
     refit     gradient covariances, cost table and sweep, with layers and streams waiting in host memory
     recovery  a real model, preset `smollm2-gpu`: the refit and distillation with much text, see `measure.recovery`
@@ -16,7 +16,6 @@ nothing:
 import contextlib
 import itertools
 import math
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
 from gqalib.stream import streamed
 
-ROUNDS = 3
+ROUNDS = 5
 READS = ("removal", "calibration", "pruning", "frontier", "cost")
 KEPT = {"84.64 % kept": 0.8464, "half kept": 0.5, "84.64 % removed": 0.1536}  # of all parameters
 
@@ -113,26 +112,32 @@ def _counted(name: str, model: nn.Module) -> dict[str, Any]:
 
 
 def measure_in_turn(nb: Notebook, config: GqaLlamaConfig) -> None:
-    """Decode of one sequence at the first two contexts, prefill at the first; every round makes each model anew, so
-    that drift of the machine hits all alike. The record is written after each round."""
+    """Decode of one sequence at the first two contexts, prefill at the first, without compilation; the record is
+    written after each. All models are there at once, so that each is timed within seconds of the others: a machine's
+    memory drifts more in minutes than a small cut gains."""
     p, c, device = nb.preset, nb.preset.cost, torch.device(resolve_device(nb.preset.device))
-    configs = {name: shape for name, shape in shapes(config, p.pruning.channel_multiple).items() if name != "half kept"}
-    on_paper = {name: random_model(shape, p.dtype, "meta") for name, shape in configs.items()}
-    points = [("decode", 1, context) for context in c.contexts[:2]] + [("prefill", 1, c.contexts[0])]
-    times = {point: {name: [] for name in configs} for point in points}
-    nb.table("shapes", pd.DataFrame([_counted(name, model) for name, model in on_paper.items()]))
-    for _ in range(ROUNDS):
-        for name, shape in configs.items():
-            check_room(cost.weight_bytes(on_paper[name]), device, name)
-            model = random_model(shape, p.dtype, device)
-            for point in points:
-                times[point][name] += [statistics.median(speed.call_ms(model, *point, c.min_run_s))]
-                print(name, *point, f"{times[point][name][-1]:.1f} ms", flush=True)
-            del model
-        rows = [speed.as_row(point, name, on_paper, times[point]) for point in points for name in configs]
-        nb.metric("bytes_per_s", copy_bandwidth(device), "bytes read and written by a copy")
-        nb.table("speed", speed.beside_ceilings(pd.DataFrame(rows), on_paper))
+    configs, rows = shapes(config, p.pruning.channel_multiple), []
+    check_room(cost.weight_bytes(random_model(config, p.dtype, "meta")), device, "dense")
+    dense = random_model(config, p.dtype, device)
+    models = {name: dense if shape is config else inside(dense, shape) for name, shape in configs.items()}
+    nb.metric("bytes_per_s", copy_bandwidth(device), "bytes read and written by a copy")
+    nb.table("shapes", pd.DataFrame([_counted(name, model) for name, model in models.items()]))
+    for phase, contexts in (("decode", c.contexts[:2]), ("prefill", c.contexts[:1])):
+        found = speed.compare_speed(models, [1], contexts, c.min_run_s, ROUNDS, [phase])
+        rows.append(speed.beside_ceilings(found, models))
+        nb.table("speed", pd.concat(rows, ignore_index=True))
         nb.save()
+
+
+def inside(model: nn.Module, config: GqaLlamaConfig) -> nn.Module:
+    """A model of a smaller shape whose weights are the first of each of this model's: it takes no memory of its own,
+    and a step reads as many bytes as if it did. For time alone."""
+    small = random_model(config, str(model.dtype).removeprefix("torch."), "meta")
+    large = dict(model.named_parameters())
+    first = {name: large[name].data.flatten()[: p.numel()].view_as(p) for name, p in small.named_parameters()}
+    small.load_state_dict(first, strict=False, assign=True)
+    small.model.rotary_emb = model.model.rotary_emb
+    return small
 
 
 def check_room(size: int, device: torch.device, name: str) -> None:
