@@ -327,7 +327,10 @@ def test_readme_says_not_measured_until_there_is_a_record(record, tmp_path):
     assert "| decode | 1 | 128 | 1.12 (1.10–1.20) of 1.25 |" in block
     assert "| decode | 32 | 8192 | not measured: needs 90 GiB, 20 GiB are free |" in block
     assert "shape:llama-3-8b with random weights in bfloat16, Linux, NVIDIA X" in block
-    assert "| sweep | 3 | 42 | 10.6 | 11.2 |" in block
+    assert block.endswith("| sweep | 3 | 42 | 10.6 | 11.2 |")
+    in_turn = record | {"notebook": "at_size_in_turn", "machine": "Linux, 2 cores"}
+    (folder / "at_size_in_turn.json").write_text(json.dumps(in_turn))
+    assert publish.cost_block(tmp_path).endswith("in bfloat16, Linux, 2 cores.")
 
 
 def test_speedup_dots_have_their_range_and_name_what_is_missing(record):

@@ -1,5 +1,6 @@
 """What becomes of a finished run: the results table, the committed notebooks, figures and records, README's tables."""
 
+import contextlib
 import math
 import re
 import shutil
@@ -65,10 +66,16 @@ def cost_block(results: Path) -> str:
         speed, *stages = (read_record(results / AT_SIZE / f"at_size_{step}.json") for step in steps)
     except InputError:
         return "Speed at this size: not measured. `make at-size` on a GPU, then `make publish`, fills this in."
-    model, dtype = speed["parameters"]["model"], speed["parameters"]["dtype"]
-    what = f"{model} with random weights in {dtype}, {speed['machine']}"
-    under = f"Measured, times dense, *of* the ceiling: {what}."
-    return f"{as_markdown(cost_table(speed))}\n\n{under}\n\n{as_markdown(stages_table(stages))}"
+    parts = [_speed_block(speed), as_markdown(stages_table(stages))]
+    with contextlib.suppress(InputError):
+        parts.append(_speed_block(read_record(results / AT_SIZE / "at_size_in_turn.json")))
+    return "\n\n".join(parts)
+
+
+def _speed_block(record: dict[str, Any]) -> str:
+    model, dtype = record["parameters"]["model"], record["parameters"]["dtype"]
+    what = f"{model} with random weights in {dtype}, {record['machine']}"
+    return f"{as_markdown(cost_table(record))}\n\nMeasured, times dense, *of* the ceiling: {what}."
 
 
 def recovered_table(record: dict[str, Any]) -> pd.DataFrame:
