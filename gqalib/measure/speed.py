@@ -151,7 +151,7 @@ def compare_speed(
                 found = _measure(models, point, min_run_s / rounds, rounds)
             except torch.OutOfMemoryError:  # the estimate can be wrong: the hours before must not be lost
                 note = f"not measured: needs {size / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
-            rows += [as_row(point, name, models, *found, note) for name in models]
+            rows += [_row(point, name, models, *found, note) for name in models]
     return pd.DataFrame(rows)
 
 
@@ -185,13 +185,6 @@ def _measure(
 
 
 @torch.no_grad()
-def call_ms(model: nn.Module, phase: str, batch_size: int, context: int, min_run_s: float) -> list[float]:
-    """Milliseconds of each call of a phase, after one that warms up."""
-    call = PHASES[phase][0](model, batch_size, context)
-    call()
-    return _time_ms(call, model.device, min_run_s)
-
-
 def _time_ms(function: Callable[[], object], device: torch.device, min_run_s: float) -> list[float]:
     """Milliseconds of each call, for so many seconds and at least once; CUDA events on a GPU, the wall clock on a
     CPU."""
@@ -209,9 +202,9 @@ def _time_ms(function: Callable[[], object], device: torch.device, min_run_s: fl
     return times
 
 
-def as_row(
+def _row(
     point: tuple[str, int, int], name: str, models: dict[str, nn.Module], times: dict[str, list[float]],
-    joules: dict[str, list[float]] | None = None, peaks: dict[str, int] | None = None, note: str = "",
+    joules: dict[str, list[float]], peaks: dict[str, int], note: str,
 ) -> dict[str, object]:  # fmt: skip
     """One of the rows of `compare_speed`; `times`: milliseconds, one per round."""
     phase, batch_size, context = point
@@ -221,10 +214,9 @@ def as_row(
         return row
     ratios = [dense / pruned for dense, pruned in zip(times[next(iter(models))], times[name], strict=True)]
     ms, tokens = statistics.median(times[name]), batch_size * (context if phase == "prefill" else 1)
-    energy = statistics.median(joules[name]) / tokens if joules and joules[name] else float("nan")
+    energy = statistics.median(joules[name]) / tokens if joules[name] else float("nan")
     row |= {"ms": ms, "speedup": statistics.median(ratios), "speedup_low": min(ratios), "speedup_high": max(ratios)}
-    peak = peaks[name] / 1e9 if peaks else float("nan")
-    return row | {"tokens_per_s": tokens * 1e3 / ms, "peak_gb": peak, "joules_per_token": energy}
+    return row | {"tokens_per_s": tokens * 1e3 / ms, "peak_gb": peaks[name] / 1e9, "joules_per_token": energy}
 
 
 def energy_counter(device: torch.device) -> Callable[[], float] | None:
