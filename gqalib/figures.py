@@ -1,6 +1,7 @@
 """One style, and the drawings that more than one cell needs. Colours mean the same in every figure."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,6 +15,7 @@ from gqalib.stream import batches
 
 # Also apart in greyscale: from dark to light. Markers say the same for lines.
 COLORS = {"dense": "#222222", "v2": "#b2182b", "v3": "#2166ac", "recovered": "#5aae61", "other": "#a0a0a0"}
+PAPER_WIDTH = 6.75  # inches, of the text on a page of two columns
 MARKERS = {"dense": "o", "v2": "X", "v3": "s", "recovered": "^", "other": "."}
 
 
@@ -26,6 +28,14 @@ def use_style() -> None:
         "axes.axisbelow": True, "image.cmap": "viridis", "image.aspect": "auto",
         "svg.hashsalt": "gqalib", "pdf.fonttype": 42, "legend.frameon": False,
     })  # fmt: skip
+
+
+def save_for_paper(fig: plt.Figure, path: Path) -> None:
+    """A PDF as wide as a page's text, so that nobody has to scale it; letters keep their size."""
+    size = fig.get_size_inches()
+    fig.set_size_inches(size * PAPER_WIDTH / size[0])
+    fig.savefig(path)
+    fig.set_size_inches(size)
 
 
 def draw_gqa_layout(ax: plt.Axes, num_attention_heads: int, num_key_value_heads: int) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from nbformat import v4, write
 
+from gqalib import figures
 from gqalib.run.cli import main
 from gqalib.run.notebook import Notebook
 
@@ -74,7 +75,9 @@ def test_index_and_figures(page):
 
 
 def test_a_figure_is_there_for_a_paper(page, tmp_path):
-    assert (tmp_path / "figures" / "08_curve.pdf").read_bytes().startswith(b"%PDF")
+    pdf = (tmp_path / "figures" / "08_curve.pdf").read_bytes()
+    width = float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf)[1]) / 72
+    assert pdf.startswith(b"%PDF") and width == pytest.approx(figures.PAPER_WIDTH, abs=0.35)  # its margins are cut
 
 
 def test_code_is_hidden_until_the_button_is_pressed(page):

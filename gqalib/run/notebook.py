@@ -348,7 +348,7 @@ class Notebook:
             file = f"{self.name[:2]}_{name}.{suffix}"
             fig.savefig(folder / file)
             self.artefacts.append(f"figures/{file}")
-        fig.savefig(folder / f"{self.name[:2]}_{name}.pdf")  # for a paper; the repository has no use for it
+        figures.save_for_paper(fig, folder / f"{self.name[:2]}_{name}.pdf")  # the repository has no use for it
         self.captions[name] = caption
         plt.close(fig)  # else it would be shown once more, below its caption
         display(fig, metadata={"image/png": {"alt": caption or name}})
