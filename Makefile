@@ -43,8 +43,8 @@ test-all: env
 	$(UNIT)
 	$(ALL_PAGES)
 
-# two processes of one thread are faster than one of two
-UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval --numprocesses 2 --dist loadfile tests
+# two processes of one thread are faster than one of two; in their own order, files of few long tests do not end it
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval --numprocesses 2 --dist loadfile --no-loadscope-reorder tests
 
 define ALL_PAGES
 	rm -rf runs/nbval
