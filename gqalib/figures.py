@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.colors import SymLogNorm
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gqalib.measure.perplexity import in_products, token_losses
@@ -31,11 +32,16 @@ def use_style() -> None:
 
 
 def save_for_paper(fig: plt.Figure, path: Path) -> None:
-    """A PDF as wide as a page's text, so that nobody has to scale it; letters keep their size."""
-    size = fig.get_size_inches()
-    fig.set_size_inches(size * PAPER_WIDTH / size[0])
+    """A PDF as wide as a page's text, so that nobody has to scale it; of a wider figure letters shrink, too."""
+    size, letters = fig.get_size_inches(), {text: text.get_fontsize() for text in fig.findobj(Text)}
+    scale = PAPER_WIDTH / size[0]
+    fig.set_size_inches(size * scale)
+    for text, points in letters.items():
+        text.set_fontsize(points * min(1, scale))
     fig.savefig(path)
     fig.set_size_inches(size)
+    for text, points in letters.items():
+        text.set_fontsize(points)
 
 
 def draw_gqa_layout(ax: plt.Axes, num_attention_heads: int, num_key_value_heads: int) -> None:

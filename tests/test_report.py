@@ -8,6 +8,7 @@ from urllib.parse import unquote
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 from nbformat import v4, write
 
 from gqalib import figures
@@ -78,6 +79,17 @@ def test_a_figure_is_there_for_a_paper(page, tmp_path):
     pdf = (tmp_path / "figures" / "08_curve.pdf").read_bytes()
     width = float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf)[1]) / 72
     assert pdf.startswith(b"%PDF") and width == pytest.approx(figures.PAPER_WIDTH, abs=0.35)  # its margins are cut
+
+
+def test_a_wide_figure_is_as_it_was_after_its_letters_shrank(tmp_path):
+    fig, ax = plt.subplots(figsize=(9, 3))
+    letters = [text.get_fontsize() for text in fig.findobj(Text)]
+    seen = []
+    fig.savefig = lambda path: seen.extend(text.get_fontsize() for text in fig.findobj(Text))
+    figures.save_for_paper(fig, tmp_path / "a.pdf")
+    assert seen == pytest.approx([size * 0.75 for size in letters])
+    assert [text.get_fontsize() for text in fig.findobj(Text)] == letters and fig.get_size_inches().tolist() == [9, 3]
+    plt.close(fig)
 
 
 def test_code_is_hidden_until_the_button_is_pressed(page):
