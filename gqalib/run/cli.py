@@ -286,7 +286,7 @@ def _of_recovery(add) -> None:
 def _of_at_size(add) -> None:
     example = "data/results/llama3-8b-shape"
     add("--out", type=Path, required=True, metavar="FOLDER", help=f"where the records go, for example {example}")
-    add("--steps", default="speed,pruning,refit", help="some of speed,pruning,refit (default: these),recovery")
+    add("--steps", default="speed,pruning,refit", help=f"some of {','.join(STEPS)} (default: speed,pruning,refit)")
     add("--also", metavar="CORPUS", help="another text that recovery is measured on")
     add("--layers", type=int, help="layers of the model that is refitted (default: all)")
     _of_a_preset(add, "llama3-8b-shape")
