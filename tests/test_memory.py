@@ -19,6 +19,7 @@ from gqalib.measure.cost import Used, weight_bytes
 from gqalib.measure.perplexity import window_losses
 from gqalib.model import load, surgery
 from gqalib.model.load import REPOSITORY
+from gqalib.model.modeling_gqa_llama import GqaLlamaConfig
 from gqalib.prune import allocate, plans, refit, scores
 from gqalib.prune.founding import removal_importance, taylor_scores
 from gqalib.prune.scores import backward, channel_scores, fisher_scores, gradient_covariances, group_scores
@@ -43,6 +44,43 @@ def test_peaks_are_as_expected(size):
     assert len(ratios) == 13 and all(0.6 < ratio < 1.35 for ratio in ratios.values()), (
         ratios
     )  # above 1: buffers of the matrix library
+
+
+def saved_bytes(model, narrow: bool) -> int:
+    """What a forward pass keeps for the backward pass, but weights and copies of them."""
+    ids, parts = torch.arange(129).view(3, 43), {}  # no shape of a weight
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {s for p in model.parameters() for s in (p.shape, p.shape[::-1])}
+
+    def pack(tensor):
+        if tensor.shape not in shapes and tensor.untyped_storage().data_ptr() not in weights:
+            parts[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    keep = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with keep, torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        model(input_ids=ids, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in parts.values())
+
+
+WAYS = [(dtype, trained, False) for dtype in ("float32", "bfloat16") for trained in (True, False)]
+
+
+@pytest.mark.parametrize("dtype, trained, narrow", [*WAYS, ("float32", True, True)])
+def test_what_a_layer_keeps_for_the_backward_pass(dtype, trained, narrow):
+    """`narrow`: products are in bf16."""
+    sizes = []
+    for layers in (2, 3):
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
+        shape = heads | {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 176}
+        config = GqaLlamaConfig(**shape, num_hidden_layers=layers)
+        model = load.random_model(config, dtype, "cpu").requires_grad_(trained)
+        model.set_attn_implementation("sdpa")
+        model.model.embed_tokens.weight.requires_grad_(True)
+        sizes.append(saved_bytes(model, narrow))
+    on_paper = memory._Sizes(model, 3, 43, torch.device("cuda"), False)
+    expected = on_paper.kept_narrow() if narrow else on_paper.kept(trained)
+    assert (sizes[1] - sizes[0]) / 129 == pytest.approx(expected, rel=0.02)
 
 
 def test_llama_3_8b_on_paper():
@@ -121,7 +159,8 @@ def test_distillation_where_bf16_is_slow(model, monkeypatch):
     needs = {}
     for fast in (True, False):
         monkeypatch.setattr("gqalib.device.bf16_is_fast", lambda device, fast=fast: fast)
-        needs[fast] = memory.expected("distillation", model, 2, 32, settings=Distillation(num_tokens=64))
+        settings, to = Distillation(num_tokens=64), {"device": "cuda"}  # on a CPU, probabilities are kept twice in bf16
+        needs[fast] = memory.expected("distillation", model, 2, 32, settings=settings, **to)
     assert "weights in bf16" in needs[True] and "weights in bf16" not in needs[False]
     work = "activations, logits, gradients"
     assert needs[False][work] > needs[True][work]

@@ -333,6 +333,32 @@ def test_readme_says_not_measured_until_there_is_a_record(record, tmp_path):
     assert publish.cost_block(tmp_path).endswith("in bfloat16, Linux, 2 cores.")
 
 
+def test_recovered_models_of_several_runs_are_one_table(tmp_path):
+    row = {"window": 512, "corpus": "own", "perplexity": 30.0, "ratio": 1.0, "error": 0.0, "num_tokens": None}
+    dense = row | {"model": "dense", "fraction": None, "parameters_kept_percent": 100.0}
+    answers = {"task": "piqa", "accuracy": 62.84, "error": 1.5, "chance": 50.0}
+    for cut in (61.5, 25):
+        model = {"model": f"distilled-{cut}", "fraction": cut / 100, "parameters_kept_percent": 99.0 - cut}
+        taught = row | model | {"ratio": 1 + cut / 100, "error": 0.02, "num_tokens": 2e7}
+        tables = {"models": [dense, taught], "tasks": [answers | {"model": name} for name in ("dense", model["model"])]}
+        record = {
+            "schema": 1,
+            "notebook": "at_size_recovery",
+            "parameters": {"model": "m"},
+            "machine": "Linux, 2 cores",
+        }
+        folder = tmp_path / f"smollm2-gpu-{cut}"
+        folder.mkdir()
+        (folder / "at_size_recovery.json").write_text(json.dumps(record | {"tables": tables}))
+    lines = publish.recovery_block(tmp_path).splitlines()
+    assert lines[0] == "| model | parameters kept % | tokens of distillation | own, 512 |"
+    assert lines[2] == "| dense | 100.0 | 0 | 30.00 |" and lines[3].startswith(
+        "| distilled-25 | 74.0 | 20,000,000 | 1.250 ±"
+    )
+    assert lines[4].endswith("| 1.615 ± 0.020 × |") and "m, Linux, 2 cores" in lines[6]
+    assert lines[-3:] == [f"| {m} | 62.8 ± 1.5 |" for m in ("dense", "distilled-25", "distilled-61.5")]
+
+
 def test_speedup_dots_have_their_range_and_name_what_is_missing(record):
     fig, ax = plt.subplots()
     figures.speedup_dots(ax, pd.DataFrame(record["tables"]["speed"]), "decode")

@@ -7,7 +7,8 @@ A need is the sum of a few terms: weights, streams of the calibration text, what
 training remembers; `_terms` is their table. A term is what is there at the stage's peak; what never is there together
 is not added up. Bytes; GB = 1e9. Expected and measured on an H200 (Llama-3-8B's shape, data/results/llama3-8b-shape):
 layer removal 24.37 and 24.36 at that card's larger batches, sequential Taylor 23.82 and 23.84; streamed covariances
-5.69 and 5.98, cost table 9.75 and 9.79, sweep 10.62 and 11.24.
+5.69 and 5.98, cost table 9.75 and 9.79, sweep 10.62 and 11.24. SmolLM2-135M's distillation with its teacher: 38.10 and
+39.66.
 
 Forward passes take larger batches where there is room (`stream.tokens_at_once`): then the peak is higher and the need
 is not. A process' resident set, the measured peak on a CPU, also has what the C library keeps of what was freed: up to
@@ -99,9 +100,15 @@ class _Sizes:
 
     def kept(self, trained: bool) -> int:
         """What a layer keeps of a token for the backward pass: the streams at both norms in float32, 8d, of attention
-        s·(2q + 2k) and of the MLP 3sf; if its weights have gradients what the projections read, s·(2d + q + f)."""
+        s·(2q + 2k) and of the MLP 3sf; if its weights have gradients what both norms scale and give, 4sd, and what
+        down_proj reads, sf."""
         fixed = 8 * self.d + self.s * (2 * self.q + 2 * self.k + 3 * self.f)
-        return fixed + trained * self.s * (2 * self.d + self.q + self.f)
+        return fixed + trained * self.s * (4 * self.d + self.f)
+
+    def kept_narrow(self) -> int:
+        """The same where weights are in float32, all of them trained, and products in bf16: at both norms 16d, then a
+        copy for each of the five projections that read a norm's result."""
+        return 16 * self.d + 2 * (5 * self.d + 2 * self.q + 2 * self.k + 4 * self.f)
 
 
 def _terms(c: _Sizes, settings: Recovery | Distillation | None) -> dict[str, Terms]:
@@ -167,7 +174,7 @@ def _distillation(c: _Sizes, settings: Recovery | Distillation) -> Terms:
     narrow = in_bf16(getattr(settings, "dtype", "auto"), c.device)
     keys = min(c.length, (c.length + attention.BLOCK) / 2)
     probabilities = c.in_host * c.h * keys * (4 + 2 * narrow)
-    kept = 8 * c.d + 2 * (2 * c.d + 3 * c.q + 2 * c.k + 4 * c.f) if narrow else c.kept(True)
+    kept = c.kept_narrow() if narrow else c.kept(True)
     work = c.n * c.L * (kept + probabilities) + 2 * (2 if narrow else 4) * c.n * c.V
     copies = {"weights in bf16": c.all / 2 if narrow and c.s == 4 else 0}
     if getattr(settings, "lora_r", 0):

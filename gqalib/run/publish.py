@@ -78,35 +78,49 @@ def _speed_block(record: dict[str, Any]) -> str:
     return f"{as_markdown(cost_table(record))}\n\nMeasured, times dense, *of* the ceiling: {what}."
 
 
-def recovered_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Perplexity of every model on every text, as the step `recovery` of `at_size` recorded it."""
-    table = pd.DataFrame(record["tables"]["models"])
-    table["× dense"] = [
-        f"{ratio:.3f} ± {error:.3f}" for ratio, error in zip(table["ratio"], table["error"], strict=True)
-    ]
+def recovered_table(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """Perplexity of every model on every text, as the step `recovery` of `at_size` recorded it in one run or more:
+    dense as it is, of the others times dense."""
+    table = _of_all(records, "models", ["model", "corpus", "window"])
+    ratios = zip(table["perplexity"], table["ratio"], table["error"], table["fraction"].isna(), strict=True)
+    table["reads"] = [f"{ppl:.2f}" if dense else f"{r:.3f} ± {error:.3f} ×" for ppl, r, error, dense in ratios]
+    table["text"] = [f"{corpus}, {window}" for corpus, window in zip(table["corpus"], table["window"], strict=True)]
     names = {"parameters_kept_percent": "parameters kept %", "num_tokens": "tokens of distillation"}
-    for column, digits in {"parameters_kept_percent": 1, "num_tokens": 0, "perplexity": 2}.items():
+    for column, digits in {"parameters_kept_percent": 1, "num_tokens": 0}.items():
         table[column] = table[column].fillna(0).map(f"{{:,.{digits}f}}".format)
-    return table[["model", *names, "corpus", "window", "perplexity", "× dense"]].rename(columns=names)
+    return _wide(table.rename(columns=names), ["model", *names.values()], "text", "reads")
 
 
-def tasks_table(record: dict[str, Any]) -> pd.DataFrame:
+def tasks_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     """Accuracy in the downstream tasks with its standard error, in percent, as the same step recorded it."""
-    table = pd.DataFrame(record["tables"]["tasks"]).round(1)
-    table["accuracy"] = [
-        f"{accuracy} ± {error}" for accuracy, error in zip(table["accuracy"], table["error"], strict=True)
-    ]
-    return table[["model", "task", "examples", "accuracy", "chance"]]
+    table = _of_all(records, "tasks", ["model", "task"])
+    table["task"] = [f"{task} ({chance:.0f})" for task, chance in zip(table["task"], table["chance"], strict=True)]
+    accuracies = zip(table["accuracy"], table["error"], strict=True)
+    table["reads"] = [f"{accuracy:.1f} ± {error:.1f}" for accuracy, error in accuracies]
+    return _wide(table, ["model"], "task", "reads")
+
+
+def _of_all(records: list[dict[str, Any]], name: str, rows: list[str]) -> pd.DataFrame:
+    """A table of several runs, the weakest cut first; what is in two of them, dense, once."""
+    table = pd.concat([pd.DataFrame(record["tables"][name]) for record in records]).drop_duplicates(rows)
+    cut = table["model"].str.partition("-")[2].replace("", "0").astype(float)
+    return table.iloc[cut.argsort(kind="stable")]
+
+
+def _wide(table: pd.DataFrame, index: list[str], columns: str, values: str) -> pd.DataFrame:
+    """A row per `index`, a column per value of `columns`, both in the order in which they come."""
+    return table.pivot_table(values, index, columns, "first", sort=False).reset_index()
 
 
 def recovery_block(results: Path) -> str:
-    """README's words on a real model recovered on a GPU: the record's tables, or that there is none."""
-    try:
-        record = read_record(results / RECOVERY / "at_size_recovery.json")
-    except InputError:
+    """README's words on a real model recovered on a GPU: the records' tables, or that there is none."""
+    records = [read_record(path) for path in sorted(results.glob(f"{RECOVERY}*/at_size_recovery.json"))]
+    if not records:
         return "A real model on a GPU: not measured."
-    under = f"{record['parameters']['model']}, {record['machine']}. Corpus `wt2` is WikiText-2's test split."
-    return f"{as_markdown(recovered_table(record))}\n\n{under}\n\n{as_markdown(tasks_table(record))}"
+    of = " and ".join(dict.fromkeys(f"{record['parameters']['model']}, {record['machine']}" for record in records))
+    under = f"Perplexity on each text and window, below dense times dense: {of}. `wt2` is WikiText-2's test split."
+    accuracies = "Accuracy in percent with its standard error, chance in brackets:"
+    return "\n\n".join([as_markdown(recovered_table(records)), under, accuracies, as_markdown(tasks_table(records))])
 
 
 def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
