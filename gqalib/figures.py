@@ -117,7 +117,8 @@ def perplexity_dots(
     for position, (name, value, place, error) in enumerate(zip(names, values, drawn, reach, strict=True)):
         role = _role_of(name)
         marker = MARKERS[role] if role != "other" else "D"
-        text = f"{value:,.1f}" if finite[position] else "does not run" if np.isnan(value) else "beyond any number"
+        number = f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+        text = number if finite[position] else "does not run" if np.isnan(value) else "beyond any number"
         style = {"color": COLORS[role], "marker": marker if finite[position] else "", "ms": 6}
         ax.errorbar(place, -position, xerr=error or None, capsize=3, lw=1.2, **style)
         beside = {"xytext": (8, 0), "textcoords": "offset points"}
@@ -125,9 +126,13 @@ def perplexity_dots(
     ax.axvline(dense, color=COLORS["dense"], lw=1, ls="--")
     ax.set_yticks(-np.arange(len(values)), names)
     low, high = min(np.maximum(drawn - reach, drawn / 5).min(), dense), max((drawn + reach).max(), dense)
-    ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=(low / 1.1, high * max(1.15, (high / low) ** 0.15)))
+    limits = low / max(1.1, (high / low) ** 0.03), high * max(1.15, (high / low) ** 0.2)  # room for dots and numbers
+    ax.set(xlabel="perplexity (log scale)", xscale="log", xlim=limits)
     steps = (1,) if high > 200 * low else (1, 2, 5) if high > 4 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
     readable_log_axis(ax.xaxis, steps)
+    if high > 1e4 * low:  # a number at every second power of ten
+        ax.xaxis.set_major_locator(LogLocator(base=100))
+        ax.xaxis.set_minor_locator(LogLocator(subs=(1,), numticks=99))
 
 
 def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
@@ -240,6 +245,7 @@ def stretch_around_zero(axis, linear_up_to: float) -> None:
     """Linear up to a value, logarithmic beyond, with plain numbers: for changes of which one dwarfs the others."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("symlog", linthresh=linear_up_to)
     axis.set_major_formatter("{x:,.10g}")
+    axis.axes.autoscale(axis=axis.axis_name)  # lines drawn before fixed the limits of a linear axis
 
 
 def _role_of(name: str) -> str:

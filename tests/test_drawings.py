@@ -37,11 +37,29 @@ def test_names_of_kv_heads_fit_their_boxes(ax, kv_heads, label):
 def test_dots_of_perplexities_have_two_errors_and_say_what_is_no_number():
     fig, ax = plt.subplots()
     figures.perplexity_dots(ax, ["v3", "v2", "broken", "huge"], [20.0, 1000.0, math.nan, math.inf], 15.0, [1, 0, 0, 0])
-    assert [text.get_text() for text in ax.texts] == ["20.0", "1,000.0", "does not run", "beyond any number"]
+    assert [text.get_text() for text in ax.texts] == ["20.0", "1,000", "does not run", "beyond any number"]
     (reach,) = [bar.get_segments() for bar in ax.collections]
     assert [x for x, _ in reach[0]] == [18, 22]
     assert ax.get_xlim()[0] < 15 and ax.get_xlim()[1] > 1000 and ax.get_xscale() == "log"
     plt.close(fig)
+
+
+def test_numbers_of_a_wide_axis_do_not_collide():
+    fig, ax = plt.subplots()
+    figures.perplexity_dots(ax, ["v3", "v2"], [100.0, 3.9e6], 44.6)
+    fig.canvas.draw()
+    low, high = ax.get_xlim()
+    numbers, between = ([x for x in ax.get_xticks(minor=minor) if low <= x <= high] for minor in (False, True))
+    assert numbers == [100, 10_000, 1_000_000] and between == [1000, 100_000, 10_000_000]
+    plt.close(fig)
+
+
+def test_marks_fill_an_axis_that_was_stretched_later(ax):
+    ax.axhline(0)
+    ax.plot([0, 1, 2], [-0.2, 3, 1100], "o")
+    figures.stretch_around_zero(ax.yaxis, linear_up_to=1)
+    low, high = ax.get_ylim()
+    assert -1 < low < -0.2 and 1100 < high < 3000
 
 
 def test_a_widget_is_for_a_reader_alone(monkeypatch, capsys):

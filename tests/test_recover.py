@@ -1,5 +1,6 @@
 """`gqalib recover` and `gqalib distill`: one process and two end at the same model."""
 
+import pandas as pd
 import json
 import os
 import re
@@ -323,3 +324,7 @@ def test_training_stays_on_the_card_that_the_model_is_on(tmp_path, monkeypatch):
     assert trainer.arguments(tmp_path, second).device == second and current == [second]
     monkeypatch.setattr(trainer, "is_one_of_several", lambda: True)  # a launcher's processes have a card each
     assert trainer.arguments(tmp_path, second).device != second
+
+
+def test_a_pause_does_not_count_as_training():
+    assert trainer.seconds_of(pd.DataFrame({"seconds": [3.0, 2.0, 2.0, 1900.0, 2.0]})) == 10

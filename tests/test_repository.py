@@ -31,6 +31,15 @@ def test_executed_once_in_order(notebook):
     assert counts == list(range(1, len(counts) + 1)) and len(counts) > 5
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_heading_names_the_run_of_the_outputs(path):
+    record = read_record(RESULTS / f"{path.stem}.json")
+    heading = nbformat.read(path, as_version=4).cells[0].source
+    (row,) = [line for line in heading.splitlines() if line.startswith("| **Outputs** |")]
+    assert f"of preset `{record['preset']}`" in row and f"code of `{record['git_commit'][:7]}" in row
+    assert publish._named(heading, record) == heading
+
+
 def test_no_error_output(notebook):
     assert not [o for cell in code_cells(notebook) for o in cell.outputs if o.output_type == "error"]
 

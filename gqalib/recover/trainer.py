@@ -50,6 +50,11 @@ def arguments(folder: Path, device: torch.device, cls: type = TrainingArguments,
     return args
 
 
+def seconds_of(log: pd.DataFrame) -> float:
+    """How long a training took: its median step times their number. A pause of the machine does not count."""
+    return float(log["seconds"].median() * len(log))
+
+
 def shared(number: int, processes: int, what: str) -> int:
     """Each process' part of a number.
 

@@ -18,7 +18,7 @@ def play(draw: Callable[..., None], **controls) -> None:
         draw: is called with the value of each control under its name, and ends with `plt.show()`.
     """
     if not is_live():
-        print("Open this page in Jupyter and run it: here stand the controls, and what you do with them is drawn.")
+        print("The controls appear here when you run this page in Jupyter; the drawing follows them.")
         return
     from ipywidgets import HBox, Layout, VBox, interactive_output
 

@@ -143,6 +143,7 @@ def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, r
     for path, record in records.items():
         if preset == DEFAULT:
             page = _page(nbformat.read(path, as_version=4), nbformat.read(run_dir / path.name, as_version=4))
+            page.cells[0].source = _named(page.cells[0].source, record)
             write_atomically(path, nbformat.writes(page) + "\n")
         name = f"{path.stem}.json"
         write_atomically(results / preset / name, (run_dir / name).read_text(encoding="utf-8"))
@@ -221,6 +222,15 @@ def _frontier_block(record: dict[str, Any]) -> str:
 def _title(path: Path) -> str:
     """The heading of a notebook's first cell."""
     return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
+
+
+def _named(heading: str, record: dict[str, Any]) -> str:
+    """A page's first cell, whose table says what run the outputs are of: a page that is opened runs `tiny`."""
+    p, commit = record["parameters"], record["git_commit"].partition("-")
+    said = f"of preset `{record['preset']}` ({p['model']}, text `{p['corpus']}`), code of `{commit[0][:7]}{commit[1]}`"
+    said += "" if record["preset"] == "tiny" else "; as it stands, the page runs `tiny`, which is small"
+    heading = re.sub(r"\| \*\*Outputs\*\* .*\n", "", heading)
+    return re.sub(r"(\| \*\*Reads\*\* )", lambda found: f"| **Outputs** | {said} |\n{found[0]}", heading, count=1)
 
 
 def _page(notebook: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
