@@ -150,7 +150,7 @@ class Series:
         try:
             papermill.execute_notebook(
                 str(path), str(temporary), values, kernel_name="python3", language="python", cwd=str(path.parent),
-                progress_bar=False, execution_timeout=TIMEOUT_S, extra_arguments=["--log-level=ERROR"],
+                progress_bar=False, execution_timeout=TIMEOUT_S, extra_arguments=["--log-level=CRITICAL"],
             )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             where = f"{path.stem}, cell {error.cell_index}: {error.source.strip().splitlines()[0]}"
