@@ -155,6 +155,17 @@ def test_notebooks_beside_each_other_wait_for_what_they_read(job, notebooks, mon
     assert ended[3:] == ["01_first", "02_second", "03_third"] and seen["02_second"][1] == "7"
 
 
+def test_that_on_which_most_work_waits_begins_first(job, notebooks, monkeypatch):
+    """01 ← 02 ← 04 and, alone, 03: in seconds 5 + 10 + 1, 12."""
+    write_notebook(notebooks, "03_third", 'nb.metric("z", 1, "u")')
+    write_notebook(notebooks, "04_fourth", 'nb.upstream("02_second")')
+    known = {"01_first": 5.0, "02_second": 10.0, "03_third": 12.0, "04_fourth": 1.0}
+    monkeypatch.setattr(series, "seconds_of", lambda name, preset: known[name])
+    order = [path.stem for path in job()._most_urgent_first()]
+    assert order == ["01_first", "03_third", "02_second", "04_fourth"]
+    assert job()._expected_s(job().paths, 2) == "about 0:14 left" and job()._expected_s([], 2) == "done"
+
+
 def test_a_failure_stops_what_runs_beside_it(job, notebooks, monkeypatch):
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])  # stands for the other's kernel
     write_notebook(notebooks, "03_third", 'nb.metric("z", 1, "u")')

@@ -77,11 +77,11 @@ def ratio_with_error(losses: torch.Tensor, reference: torch.Tensor) -> tuple[flo
 
     From `window_losses` of both, [count]. The error is that of the paired differences: what makes a window hard is hard
     for both and cancels. It says how much other windows of the same text would change the ratio, not how much another
-    text would.
+    text would. A single window gives no error: NaN.
     """
     difference = losses - reference
-    ratio = difference.mean().exp().item()
-    return ratio, ratio * (difference.std() / len(difference) ** 0.5).item()
+    ratio, scatter = difference.mean().exp().item(), difference.std().item() if len(difference) > 1 else math.nan
+    return ratio, ratio * scatter / len(difference) ** 0.5
 
 
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:

@@ -76,10 +76,12 @@ class Series:
 
         Args:
             at_once: notebooks that run beside each other, each on its share of the cores; one that reads another's
-            record waits for it. If one fails, the others are stopped, and go on where they were another time.
+            record waits for it, and those begin first on which most work waits. If one fails, the others are stopped,
+            and go on where they were another time.
         """
         share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
-        started, waiting, running = time.monotonic(), list(self.paths), {}
+        started, running = time.monotonic(), {}
+        waiting = self._most_urgent_first() if at_once > 1 else list(self.paths)
         with locked(self.run_dir), _environment(KERNEL_ENVIRONMENT, share, {HELD: str(self.run_dir), AT_ONCE: at_once}):
             if force:
                 shutil.rmtree(progress_dir(self.run_dir, SHARED), ignore_errors=True)
@@ -89,7 +91,16 @@ class Series:
                         waiting.remove(path)
                         running[pool.submit(self._finish, path, force)] = path
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
-                        self._say(running.pop(done), done.result(), started, [*running.values(), *waiting])
+                        path, left = running.pop(done), [*running.values(), *waiting]
+                        self._say(path, done.result(), started, left, at_once)
+
+    def _most_urgent_first(self) -> list[Path]:
+        """By the time from a notebook's beginning to the end of all that wait for it, as the committed run took."""
+        rest: dict[Path, float] = {}
+        for path in reversed(self.paths):  # who waits for a notebook has a higher number
+            later = [rest[other] for other in rest if path.stem in waits_for(other)]
+            rest[path] = (seconds_of(path.stem, self.preset) or 1.0) + max(later, default=0.0)
+        return sorted(self.paths, key=lambda path: -rest[path])
 
     def _ready(self, waiting: list[Path], running: dict[Future, Path]) -> list[Path]:
         """Those that need no record or model of a notebook that is not there yet."""
@@ -107,9 +118,9 @@ class Series:
         self.execute(path)
         return time.monotonic() - begun
 
-    def _say(self, path: Path, seconds: float | None, started: float, left: list[Path]) -> None:
+    def _say(self, path: Path, seconds: float | None, started: float, left: list[Path], at_once: int) -> None:
         number = f"[{len(self.paths) - len(left)}/{len(self.paths)}] {path.stem:24s}"
-        clock = f"elapsed {_clock(time.monotonic() - started)}, {self._expected_s(left)}"
+        clock = f"elapsed {_clock(time.monotonic() - started)}, {self._expected_s(left, at_once)}"
         print(number, "finished before" if seconds is None else f"{seconds:4.0f} s   ({clock})", flush=True)
 
     def is_finished(self, path: Path) -> bool:
@@ -169,12 +180,12 @@ class Series:
         temporary.replace(self.run_dir / path.name)
         (self.run_dir / f"{path.stem}.failed.ipynb").unlink(missing_ok=True)
 
-    def _expected_s(self, paths: list[Path]) -> str:
+    def _expected_s(self, paths: list[Path], at_once: int) -> str:
         """What is left, from the committed records of the same preset where there are any."""
         seconds = [seconds_of(path.stem, self.preset) for path in paths]
         if not paths:
             return "done"
-        return f"about {_clock(sum(seconds))} left" if all(seconds) else f"{len(paths)} left"
+        return f"about {_clock(sum(seconds) / at_once)} left" if all(seconds) else f"{len(paths)} left"
 
     def summary(self) -> str:
         """The results table, the frontier and where everything lies."""
