@@ -72,8 +72,8 @@ CLAIMS = (
           "8.03 billion parameters cut to 1.23 billion, as the document writes elsewhere, is this reading."),
     Claim("20–25 after LoRA", "perplexity of v3 + LoRA", "v3_lora", 0, 25 / DENSE, "× dense",
           ("06_lora_recovery", 'nb.metric(f"perplexity_{'),
-          "The document calls this expected in one place and reached in another. The v3 of this run removes the preset's "
-          "mean rate of the backbone, which is far less than 84.64 %."),
+          "The document calls this expected in one place and reached in another. The v3 of this run removes the "
+          "preset's mean rate of the backbone, which is far less than 84.64 %."),
     Claim("one layer: 19.66 → 19.62", "change, a middle layer, a quarter of its groups, at least one",
           "change_single_layer", -math.inf, 1, "%", ("03_single_layer_gqa", 'nb.metric("perplexity_single_layer"'),
           "A middle layer is easy: notebook 03 shows that a random group often costs as little, and that a layer near "
