@@ -1,6 +1,5 @@
 """`gqalib recover` and `gqalib distill`: one process and two end at the same model."""
 
-import pandas as pd
 import json
 import os
 import re
@@ -8,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import trl
