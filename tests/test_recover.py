@@ -327,4 +327,4 @@ def test_training_stays_on_the_card_that_the_model_is_on(tmp_path, monkeypatch):
 
 
 def test_a_pause_does_not_count_as_training():
-    assert trainer.seconds_of(pd.DataFrame({"seconds": [3.0, 2.0, 2.0, 1900.0, 2.0]})) == 10
+    assert trainer.training_seconds(pd.DataFrame({"seconds": [3.0, 2.0, 2.0, 1900.0, 2.0]})) == 10

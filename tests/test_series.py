@@ -160,7 +160,7 @@ def test_that_on_which_most_work_waits_begins_first(job, notebooks, monkeypatch)
     write_notebook(notebooks, "03_third", 'nb.metric("z", 1, "u")')
     write_notebook(notebooks, "04_fourth", 'nb.upstream("02_second")')
     known = {"01_first": 5.0, "02_second": 10.0, "03_third": 12.0, "04_fourth": 1.0}
-    monkeypatch.setattr(series, "seconds_of", lambda name, preset: known[name])
+    monkeypatch.setattr(series, "committed_seconds", lambda name, preset: known[name])
     order = [path.stem for path in job()._most_urgent_first()]
     assert order == ["01_first", "03_third", "02_second", "04_fourth"]
     assert job()._expected_s(job().paths, 2) == "about 0:14 left" and job()._expected_s([], 2) == "done"

@@ -21,7 +21,7 @@ from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.model.shapes import count_parameters, size_of
 from gqalib.prune import refit
 from gqalib.recover.distill import distill
-from gqalib.recover.trainer import seconds_of
+from gqalib.recover.trainer import training_seconds
 from gqalib.run import corpora
 from gqalib.run.notebook import Notebook
 from gqalib.run.presets import Sample
@@ -84,7 +84,7 @@ class Bench:
         folder = self.nb.run_dir / "training" / name
         log = distill(model, self.teacher, self.text, self.nb.preset.distillation, folder)
         num_tokens, loss = int(log["tokens"].iloc[-1]), log["loss"].iloc[-1]
-        print(f"{name}: {num_tokens / seconds_of(log):,.0f} tokens/s, last loss {loss:.3f}")
+        print(f"{name}: {num_tokens / training_seconds(log):,.0f} tokens/s, last loss {loss:.3f}")
         self.nb.table(f"training {name}", log.iloc[:: max(1, len(log) // 50)])
         return num_tokens
 

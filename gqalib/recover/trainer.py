@@ -50,7 +50,7 @@ def arguments(folder: Path, device: torch.device, cls: type = TrainingArguments,
     return args
 
 
-def seconds_of(log: pd.DataFrame) -> float:
+def training_seconds(log: pd.DataFrame) -> float:
     """How long a training took: its median step times their number. A pause of the machine does not count."""
     return float(log["seconds"].median() * len(log))
 

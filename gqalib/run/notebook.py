@@ -144,7 +144,7 @@ def fitting_record(path: Path, parameters: dict[str, Any], seed: int) -> dict[st
     return record
 
 
-def seconds_of(name: str, preset: str) -> float:
+def committed_seconds(name: str, preset: str) -> float:
     """How long a notebook took in the committed run of a preset; 0 where there is none."""
     with contextlib.suppress(InputError):
         return read_record(COMMITTED / preset / f"{name}.json")["seconds"]
@@ -248,7 +248,7 @@ class Notebook:
                     return folder / "models" / model
         from gqalib.run.series import Series
 
-        seconds = seconds_of(notebook, self.parameters["name"])
+        seconds = committed_seconds(notebook, self.parameters["name"])
         takes = f", in about {seconds:.0f} s" if seconds else ""
         print(f"models/{model} is missing: {notebook} makes it{takes}", flush=True)
         job = Series(self.parameters["name"], self.overrides, self.run_dir, self.seed, only=notebook[:2])

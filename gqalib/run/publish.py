@@ -18,7 +18,8 @@ from gqalib.model.names import REPOSITORY
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
 from gqalib.run.notebook import read_record, write_atomically
 
-DEFAULT = "tiny"  # the preset whose executed notebooks are committed
+QUICK = "tiny"  # the preset that a page which is opened runs
+REAL = "smollm2"  # the preset whose executed notebooks are committed; the quick look's where it has none yet
 AT_SIZE = "llama3-8b-shape"  # the preset that measures cost at real size
 RECOVERY = "smollm2-gpu"  # the preset that prunes and distils a real model on a GPU
 RESULTS = {"parameters kept %": 1, "backbone removed %": 1, "perplexity": 2, "speed-up": 2, "ceiling": 2}  # digits
@@ -123,17 +124,17 @@ def recovery_block(results: Path) -> str:
     return "\n\n".join([as_markdown(recovered_table(records)), under, accuracies, as_markdown(tasks_table(records))])
 
 
-def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
-    """Copy a finished run of a plain preset into the repository: records, figures and README's tables; of `tiny` the
-    outputs of the notebooks, too, whose words may have changed since.
+def publish(run_dir: Path, preset: str = QUICK, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
+    """Copy a finished run of a plain preset into the repository: records, figures and README's tables; of `smollm2` the
+    outputs of the notebooks, too, whose words may have changed since, and of `tiny` those that `smollm2` has none of.
 
     Of `tiny` the whole series must be there, of another preset at least one notebook.
 
     Raises:
-        InputError: a record is missing, or was made with overrides, another preset or, of `tiny`, other code cells.
+        InputError: a record is missing, or was made with overrides, another preset or, of a page, other code cells.
     """
     paths = numbered_notebooks(notebooks)
-    paths = [path for path in paths if preset == DEFAULT or (run_dir / f"{path.stem}.json").exists()]
+    paths = [path for path in paths if preset == QUICK or (run_dir / f"{path.stem}.json").exists()]
     records = {path: read_record(run_dir / f"{path.stem}.json") for path in paths}
     if not records:
         raise InputError(f"{run_dir} holds no record: run preset {preset} first")
@@ -141,14 +142,19 @@ def publish(run_dir: Path, preset: str = DEFAULT, notebooks: Path = NOTEBOOKS, r
     results = root / "data" / "results"
     (results / preset).mkdir(parents=True, exist_ok=True)
     for path, record in records.items():
-        if preset == DEFAULT:
+        name = f"{path.stem}.json"
+        if preset == REAL or preset == QUICK == page_preset(results, name):
             page = _page(nbformat.read(path, as_version=4), nbformat.read(run_dir / path.name, as_version=4))
             page.cells[0].source = _named(page.cells[0].source, record)
             write_atomically(path, nbformat.writes(page) + "\n")
-        name = f"{path.stem}.json"
         write_atomically(results / preset / name, (run_dir / name).read_text(encoding="utf-8"))
         _copy_figures(run_dir, record, root / "figures" / preset)
     update_readme(root / "README.md", results, notebooks)
+
+
+def page_preset(results: Path, name: str) -> str:
+    """The preset whose outputs a page shows, by the name of its record."""
+    return REAL if (results / REAL / name).exists() else QUICK
 
 
 def _copy_figures(run_dir: Path, record: dict[str, Any], target: Path) -> None:
@@ -181,20 +187,26 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
     rows = []
     for path in numbered_notebooks(notebooks):
         number, _, title = _title(path).partition(" · ")
-        seconds = read_record(results / DEFAULT / f"{path.stem}.json")["seconds"]
-        rows.append([f"[{number}](notebooks/{path.name})", title, f"{seconds:.0f} s"])
+        times = [_minutes(results / preset / f"{path.stem}.json") for preset in (QUICK, REAL)]
+        rows.append([f"[{number}](notebooks/{path.name})", title, *times])
     return {
         "results": "\n\n".join(_results_block(r, results) for r in _all_presets(results, "07_cost_analysis")),
         "cost": cost_block(results),
         "recovery": recovery_block(results),
-        "series": as_markdown(pd.DataFrame(rows, columns=["notebook", "question", "time"])),
+        "series": as_markdown(
+            pd.DataFrame(rows, columns=["notebook", "question", *(f"minutes, `{name}`" for name in (QUICK, REAL))])
+        ),
         "frontier": "\n\n".join(map(_frontier_block, _all_presets(results, "10_frontier"))),
     }
 
 
+def _minutes(record: Path) -> str:
+    return f"{read_record(record)['seconds'] / 60:.1f}" if record.exists() else "–"
+
+
 def _all_presets(results: Path, name: str) -> list[dict[str, Any]]:
     """The records of a notebook, a preset each: the real model's first, then the quick look's."""
-    order = {"smollm2": 0, DEFAULT: 1}
+    order = {REAL: 0, QUICK: 1}
     paths = sorted(results.glob(f"*/{name}.json"), key=lambda path: (order.get(path.parent.name, 2), path))
     return [read_record(path) for path in paths]
 

@@ -19,8 +19,8 @@ from gqalib.model.load import load_tokenizer
 from gqalib.run.checks import NOTEBOOKS, check_preset, selected, waits_for
 from gqalib.run.corpora import evaluation_windows
 from gqalib.run.notebook import (
-    AT_ONCE, HELD, SHARED, code_of, code_used, default_run_dir, find_record, fingerprints, fitting_record, locked,
-    progress_dir, read_record, seconds_of, sha256,
+    AT_ONCE, HELD, SHARED, code_of, code_used, committed_seconds, default_run_dir, find_record, fingerprints,
+    fitting_record, locked, progress_dir, read_record, sha256,
 )  # fmt: skip
 from gqalib.run.resume import onto_disk
 
@@ -99,7 +99,7 @@ class Series:
         rest: dict[Path, float] = {}
         for path in reversed(self.paths):  # who waits for a notebook has a higher number
             later = [rest[other] for other in rest if path.stem in waits_for(other)]
-            rest[path] = (seconds_of(path.stem, self.preset) or 1.0) + max(later, default=0.0)
+            rest[path] = (committed_seconds(path.stem, self.preset) or 1.0) + max(later, default=0.0)
         return sorted(self.paths, key=lambda path: -rest[path])
 
     def _ready(self, waiting: list[Path], running: dict[Future, Path]) -> list[Path]:
@@ -182,7 +182,7 @@ class Series:
 
     def _expected_s(self, paths: list[Path], at_once: int) -> str:
         """What is left, from the committed records of the same preset where there are any."""
-        seconds = [seconds_of(path.stem, self.preset) for path in paths]
+        seconds = [committed_seconds(path.stem, self.preset) for path in paths]
         if not paths:
             return "done"
         return f"about {_clock(sum(seconds) / at_once)} left" if all(seconds) else f"{len(paths)} left"
