@@ -15,9 +15,11 @@ from gqalib.measure.perplexity import in_products, token_losses
 from gqalib.stream import batches
 
 # Also apart in greyscale: from dark to light. Markers say the same for lines.
-COLORS = {"dense": "#222222", "v2": "#b2182b", "v3": "#2166ac", "recovered": "#5aae61", "other": "#a0a0a0"}
+COLORS = {
+    "dense": "#222222", "v2": "#b2182b", "v3": "#2166ac", "refit": "#762a83", "recovered": "#5aae61", "other": "#a0a0a0",
+}  # fmt: skip
 PAPER_WIDTH = 6.75  # inches, of the text on a page of two columns
-MARKERS = {"dense": "o", "v2": "X", "v3": "s", "recovered": "^", "other": "."}
+MARKERS = {"dense": "o", "v2": "X", "v3": "s", "refit": "P", "recovered": "^", "other": "."}
 
 
 def use_style() -> None:
@@ -167,17 +169,15 @@ def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
     ax.grid(axis="x", visible=False)
 
 
-def task_dots(ax: plt.Axes, table: pd.DataFrame, roles: Mapping[str, str] = {}) -> None:
+def task_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
     """Accuracy on each task, tasks down, a dot per model with two standard errors, a dash where guessing stands.
 
-    Args:
-        table: of `report_card.task_table`. roles: of `COLORS`, for models whose name does not say it; a second model
-            of a role is hollow, a third a diamond.
+    `table` is of `report_card.task_table`; a second model of a colour is hollow, a third a diamond.
     """
     names, places = table["model"].unique(), {task: -i for i, task in enumerate(table["task"].unique())}
     seen: list[str] = []
     for index, name in enumerate(names):
-        rows, role = table[table["model"] == name], roles.get(name) or _role_of(name)
+        rows, role = table[table["model"] == name], _role_of(name)
         y = rows["task"].map(places) + 0.6 * (0.5 - (index + 0.5) / len(names))
         style = {"color": COLORS[role], "marker": "D" if seen.count(role) > 1 else MARKERS[role], "ms": 6}
         style |= {"mfc": "white"} if seen.count(role) == 1 else {}
@@ -191,15 +191,12 @@ def task_dots(ax: plt.Axes, table: pd.DataFrame, roles: Mapping[str, str] = {}) 
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def size_dots(ax: plt.Axes, table: pd.DataFrame, roles: Mapping[str, str] = {}) -> None:
-    """Perplexity over size, a colour per model, a marker per type, two standard errors, and the front as a line.
-
-    Args:
-        table: of `quantised.table`. roles: of `COLORS`, for models whose name does not say it.
-    """
+def size_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
+    """Perplexity over size, a colour per model, a marker per type, two standard errors, and the front as a line;
+    `table` is of `quantised.table`."""
     kinds = table["type"].unique()
     for name, rows in table.groupby("model", sort=False):
-        color = COLORS[roles.get(name) or _role_of(name)]
+        color = COLORS[_role_of(name)]
         for marker, kind in zip("osD^v", kinds, strict=False):
             part = rows[rows["type"] == kind]
             x, y = part["bytes"] / 1e6, part["times dense"]
@@ -249,10 +246,10 @@ def stretch_around_zero(axis, linear_up_to: float) -> None:
 
 
 def _role_of(name: str) -> str:
-    if "LoRA" in name:
+    if "LoRA" in name or name.startswith(("distilled", "literal")):
         return "recovered"
-    role = next((role for role in ("dense", "v2", "v3") if name.startswith(role)), None)
-    return role or ("v3" if name.lower().endswith("taylor") else "other")
+    role = next((role for role in ("dense", "v2", "v3", "refit") if name.startswith(role)), None)
+    return role or ("v3" if name.startswith("founding") or name.lower().endswith("taylor") else "other")
 
 
 @torch.no_grad()

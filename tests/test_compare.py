@@ -113,7 +113,7 @@ def test_table_and_figure():
     assert table["times dense"].tolist() == pytest.approx(np.exp([0, 0.2, 0.1, 0.5]))
     assert table["front"].tolist() == [True, True, True, True]
     fig, ax = plt.subplots()
-    figures.size_dots(ax, table, {"v3": "recovered"})
+    figures.size_dots(ax, table)
     fig.canvas.draw()
     shown = [text.get_text() for text in ax.get_legend().get_texts()]
     assert shown == ["dense", "v3", "f16", "q4_0"]

@@ -40,13 +40,44 @@ def plan_for(model, rate=0.4):
 
 @pytest.mark.parametrize("kept", [[0, 3, 4, 9], list(range(12)), [11]])
 def test_solve_is_the_minimum(kept):
-    """Against lstsq on the augmented problem: rows √λ·I towards the dense weight, whose other columns are lost."""
+    """Against lstsq on the augmented problem: rows √Λ towards the dense weight, whose other columns are lost."""
     weight, inputs, wanted = random_problem()
     solved = least_squares.solve(weight, inputs.T @ inputs, wanted.T @ inputs, 0.1, kept)
-    ridge = 0.1 * (inputs.T @ inputs).diagonal().mean()
-    rows = torch.cat([inputs[:, kept], ridge.sqrt() * torch.eye(len(kept), dtype=torch.float64)])
-    targets = torch.cat([wanted, ridge.sqrt() * weight[:, kept].T])
+    root = (0.1 * inputs.square().sum(0)).sqrt()[kept]
+    rows = torch.cat([inputs[:, kept], root.diag()])
+    targets = torch.cat([wanted, root[:, None] * weight[:, kept].T])
     assert torch.allclose(solved, torch.linalg.lstsq(rows, targets).solution.T, atol=1e-8)
+
+
+def test_damping_knows_no_units():
+    """A feature that is a thousand times as large is damped no more, and the others no more because of it."""
+    weight, inputs, wanted = random_problem()
+    sizes = torch.ones(12, dtype=torch.float64)
+    sizes[3] = 1000
+    plain = least_squares.solve(weight, inputs.T @ inputs, wanted.T @ inputs, 0.1, [0, 3, 4])
+    larger = inputs * sizes
+    scaled = least_squares.solve(weight / sizes, larger.T @ larger, wanted.T @ larger, 0.1, [0, 3, 4])
+    assert torch.allclose(scaled * sizes[[0, 3, 4]], plain)
+
+
+def test_few_tokens_are_believed_less():
+    """The recipe's damping against hardly any, on other tokens: better where they are few, as good where they are many."""
+    draw = torch.Generator().manual_seed(0)
+    truth, weight = (torch.randn(8, 40, generator=draw, dtype=torch.float64) for _ in range(2))
+    truth = weight + 0.3 * truth
+
+    def text(tokens):
+        inputs = torch.randn(tokens, 40, generator=draw, dtype=torch.float64)
+        return inputs, inputs @ truth.T + 4 * torch.randn(tokens, 8, generator=draw, dtype=torch.float64)
+
+    def error(tokens, strength):
+        moments, (inputs, wanted) = least_squares.Moments(), text(20_000)
+        moments.add(*text(tokens))
+        fitted = least_squares.solve(weight, moments.gram, moments.cross, strength * 40 / tokens)
+        return (inputs @ fitted.T - wanted).square().mean().item()
+
+    assert error(80, refit.RECIPE.damping) < 0.8 * error(80, 1e-3)
+    assert error(20_000, refit.RECIPE.damping) == pytest.approx(error(20_000, 1e-3), rel=0.02)
 
 
 def test_solve_with_everything_kept_is_the_identity():
@@ -63,7 +94,7 @@ def test_choose_is_the_greedy_choice(unit, weighted):
     root = torch.randn(5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     output = root @ root.T if weighted else None
     gram, cross = inputs.T @ inputs, wanted.T @ inputs
-    best, damped = least_squares.solve(weight, gram, cross, 0.1), least_squares.damped(gram, 0.1)
+    best, damped = least_squares.solve(weight, gram, cross, 0.1), least_squares.damped(gram, 0.1 * gram.diagonal())
 
     def loss(units):
         columns = surgery.rows_of_heads(units, unit)
@@ -252,7 +283,7 @@ def test_refit_never_reconstructs_worse_than_slicing(model, windows, clone):
             only = plans.Plan([0.4] * 3, *units)
             sliced, mended = clone(model), clone(model)
             refit.sweep(sliced, only, windows, PLAIN, scores=scores)
-            refit.sweep(mended, only, windows, refit.Ingredients(damping=1e-9, input_damping=1e-9), scores=scores)
+            refit.sweep(mended, only, windows, refit.Ingredients(damping=1e-9), scores=scores)
             before, after = (reconstruction_error(m, model, index, half, windows) for m in (sliced, mended))
             assert 0 < after <= before * (1 + 1e-6)
 
@@ -317,7 +348,9 @@ def test_every_round_comes_nearer(model, windows, half):
     for _ in range(3):
         moments = refit.refit_together(sublayer, now, target, 5, 1e-3)
         errors.append(refit.output_moments(sublayer, now, target)[1])
-        refit.replace_weight(sublayer.output, least_squares.solve(sublayer.output.weight, moments.gram, moments.cross, 1e-9))
+        refit.replace_weight(
+            sublayer.output, least_squares.solve(sublayer.output.weight, moments.gram, moments.cross, 1e-9)
+        )
         errors.append(refit.output_moments(sublayer, now, target)[1])
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.8 * errors[0]

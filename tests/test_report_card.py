@@ -180,15 +180,15 @@ def test_the_verdict_names_what_is_beyond_two_errors():
 
 
 def test_dots_of_models_that_share_a_role_differ():
-    rows = {"dense": DENSE, "v2 + LoRA": PRUNED, "v3 + LoRA": DENSE, "mine": PRUNED}
+    rows = {"dense": DENSE, "v2 + LoRA": PRUNED, "v3 + LoRA": DENSE, "refitted-25": PRUNED}
     fig, ax = plt.subplots()
-    figures.task_dots(ax, report_card.task_table(rows), {"mine": "v3"})
+    figures.task_dots(ax, report_card.task_table(rows))
     labels = ax.get_legend_handles_labels()[1]
     assert set(labels) == {*rows, "chance"} and [text.get_text() for text in ax.get_yticklabels()][-1] == "mean"
     dots = {name: bars[0] for name, bars in zip(rows, ax.containers, strict=True)}
     faces = {name: (dot.get_markerfacecolor(), dot.get_marker()) for name, dot in dots.items()}
     assert faces["v2 + LoRA"] == (figures.COLORS["recovered"], "^") and faces["v3 + LoRA"] == ("white", "^")
-    assert faces["mine"] == (figures.COLORS["v3"], "s")
+    assert faces["refitted-25"] == (figures.COLORS["refit"], "P")
     plt.close(fig)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gqalib.errors import OutOfReach
 from gqalib.model.shapes import decoder_layers
 from gqalib.prune import refit
-from gqalib.prune.least_squares import damped, removal_order
+from gqalib.prune.least_squares import removal_order
 from gqalib.prune.plans import Plan, beyond_multiples, layer_sizes, units
 from gqalib.prune.sublayers import Sublayer, empty_like, sublayers
 from gqalib.steps import in_steps
@@ -188,8 +188,7 @@ def _costs(
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
     target = torch.sub(after, before, out=empty_like(before))
     moments, _ = refit.output_moments(sublayer, sublayer.calls(before, windows), target)
-    output = damped(covariance.to(moments.gram.device), ingredients.output_damping)
-    _, rises = removal_order(
-        sublayer.output.weight, moments.gram, sublayer.num_units - 1, sublayer.unit, output, ingredients.damping, step
-    )
+    output = refit.metric(covariance.to(moments.gram.device), ingredients.output_damping)
+    how = sublayer.unit, output, ingredients.part(sublayer.widest, moments.tokens), step
+    _, rises = removal_order(sublayer.output.weight, moments.gram, sublayer.num_units - 1, *how)
     return [0.0, *rises.tolist()]

@@ -3,7 +3,7 @@
 With X the inputs of a projection on calibration text, [tokens, features], Y the output that is wanted, W the dense
 weight [out, features], all sums in float64:
 
-    H = XᵀX + λI,  B = YᵀX + λW         λ = damping × mean diagonal of XᵀX
+    H = XᵀX + Λ,  B = YᵀX + WΛ          Λ = damping × the diagonal of XᵀX (Marquardt 1963)
     refit       W'_S = B_S H_SS⁻¹       the best weight on the kept features S, drawn towards W
     choice      start from W = B H⁻¹; remove the unit u with the least tr(G W_u (H⁻¹_uu)⁻¹ W_uᵀ),
                 correct W and H⁻¹, repeat (optimal brain surgery, Hassibi & Stork 1993; in whole units: SlimGPT 2024); G
@@ -23,36 +23,40 @@ class Moments:
 
     gram: Tensor | float = 0.0
     cross: Tensor | float = 0.0
+    tokens = 0
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         inputs = at_least_float32(inputs.flatten(0, -2))
+        self.tokens += len(inputs)
         self.gram += (inputs.T @ inputs).double()
         self.cross += (outputs.flatten(0, -2).to(inputs).T @ inputs).double()
 
 
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """`gram` + damping × its mean diagonal × I."""
-    damped = gram.clone()
-    damped.diagonal().add_(_ridge(gram, damping))
+def damped(matrix: Tensor, ridge: Tensor) -> Tensor:
+    """The matrix with so much more on its diagonal: a number, or one for each entry."""
+    damped = matrix.clone()
+    damped.diagonal().add_(ridge)
     return damped
 
 
-def _ridge(gram: Tensor, damping: float) -> Tensor:
-    """Never zero, so that features that are zero on all of the text, as masked heads leave them, can be solved for."""
-    return (damping * gram.diagonal().mean()).clamp(min=1e-30)
+def ridge(gram: Tensor, damping: float) -> Tensor:
+    """Λ of each feature, by its own size: one that is a thousand times as large on a few tokens, as Llama's are on the
+    first, would drown the others in a common λ. Never zero, so that features that are zero on all of the text, as
+    masked heads leave them, can be solved for."""
+    squares = gram.diagonal()
+    return (damping * squares.clamp(min=1e-6 * squares.mean())).clamp(min=1e-30)
 
 
 def solve(weight: Tensor, gram: Tensor, cross: Tensor, damping: float, kept: Sequence[int] | None = None) -> Tensor:
-    """W'_S = (YᵀX + λW)_S (XᵀX + λI)_SS⁻¹, float64 [out, |S|]: least squares on the kept features, drawn towards
+    """W'_S = (YᵀX + WΛ)_S (XᵀX + Λ)_SS⁻¹, float64 [out, |S|]: least squares on the kept features, drawn towards
     `weight`.
 
     Args:
         weight: [out, features]. gram: XᵀX [features, features]. cross: YᵀX [out, features]. kept: S (default: all).
     """
     columns = torch.arange(len(gram), device=gram.device) if kept is None else torch.as_tensor(kept, device=gram.device)
-    ridge, inner = _ridge(gram, damping), gram[columns][:, columns]
-    inner.diagonal().add_(ridge)
-    target = cross[:, columns] + ridge * weight[:, columns].double()
+    ridges = ridge(gram, damping)
+    inner, target = damped(gram, ridges)[columns][:, columns], (cross + weight.double() * ridges)[:, columns]
     return torch.cholesky_solve(target.T, cholesky(inner)).T
 
 
@@ -88,7 +92,7 @@ def removal_order(
     Returns:
         The units; and after each step the rise of Σ (output error)ᵀ G (output error) so far, float64 [steps].
     """
-    inverse = torch.cholesky_inverse(cholesky(damped(gram, damping)))
+    inverse = torch.cholesky_inverse(cholesky(damped(gram, ridge(gram, damping))))
     weight = weight.double() * (gram.diagonal() > 0)  # what does nothing costs nothing
     weight = weight if output is None else cholesky(output).T @ weight  # tr(G A Aᵀ) = ‖LᵀA‖², G = LLᵀ
     alive, order, rises = torch.ones(len(gram) // unit, dtype=torch.bool, device=gram.device), [], []

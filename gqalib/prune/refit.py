@@ -23,7 +23,9 @@ from torch.func import vjp
 from gqalib.errors import InputError
 from gqalib.model.shapes import decoder_layers
 from gqalib.model.surgery import drop_layers, replace_weight, restored_on_error, rows_of_heads, take_weights
-from gqalib.prune.least_squares import Moments, at_least_float32, cholesky, choose, conjugate_gradients, damped, solve
+from gqalib.prune.least_squares import (
+    Moments, at_least_float32, cholesky, choose, conjugate_gradients, damped, ridge, solve,
+)  # fmt: skip
 from gqalib.prune.plans import Plan, check_plan
 from gqalib.prune.scores import gradient_covariances, largest
 from gqalib.prune.sublayers import Call, Sublayer, empty_like, sublayers
@@ -42,10 +44,15 @@ class Ingredients:
     newton_rounds: int = 1  # afterwards: Gauss–Newton for q, k, v or gate, up together, then the output projection
     newton_steps: int = 3  # of conjugate gradients in each
     newton_share: float = 0.25  # of the calibration batches that the curvature is taken from
-    damping: float = 1e-3  # of H, times its mean diagonal
-    input_damping: float = 1e-3  # the same in the input refit
+    damping: float = 2.5  # of H, see `part`
     output_damping: float = 0.05  # of G, times its mean diagonal
     cuts: int = 64  # a layer's channels go in steps of 1/cuts of them; groups go one by one
+
+    def part(self, num_features: int, num_tokens: int) -> float:
+        """The part of H's diagonal that is added: the fewer tokens there are for a feature, the more of what a fit
+        finds is chance. For o_proj and down_proj the features are those of the wider one, so that their costs
+        compare."""
+        return self.damping * num_features / num_tokens
 
 
 RECIPE = Ingredients()
@@ -67,8 +74,9 @@ def mend(
         Its weights and biases.
     """
     now, output = list(sublayer.calls(current, windows)), sublayer.output
+    inner, damping = (ingredients.part(count, windows.numel()) for count in (current.shape[-1], sublayer.widest))
     if ingredients.input_refit:
-        refit_inputs(sublayer, sublayer.calls(wanted, windows), now, ingredients.input_damping)
+        refit_inputs(sublayer, sublayer.calls(wanted, windows), now, inner)
     target = empty_like(goal)
     if ingredients.residual_target:
         torch.sub(goal, current, out=target)
@@ -79,10 +87,15 @@ def mend(
     sublayer.keep(kept)
     replace_weight(output, weight)
     for _ in range(ingredients.newton_rounds):
-        steps = ingredients.newton_steps, ingredients.input_damping, ingredients.newton_share
+        steps = ingredients.newton_steps, inner, ingredients.newton_share
         moments = refit_together(sublayer, now, target, *steps)
-        replace_weight(output, solve(output.weight, moments.gram, moments.cross, ingredients.damping))
+        replace_weight(output, solve(output.weight, moments.gram, moments.cross, damping))
     return sublayer.module.state_dict()
+
+
+def metric(covariance: Tensor, damping: float) -> Tensor:
+    """G, damped by a part of its mean diagonal: no direction is free."""
+    return damped(covariance, damping * covariance.diagonal().mean())
 
 
 def refit_inputs(sublayer: Sublayer, wanted: Iterable[Call], current: Iterable[Call], damping: float) -> None:
@@ -91,7 +104,8 @@ def refit_inputs(sublayer: Sublayer, wanted: Iterable[Call], current: Iterable[C
     for call, goal in zip(current, wanted, strict=True):
         moments.add(call.inputs, goal.inputs)
     for linear in sublayer.inputs:
-        replace_weight(linear, solve(linear.weight, moments.gram, linear.weight.double() @ moments.cross, damping))
+        cross = linear.weight.double() @ moments.cross
+        replace_weight(linear, solve(linear.weight, moments.gram, cross, damping))
 
 
 def output_moments(sublayer: Sublayer, current: Iterable[Call], target: Tensor) -> tuple[Moments, float]:
@@ -122,12 +136,13 @@ def cut(
     Args:
         scores: of the units, the largest stay (default: OBS). covariance: G, not damped (default: the identity).
     """
-    weight, damping, gram, cross = sublayer.output.weight, ingredients.damping, moments.gram, moments.cross
+    weight, gram, cross = sublayer.output.weight, moments.gram, moments.cross
+    damping = ingredients.part(sublayer.widest, moments.tokens)
     if scores is not None:
         kept = largest(scores, sublayer.num_units - num_removed)
     else:
         best = solve(weight, gram, cross, damping)
-        output = None if covariance is None else damped(covariance.to(weight.device), ingredients.output_damping)
+        output = None if covariance is None else metric(covariance.to(weight.device), ingredients.output_damping)
         per_step = max(1, sublayer.num_units // ingredients.cuts)
         kept = choose(best, gram, num_removed, sublayer.unit, output, damping, per_step)
     columns = rows_of_heads(kept, sublayer.unit).to(weight.device)
@@ -143,8 +158,8 @@ def refit_together(
     """One Gauss–Newton step for q, k, v (or gate, up) together: Σ‖output − target‖² falls, or nothing changes.
 
     The output is linearised in the stacked weights V [rows, hidden], output ≈ output(V) + J·D, and JᵀJ D = Jᵀ(target −
-    output(V)) is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + λI of the normalised stream X:
-    nothing larger than V and a batch. JᵀJ is taken from a `share` of the batches, as in Hessian-free optimisation
+    output(V)) is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + Λ of the normalised stream X:
+    nothing larger than V and a batch. Few steps keep D small where the text says little. JᵀJ is taken from a `share` of the batches, as in Hessian-free optimisation
     (Martens 2010). A step that does not help is halved, three times at most.
 
     Returns `output_moments` of what the inputs have become.
@@ -163,7 +178,7 @@ def refit_together(
         return pulled * (len(current) / len(some))
 
     gram = sum((x.T @ x).double() for x in (call.inputs.flatten(0, -2) for call in current))
-    change = conjugate_gradients(product, wanted, cholesky(damped(gram, damping)), num_steps)
+    change = conjugate_gradients(product, wanted, cholesky(damped(gram, ridge(gram, damping))), num_steps)
     for scale in (1.0, 0.5, 0.25, 0.125, 0.0):
         parts = sublayer.split((start + scale * change).to(start.dtype) if scale else start)
         for linear, part in zip(sublayer.inputs, parts, strict=True):

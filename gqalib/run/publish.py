@@ -143,18 +143,14 @@ def publish(run_dir: Path, preset: str = QUICK, notebooks: Path = NOTEBOOKS, roo
     (results / preset).mkdir(parents=True, exist_ok=True)
     for path, record in records.items():
         name = f"{path.stem}.json"
-        if preset == REAL or preset == QUICK == page_preset(results, name):
-            page = _page(nbformat.read(path, as_version=4), nbformat.read(run_dir / path.name, as_version=4))
+        page = nbformat.read(path, as_version=4)
+        if preset == REAL or (preset == QUICK and f"of preset `{REAL}`" not in page.cells[0].source):
+            page = _page(page, nbformat.read(run_dir / path.name, as_version=4))
             page.cells[0].source = _named(page.cells[0].source, record)
             write_atomically(path, nbformat.writes(page) + "\n")
         write_atomically(results / preset / name, (run_dir / name).read_text(encoding="utf-8"))
         _copy_figures(run_dir, record, root / "figures" / preset)
     update_readme(root / "README.md", results, notebooks)
-
-
-def page_preset(results: Path, name: str) -> str:
-    """The preset whose outputs a page shows, by the name of its record."""
-    return REAL if (results / REAL / name).exists() else QUICK
 
 
 def _copy_figures(run_dir: Path, record: dict[str, Any], target: Path) -> None:
