@@ -413,3 +413,33 @@ def test_published_notebooks_are_clean(finished, tmp_path):
     code[-1].source += "  # changed"
     with pytest.raises(InputError, match="the code of 'words that came later' has changed since this run: run it"):
         publish._page(notebook, executed)
+
+
+def test_a_page_shows_the_real_model_once_it_has_run(tmp_path, monkeypatch):
+    """`tiny`, then `smollm2`, then `tiny` again: its record is replaced, the page stays."""
+    import nbformat
+
+    from gqalib.run import publish
+
+    monkeypatch.setattr(publish, "update_readme", lambda *_: None)
+    page, run_dir = tmp_path / "notebooks" / "01_made_up.ipynb", tmp_path / "run"
+    page.parent.mkdir()
+    run_dir.mkdir()
+    cells = [nbformat.v4.new_markdown_cell("# 01\n| **Reads** | nothing |\n"), nbformat.v4.new_code_cell("1")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), page)
+    shown = []
+    for preset, said in (("tiny", "first"), ("smollm2", "second"), ("tiny", "third")):
+        executed = nbformat.read(page, as_version=4)
+        executed.cells[1].outputs = [nbformat.v4.new_output("stream", text=said)]
+        nbformat.write(executed, run_dir / page.name)
+        parameters = {"model": "mine", "corpus": "mine"}
+        record = {"schema": 1, "notebook": page.stem, "preset": preset, "overrides": {}, "parameters": parameters}
+        record |= {"git_commit": "0123456789", "artefacts": [], "said": said}
+        (run_dir / f"{page.stem}.json").write_text(json.dumps(record))
+        publish.publish(run_dir, preset, page.parent, tmp_path)
+        heading, code = nbformat.read(page, as_version=4).cells
+        shown.append(code.outputs[0].text)
+        assert heading.source.count("**Outputs**") == 1
+    assert shown == ["first", "second", "second"] and "of preset `smollm2` (mine" in heading.source
+    kept = {path.parent.name: json.loads(path.read_text())["said"] for path in tmp_path.glob("data/results/*/*.json")}
+    assert kept == {"tiny": "third", "smollm2": "second"}

@@ -55,8 +55,8 @@ def solve(weight: Tensor, gram: Tensor, cross: Tensor, damping: float, kept: Seq
         weight: [out, features]. gram: XᵀX [features, features]. cross: YᵀX [out, features]. kept: S (default: all).
     """
     columns = torch.arange(len(gram), device=gram.device) if kept is None else torch.as_tensor(kept, device=gram.device)
-    ridges = ridge(gram, damping)
-    inner, target = damped(gram, ridges)[columns][:, columns], (cross + weight.double() * ridges)[:, columns]
+    ridges = ridge(gram, damping)[columns]
+    inner, target = damped(gram[columns][:, columns], ridges), cross[:, columns] + weight[:, columns].double() * ridges
     return torch.cholesky_solve(target.T, cholesky(inner)).T
 
 

@@ -159,8 +159,9 @@ def refit_together(
 
     The output is linearised in the stacked weights V [rows, hidden], output ≈ output(V) + J·D, and JᵀJ D = Jᵀ(target −
     output(V)) is solved by `num_steps` of conjugate gradients, preconditioned by XᵀX + Λ of the normalised stream X:
-    nothing larger than V and a batch. Few steps keep D small where the text says little. JᵀJ is taken from a `share` of the batches, as in Hessian-free optimisation
-    (Martens 2010). A step that does not help is halved, three times at most.
+    nothing larger than V and a batch. Few steps keep D small where the text says little. JᵀJ is taken from a `share` of
+    the batches, as in Hessian-free optimisation (Martens 2010). A step that does not help is halved, three times at
+    most.
 
     Returns `output_moments` of what the inputs have become.
     """
