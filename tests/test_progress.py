@@ -34,8 +34,8 @@ from gqalib.run.notebook import SHARED, Notebook, code_used, progress_dir, read_
 from gqalib.run.presets import load_preset
 from gqalib.run.resume import NOT_KEPT, Progress, digest
 
-QUICK = refit.Ingredients(newton_rounds=1, newton_steps=1)
-UNTRIED = refit.Ingredients(newton_rounds=0)
+QUICK = refit.Ingredients(newton_rounds=1, newton_steps=1, damping=0.01)
+UNTRIED = refit.Ingredients(newton_rounds=0, damping=0.01)  # so little that every other argument shows
 
 
 class Killed(BaseException):
