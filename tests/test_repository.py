@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 
 import nbformat
@@ -114,6 +115,15 @@ def test_readme_equals_the_records():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     for name, block in publish.readme_blocks(RESULTS.parent).items():
         assert f"<!-- {name} -->\n{block}\n<!-- /{name} -->" in text, f"run `make publish`: README's {name} differ"
+
+
+def test_readme_shows_no_table_of_two_runs(tmp_path):
+    """01 has run anew, 07 has not: its perplexities are of another text than 01 says."""
+    shutil.copytree(RESULTS.parent, tmp_path, dirs_exist_ok=True)
+    first = tmp_path / "tiny" / "01_baseline.json"
+    first.write_text(first.read_text(encoding="utf-8").replace('"seed": 0', '"seed": 1'), encoding="utf-8")
+    before, after = (publish.readme_blocks(folder)["results"] for folder in (RESULTS.parent, tmp_path))
+    assert "preset `tiny`" in before and "preset `tiny`" not in after and "preset `smollm2`" in after
 
 
 def test_the_story_holds():

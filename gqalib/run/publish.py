@@ -16,7 +16,7 @@ from gqalib.figures import as_markdown
 from gqalib.measure import frontier
 from gqalib.model.names import REPOSITORY
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
-from gqalib.run.notebook import read_record, write_atomically
+from gqalib.run.notebook import read_record, sha256, write_atomically
 
 QUICK = "tiny"  # the preset that a page which is opened runs
 REAL = "smollm2"  # the preset whose executed notebooks are committed; the quick look's where it has none yet
@@ -201,10 +201,15 @@ def _minutes(record: Path) -> str:
 
 
 def _all_presets(results: Path, name: str) -> list[dict[str, Any]]:
-    """The records of a notebook, a preset each: the real model's first, then the quick look's."""
+    """The records of a notebook, a preset each: the real model's first, then the quick look's. Left out is one that
+    read others than those beside it: it is to be run again."""
     order = {REAL: 0, QUICK: 1}
     paths = sorted(results.glob(f"*/{name}.json"), key=lambda path: (order.get(path.parent.name, 2), path))
-    return [read_record(path) for path in paths]
+    return [record for path in paths if _is_current(record := read_record(path), path.parent)]
+
+
+def _is_current(record: dict[str, Any], folder: Path) -> bool:
+    return all(sha256(folder / f"{name}.json") == value for name, value in record["upstream"].items())
 
 
 def _results_block(record: dict[str, Any], results: Path) -> str:
