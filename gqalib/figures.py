@@ -16,7 +16,8 @@ from gqalib.stream import batches
 
 # Also apart in greyscale: from dark to light. Markers say the same for lines.
 COLORS = {
-    "dense": "#222222", "v2": "#b2182b", "v3": "#2166ac", "refit": "#762a83", "recovered": "#5aae61", "other": "#a0a0a0",
+    "dense": "#222222", "v2": "#b2182b", "v3": "#2166ac", "refit": "#762a83", "recovered": "#5aae61",
+    "other": "#a0a0a0",
 }  # fmt: skip
 PAPER_WIDTH = 6.75  # inches, of the text on a page of two columns
 MARKERS = {"dense": "o", "v2": "X", "v3": "s", "refit": "P", "recovered": "^", "other": "."}

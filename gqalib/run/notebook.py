@@ -144,10 +144,10 @@ def fitting_record(path: Path, parameters: dict[str, Any], seed: int) -> dict[st
     return record
 
 
-def committed_seconds(name: str, preset: str) -> float:
+def committed_seconds(name: str, preset: str, results: Path = COMMITTED) -> float:
     """How long a notebook took in the committed run of a preset; 0 where there is none."""
     with contextlib.suppress(InputError):
-        return read_record(COMMITTED / preset / f"{name}.json")["seconds"]
+        return read_record(results / preset / f"{name}.json")["seconds"]
     return 0.0
 
 

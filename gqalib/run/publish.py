@@ -16,7 +16,7 @@ from gqalib.figures import as_markdown
 from gqalib.measure import frontier
 from gqalib.model.names import REPOSITORY
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
-from gqalib.run.notebook import read_record, sha256, write_atomically
+from gqalib.run.notebook import committed_seconds, read_record, sha256, write_atomically
 
 QUICK = "tiny"  # the preset that a page which is opened runs
 REAL = "smollm2"  # the preset whose executed notebooks are committed; the quick look's where it has none yet
@@ -183,8 +183,8 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
     rows = []
     for path in numbered_notebooks(notebooks):
         number, _, title = _title(path).partition(" · ")
-        times = [_minutes(results / preset / f"{path.stem}.json") for preset in (QUICK, REAL)]
-        rows.append([f"[{number}](notebooks/{path.name})", title, *times])
+        times = (committed_seconds(path.stem, preset, results) for preset in (QUICK, REAL))
+        rows.append([f"[{number}](notebooks/{path.name})", title, *(f"{s / 60:.1f}" if s else "–" for s in times)])
     return {
         "results": "\n\n".join(_results_block(r, results) for r in _all_presets(results, "07_cost_analysis")),
         "cost": cost_block(results),
@@ -194,10 +194,6 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         ),
         "frontier": "\n\n".join(map(_frontier_block, _all_presets(results, "10_frontier"))),
     }
-
-
-def _minutes(record: Path) -> str:
-    return f"{read_record(record)['seconds'] / 60:.1f}" if record.exists() else "–"
 
 
 def _all_presets(results: Path, name: str) -> list[dict[str, Any]]:
