@@ -7,6 +7,9 @@ import json
 import math
 import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -392,6 +395,20 @@ def test_what_takes_a_name_is_on_the_disk_before(tmp_path, tokenizer, monkeypatc
     ]
     assert {"model.safetensors", "01_first.ipynb"} <= {path.name for path in files}
     assert not [path for path in files if path.stat().st_ino not in on_disk]
+
+
+def test_progress_that_several_begin_at_once(kept, monkeypatch):
+    """As notebooks that run beside each other do: none throws away what another has kept."""
+    all_there, look = threading.Barrier(4), resume._text
+    monkeypatch.setattr(resume, "_text", lambda path: (time.sleep(0.05), look(path))[1])
+
+    def begin(name):
+        all_there.wait()
+        kept().keep(name, name)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(begin, "abcd"))
+    assert [kept().load(name) for name in "abcd"] == [*"abcd"]
 
 
 def test_nothing_is_kept_by_default(tmp_path, monkeypatch):

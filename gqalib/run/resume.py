@@ -13,6 +13,7 @@ are drawn, the generator's state belongs into the part.
 
 import ast
 import dataclasses
+import fcntl
 import hashlib
 import inspect
 import json
@@ -20,7 +21,7 @@ import numbers
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,12 @@ class Progress:
     def __init__(self, folder: Path, key: Any):
         self.folder = folder
         description = json.dumps(key, sort_keys=True, indent=1)
-        if _text(folder / "key.json") != description:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            with replacing(folder / "key.json") as file:
-                file.write_text(description, encoding="utf-8")
+        with _alone_in(folder.parent):  # notebooks that run beside each other share some
+            if _text(folder / "key.json") != description:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                with replacing(folder / "key.json") as file:
+                    file.write_text(description, encoding="utf-8")
 
     def of(self, *inputs: Any) -> "Progress":
         """Progress for these inputs alone: models, tensors, dataclasses, numbers, lists and dicts of them, seen by
@@ -146,6 +148,19 @@ def onto_disk(path: Path) -> None:
             os.fsync(file.fileno())
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time, as far as the file system has locks; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
 def _text(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
@@ -206,9 +221,7 @@ def _pieces(thing: Any) -> Iterator[bytes | memoryview]:
         yield from _pieces(dict(thing.named_parameters()))
     elif isinstance(thing, torch.Tensor):
         yield f"{thing.dtype}{list(thing.shape)};".encode()
-        if (
-            not thing.is_meta
-        ):  # weights that wait elsewhere are known by the model's files, which are in a notebook's key
+        if not thing.is_meta:  # weights that wait elsewhere are known by the model's files, in a notebook's key
             yield thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     elif isinstance(thing, np.ndarray):
         yield from _pieces(torch.from_numpy(thing))
