@@ -96,8 +96,8 @@ CLAIMS = (
           "speed", no_effect=1),
     Claim("5–6× faster, 84.64 % removed, at its size", "decoding one sequence, Llama-3-8B's shape",
           "decode_removed_at_size", 5, math.inf, "×", ("07_cost_analysis", 'at_size["tables"]["speed"]'),
-          "This is the claim at its own size on a GPU. Larger batches, longer contexts and prompts are in the same "
-          "table, and some of them come much nearer to their ceilings.", "speed", no_effect=1),
+          "This is the claim at its own size on a GPU. Larger batches, longer contexts and prompts are in the figure "
+          "of the same section, and some of them come much nearer to their ceilings.", "speed", no_effect=1),
     Claim("5–6× faster, 84.64 % kept, at its size", "decoding one sequence, Llama-3-8B's shape",
           "decode_kept_at_size", 5, math.inf, "×", ("07_cost_analysis", 'at_size["tables"]["speed"]'),
           "Counting has already decided this reading; the measurement agrees with the ceiling or stays below it.",
