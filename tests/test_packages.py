@@ -191,6 +191,24 @@ def test_a_folder_has_a_file_per_split(folder):
         list(corpora.read_corpus(corpus, "train"))
 
 
+@pytest.mark.parametrize(
+    ("command", "split", "wrong"),
+    [("evaluate --tasks bogus", "test.parquet", "unknown task 'bogus'"),
+     ("prune --out smaller --remove 2", "train.jsonl", "remove = 2")],
+)  # fmt: skip
+def test_a_command_wants_the_split_that_it_reads(command, split, wrong, folder, monkeypatch, capsys):
+    """It is the other mistake that is named; without that split it is the folder."""
+    monkeypatch.chdir(folder)
+    for file in {*folder.iterdir()} - {folder / split}:
+        file.unlink()
+    asked = [*command.split(), "--model", str(REPOSITORY / "data" / "reference_model"), "--corpus", f"folder:{folder}"]
+    assert main(asked) == 2
+    assert wrong in capsys.readouterr().err
+    (folder / split).unlink()
+    assert main(asked) == 2
+    assert f"must hold one file of the {split.split('.')[0]} split" in capsys.readouterr().err
+
+
 def test_wikitext_in_a_file_is_joined_as_its_protocol_says(tmp_path):
     text = " \n = A heading = \n \n A paragraph . \n"
     (tmp_path / "test.txt").write_text(text)

