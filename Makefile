@@ -49,14 +49,15 @@ UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval --numprocesses 2 -
 define ALL_PAGES
 	rm -rf runs/nbval
 	$(MAKE) --jobs 2 pages-first pages-second
-	$(MAKE) pages-last
+	$(MAKE) --jobs 2 pages-third pages-fourth
 endef
 
-.PHONY: pages-first pages-second pages-last
+.PHONY: pages-first pages-second pages-third pages-fourth
 pages-first: PAGES = notebooks/0[1-8]_*.ipynb
 pages-second: PAGES = notebooks/09_*.ipynb notebooks/1[0-2]_*.ipynb notebooks/solutions/*.ipynb  # read no record of the first
-pages-last: PAGES = notebooks/1[3-9]_*.ipynb
-pages-first pages-second pages-last:
+pages-third: PAGES = notebooks/14_*.ipynb  # these two read both
+pages-fourth: PAGES = notebooks/13_*.ipynb notebooks/1[5-9]_*.ipynb
+pages-first pages-second pages-third pages-fourth:
 	OMP_NUM_THREADS=1 GQALIB_PRESET=smoke GQALIB_RUNS=$(CURDIR)/runs/nbval \
 	  TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1 \
 	  $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 -p no:randomly $(PAGES)
