@@ -205,7 +205,8 @@ def _all_presets(results: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _is_current(record: dict[str, Any], folder: Path) -> bool:
-    return all(sha256(folder / f"{name}.json") == value for name, value in record["upstream"].items())
+    paths = {folder / f"{name}.json": value for name, value in record["upstream"].items()}
+    return all(path.exists() and sha256(path) == value for path, value in paths.items())
 
 
 def _results_block(record: dict[str, Any], results: Path) -> str:
