@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from gqalib.model import shapes
+from gqalib.model.load import load_tokenizer, save_model
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
 
 
@@ -84,6 +85,14 @@ def tokenizer():
     words = Tokenizer(WordLevel({"<e>": 0, "<u>": 1} | {f"w{i}": i for i in range(2, 61)}, "<u>"))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", pad_token="<e>", unk_token="<u>")
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """A folder with a small model that reads English, by the reference model's tokenizer."""
+    model = small_model(vocab_size=4096, max_position_embeddings=256)
+    save_model(model, load_tokenizer("data/reference_model"), tmp_path / "reader")
+    return str(tmp_path / "reader")
 
 
 @pytest.fixture

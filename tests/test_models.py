@@ -83,31 +83,47 @@ def test_save_load_same_logits(uneven, logits_of, tokenizer, tmp_path):
         assert loaded.config.tie_word_embeddings == uneven.config.tie_word_embeddings
 
 
-def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path):
+# trust_remote_code: without gqalib, transformers loads such a folder in no other way, so nothing else can be tested.
+# What it trusts is this repository's own file, which save_model has just copied; the process has no network.
+WITHOUT_GQALIB = """
+import sys; sys.modules["gqalib"] = None
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+for folder in map(str.strip, sys.stdin):
+    expected = load_file(folder + "/expected.safetensors")
+    load = lambda kind: kind.from_pretrained(folder + "/m", trust_remote_code=True).eval()
+    logits = load(AutoModelForCausalLM)(expected["x"], use_cache=False).logits
+    states = load(AutoModel)(expected["x"], use_cache=False).last_hidden_state  # vLLM's
+    print(torch.equal(logits, expected["y"]), torch.equal(states, expected["states"]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """What says, in a process that has no gqalib, whether a saved folder gives the logits and the last hidden states
+    that are expected."""
+    home = tmp_path_factory.mktemp("elsewhere")
+    environment = {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": (home / "said").open("w"), "text": True}
+    command = [sys.executable, "-c", WITHOUT_GQALIB]
+    with subprocess.Popen(command, cwd=home, env=environment, **pipes) as process:
+
+        def same(folder):
+            print(folder, file=process.stdin, flush=True)
+            return process.stdout.readline().split() or (home / "said").read_text()[-2000:]
+
+        yield same
+        process.stdin.close()
+
+
+def test_loads_without_gqalib(uneven, windows, logits_of, tokenizer, tmp_path, elsewhere):
     """A saved folder carries its own modelling code, so that plain transformers can load it."""
     save_model(uneven, tokenizer, tmp_path / "m")
     with torch.no_grad():
         states = uneven.model(windows, use_cache=False).last_hidden_state
     save_file({"x": windows, "y": logits_of(uneven), "states": states}, tmp_path / "expected.safetensors")
-    # trust_remote_code: without gqalib, transformers loads such a folder in no other way, so nothing else can be tested.
-    # What it trusts is this repository's own file, which save_model has just copied; the script has no network.
-    script = (
-        "import sys, torch; sys.modules['gqalib'] = None\n"
-        "from transformers import AutoModel, AutoModelForCausalLM; from safetensors.torch import load_file\n"
-        f"e = load_file({str(tmp_path / 'expected.safetensors')!r})\n"
-        f"load = lambda kind: kind.from_pretrained({str(tmp_path / 'm')!r}, trust_remote_code=True).eval()\n"
-        "assert torch.equal(load(AutoModelForCausalLM)(e['x'], use_cache=False).logits, e['y'])\n"
-        "assert torch.equal(load(AutoModel)(e['x'], use_cache=False).last_hidden_state, e['states'])  # vLLM's"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert elsewhere(tmp_path) == ["True", "True"]
 
 
 def test_a_saved_folder_names_every_class(tokenizer, tmp_path):
@@ -449,8 +465,8 @@ def test_biases_and_dropped_layers_save_and_load(corrected, logits_of, tokenizer
         assert loaded.config.num_hidden_layers == 2 and loaded.model.layers[0].self_attn.q_proj.bias is None
 
 
-def test_biases_and_dropped_layers_load_without_gqalib(corrected, windows, logits_of, tokenizer, tmp_path):
-    test_loads_without_gqalib(corrected, windows, logits_of, tokenizer, tmp_path)
+def test_biases_and_dropped_layers_load_without_gqalib(corrected, windows, logits_of, tokenizer, tmp_path, elsewhere):
+    test_loads_without_gqalib(corrected, windows, logits_of, tokenizer, tmp_path, elsewhere)
 
 
 def test_biases_and_dropped_layers_generate(corrected, windows):

@@ -96,9 +96,9 @@ def test_a_preset_asks_for_nothing_or_by_name(tmp_path):
 # ---------------------------------------------------------------- through lm-eval
 
 
-def test_every_task_is_scored_by_lm_eval(data):
+def test_every_task_is_scored_by_lm_eval(data, reader):
     """Of a small model: questions that are held out, a right answer's log-likelihood by hand, programs that are run."""
-    model, tokenizer = load_model(REFERENCE, device="cpu"), load_tokenizer(REFERENCE)
+    model, tokenizer = load_model(reader, device="cpu"), load_tokenizer(reader)
     names = ["mmlu", "lambada", "squad", "humaneval"]
     rows = more_tasks.score_tasks(model, tokenizer, names, limit=2, run_code=True)
     assert rows["task"].tolist() == [name for name in names for _ in range(2)]

@@ -277,8 +277,8 @@ def test_boolq_is_scored_on_passages_that_nothing_was_learned_from(olmo):
     assert scored and not trained.intersection(scored) and len(set(olmo) - trained) == len(scored)
 
 
-def test_tasks_are_scored_with_errors_and_paired_differences(olmo):
-    model, tokenizer = load_model("data/reference_model", device="cpu"), load_tokenizer("data/reference_model")
+def test_tasks_are_scored_with_errors_and_paired_differences(olmo, reader):
+    model, tokenizer = load_model(reader, device="cpu"), load_tokenizer(reader)
     rows = tasks.score_tasks(model, tokenizer, ["all"], limit=4)
     assert rows["task"].unique().tolist() == list(tasks.TASKS)
     assert rows.groupby("task")["example"].count().eq(4).all()
@@ -289,9 +289,9 @@ def test_tasks_are_scored_with_errors_and_paired_differences(olmo):
     assert table.loc["piqa", "accuracy"] == 100 * rows.loc[rows["task"] == "piqa", "right"].mean()
 
 
-def test_the_right_answer_is_the_one_that_counts(olmo):
+def test_the_right_answer_is_the_one_that_counts(olmo, reader):
     """A model that has seen nothing but the right endings finds them likely: `nats` and `right` follow the label."""
-    model, tokenizer = load_model("data/reference_model", device="cpu"), load_tokenizer("data/reference_model")
+    model, tokenizer = load_model(reader, device="cpu"), load_tokenizer(reader)
     likely = tasks.score_tasks(model, tokenizer, ["piqa"], limit=2)
     ids = tokenizer("Question: Count to 0.\nAnswer: Count.", return_tensors="pt")["input_ids"]
     prompt = len(tokenizer("Question: Count to 0.\nAnswer:")["input_ids"])
@@ -301,8 +301,8 @@ def test_the_right_answer_is_the_one_that_counts(olmo):
     assert likely["nats"][0] == pytest.approx(nats / len(" Count."), rel=1e-3)
 
 
-def test_evaluate_scores_tasks_beside_another_model(olmo, capsys):
-    where = ["--model", "data/reference_model", "--against", "data/reference_model", "--tokens", "256"]
+def test_evaluate_scores_tasks_beside_another_model(olmo, reader, capsys):
+    where = ["--model", reader, "--against", reader, "--tokens", "256"]
     assert main(["evaluate", *where, "--tasks", "piqa,arc_easy", "--limit", "2"]) == 0
     said = capsys.readouterr().out
     assert "difference_error" in said and "arc_easy" in said and "mean" in said

@@ -1,16 +1,21 @@
 """`gqalib recover` and `gqalib distill`: one process and two end at the same model."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
 import torch
 import trl
+from accelerate.commands import launch
 from conftest import small_model
 
 from gqalib import InputError
@@ -79,25 +84,43 @@ def site(tmp_path_factory, monkeypatch):
     return folder
 
 
-def in_two(arguments, site, folder, *options, succeeds=True, **variables):
-    """`accelerate launch` with two processes."""
-    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(site), ENVIRONMENT["PYTHONPATH"]]), **variables}
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *options,
-        "--num_processes",
-        "2",
-        "--mixed_precision",
-        "no",
-    ]
-    command += ["--num_machines", "1", "--dynamo_backend", "no", "-m", "gqalib", *arguments]
-    finished = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert (finished.returncode == 0) == succeeds, finished.stderr[-2000:]
-    return finished.stderr
+def launched(arguments, *options):
+    """The command line of `accelerate launch` for two processes."""
+    count = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    return [*options, *count, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "gqalib", *arguments]
+
+
+def in_two(arguments, site, *options, succeeds=True, **variables):
+    """`accelerate launch` with two processes, forked from one that has loaded torch and trl: to load them takes ten
+    seconds each time. The launcher's part is its own, torchrun's is done here."""
+
+    def start(parsed):
+        common = dict(os.environ) | {"MASTER_ADDR": "localhost", "MASTER_PORT": parsed.master_port, "WORLD_SIZE": "2"}
+        how = [(rank, common, site, parsed.training_script_args) for rank in range(2)]
+        processes = [LOADED.Process(target=one_of_two, args=each) for each in how]
+        [process.start() for process in processes]
+        [process.join(300) for process in processes]
+        codes.extend(process.exitcode for process in processes)
+
+    codes = []
+    with patch.dict(os.environ, ENVIRONMENT | variables), patch("torch.distributed.run.run", start):
+        launch.launch_command(launch.launch_command_parser().parse_args(launched(arguments, *options)))
+    said = "".join((site / f"said{rank}").read_text() for rank in range(2))
+    assert (codes == [0, 0]) == succeeds, said[-2000:]
+    return said
+
+
+LOADED = multiprocessing.get_context("forkserver")
+LOADED.set_forkserver_preload(["gqalib.run.cli", "gqalib.recover.lora", "gqalib.recover.distill"])
+
+
+def one_of_two(rank, environment, site, arguments):
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    torch.set_num_threads(1)
+    with (site / f"said{rank}").open("w") as said, contextlib.redirect_stderr(said):
+        runpy.run_path(str(site / "sitecustomize.py"))
+        code = main(arguments)
+    sys.exit(code)
 
 
 def weights(folder):
@@ -115,7 +138,11 @@ def check_same(folder, tolerance, others=frozenset()):
 def test_two_processes_train_as_one(arguments, site, tmp_path):
     """Each takes every other micro-batch of a step, so a step sees the same rows."""
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
-    in_two([*arguments, "--out", str(tmp_path / "two")], site, tmp_path, "--multi_gpu")
+    command = launched([*arguments, "--out", str(tmp_path / "two")], "--multi_gpu")
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(site), ENVIRONMENT["PYTHONPATH"]])}
+    how = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True, "check": False, "timeout": 300}
+    finished = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *command], **how)
+    assert finished.returncode == 0, finished.stderr[-2000:]
     check_same(tmp_path, 1e-6)
 
 
@@ -154,16 +181,15 @@ if "LOCAL_RANK" in os.environ:  # not in the launcher
 """
 
 
-def in_shards(arguments, site, folder, more="", succeeds=True):
+def in_shards(arguments, site, more="", succeeds=True):
     """FSDP 2 over two processes. accelerate has FSDP for accelerators only: here it takes CPU and gloo for two of them. The settings are those that trl ships.
 
     Each process writes its share of the weights into a file of its own, because lines of two processes can mix in one pipe.
     """
     (site / "sitecustomize.py").write_text(IN_FLOAT32 + FSDP_ON_CPU + more)
     config = Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml"
-    said = in_two(
-        arguments, site, folder, "--config_file", str(config), succeeds=succeeds, ACCELERATE_TORCH_DEVICE="cpu"
-    )
+    how = {"succeeds": succeeds, "ACCELERATE_TORCH_DEVICE": "cpu"}
+    said = in_two(arguments, site, "--config_file", str(config), **how)
     if not succeeds:
         return said
     shares = [float((site / f"share{rank}").read_text()) for rank in range(2)]
@@ -173,7 +199,7 @@ def in_shards(arguments, site, folder, more="", succeeds=True):
 
 def test_shards_train_as_one(arguments, site, tmp_path):
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
-    in_shards([*arguments, "--out", str(tmp_path / "two")], site, tmp_path)
+    in_shards([*arguments, "--out", str(tmp_path / "two")], site)
     check_same(tmp_path, 1e-5)
 
 
@@ -246,23 +272,23 @@ def check_taught(folder, tolerance):
 
 def test_two_processes_are_taught_as_one(lessons, site, tmp_path):
     assert main([*lessons, "--out", str(tmp_path / "one")]) == 0
-    in_two([*lessons, "--out", str(tmp_path / "two")], site, tmp_path, "--multi_gpu")
+    in_two([*lessons, "--out", str(tmp_path / "two")], site, "--multi_gpu")
     check_taught(tmp_path, 1e-5)
 
 
 def test_shards_are_taught_as_one_also_when_they_are_stopped(lessons, site, tmp_path):
     two = [*lessons, "--out", str(tmp_path / "two")]
     assert main([*lessons, "--out", str(tmp_path / "one")]) == 0
-    assert "the same command goes on" in in_shards(two, site, tmp_path, STOP_AFTER_SIX_STEPS, succeeds=False)
+    assert "the same command goes on" in in_shards(two, site, STOP_AFTER_SIX_STEPS, succeeds=False)
     assert [path.name for path in (tmp_path / "two.training").glob("checkpoint-*")] == ["checkpoint-6"]
-    in_shards(two, site, tmp_path)
+    in_shards(two, site)
     check_taught(tmp_path, 1e-5)
 
 
 def test_an_adapter_in_shards_is_merged(lessons, site, tmp_path):
     adapter = ["--set", "distillation.lora_r=4", "--set", "distillation.muon_lr=0"]
     assert main([*lessons, *adapter, "--out", str(tmp_path / "one")]) == 0
-    in_shards([*lessons, *adapter, "--out", str(tmp_path / "two")], site, tmp_path)
+    in_shards([*lessons, *adapter, "--out", str(tmp_path / "two")], site)
     check_same(tmp_path, 1e-5, {"dense", "text.txt"})
 
 
@@ -302,7 +328,7 @@ def test_a_row_for_each_shard(lessons, tokenizer, site, tmp_path):
     surgery.keep_channels(model, 1, [3])
     save_model(model, tokenizer, tmp_path / "model")
     out = ["--out", str(tmp_path / "two")]
-    said = in_shards([*lessons, *out], site, tmp_path, succeeds=False)
+    said = in_shards([*lessons, *out], site, succeeds=False)
     assert (
         "Muon cannot work on a matrix of 1 rows in 2 shards: start at most 1 processes, or set distillation.muon_lr=0"
         in said

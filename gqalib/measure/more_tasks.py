@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -164,31 +163,12 @@ def score_tasks(
 def _score(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, limit: int | None, rows: int
 ) -> pd.DataFrame:
-    import lm_eval  # takes seconds
-    from lm_eval.models.huggingface import HFLM
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=rows, softmax_dtype="float32")
     members = _members(name, limit)
-    how = {"log_samples": True, "bootstrap_iters": 0, "confirm_run_unsafe_code": name in RUN_CODE}
     runner = patch("evaluate.load", lambda _: CodeEval()) if name in RUN_CODE else contextlib.nullcontext()
     with runner:  # else lm-eval's HumanEval fetches from the hub what runs the programs
-        found = lm_eval.simple_evaluate(
-            harness, tasks=[{"group": "offline", "task": members}], task_manager=_task_manager(), **how
-        )
-    samples = [
-        sample
-        for member in members
-        for sample in sorted(found["samples"][member["task"]], key=lambda sample: sample["doc_id"])
-    ]
+        samples = tasks.answered(model, tokenizer, members, rows, confirm_run_unsafe_code=name in RUN_CODE)
+    samples = [sample for member in members for sample in samples[member["task"]]]
     return pd.DataFrame([{"task": name, "example": i} | _answer(name, sample) for i, sample in enumerate(samples)])
-
-
-@cache
-def _task_manager():
-    from lm_eval.tasks import TaskManager  # reads thousands of files
-
-    return TaskManager()
 
 
 def _members(name: str, limit: int | None) -> list[dict]:

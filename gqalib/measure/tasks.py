@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -68,19 +68,33 @@ def score_tasks(
     Raises:
         InputError: an unknown task, or a package that cannot be had.
     """
-    import lm_eval  # takes seconds
-    from lm_eval.models.huggingface import HFLM
-
     names = check_tasks(names)
     if limit is not None and limit < 1:
         raise InputError(f"limit = {limit} cannot be: give a positive number of examples")
+    samples = answered(model, tokenizer, [_member(name, limit) for name in names], rows)
+    return pd.concat([_examples(name, samples[name]) for name in names], ignore_index=True)
+
+
+def answered(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, members: list[dict], rows: int, **how
+) -> dict[str, list[dict]]:
+    """What lm-eval notes of every example of a group's members, by task, in the order of the data; `how`: its own
+    options."""
+    import lm_eval  # takes seconds
+    from lm_eval.models.huggingface import HFLM
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=rows, softmax_dtype="float32")
-    members = [_member(name, limit) for name in names]
-    found = lm_eval.simple_evaluate(
-        harness, tasks=[{"group": "offline", "task": members}], log_samples=True, bootstrap_iters=0, verbosity="ERROR"
-    )
-    return pd.concat([_examples(name, found["samples"][name]) for name in names], ignore_index=True)
+    how |= {"log_samples": True, "bootstrap_iters": 0, "task_manager": _task_manager()}
+    found = lm_eval.simple_evaluate(harness, tasks=[{"group": "offline", "task": members}], **how)
+    return {name: sorted(samples, key=lambda sample: sample["doc_id"]) for name, samples in found["samples"].items()}
+
+
+@cache
+def _task_manager():
+    from lm_eval.tasks import TaskManager  # reads thousands of files
+
+    return TaskManager()
 
 
 def _member(name: str, limit: int | None) -> dict:
@@ -114,7 +128,7 @@ def _official(doc: dict) -> dict:
 
 def _examples(name: str, samples: list[dict]) -> pd.DataFrame:
     rows = []
-    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+    for sample in samples:
         # WinoGrande's choices are two beginnings with one end, which is its target
         answer = int(sample["doc"]["answer"]) - 1 if name == "winogrande" else int(sample["target"])
         nats, _ = sample["filtered_resps"][answer]
