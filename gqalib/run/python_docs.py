@@ -9,6 +9,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # The packages whose docstrings make up python-docs: what `requirements.txt` pins and people read.
@@ -20,7 +21,8 @@ SKIPPED_FOLDERS = {"test", "tests", "_tests", "testing", "lib2to3", "site-packag
 HELD_OUT_ONE_IN = 25  # one file in 25 is validation text, another one test text
 
 
-def source_files() -> list[tuple[str, Path]]:
+@cache  # a notebook reads several samples
+def source_files() -> tuple[tuple[str, Path], ...]:
     """Name and path of every module of python-docs, in the order of a hash of the name (a fixed shuffle)."""
     roots = [("python", Path(sysconfig.get_paths()["stdlib"]))]
     for package in PACKAGES:
@@ -33,7 +35,7 @@ def source_files() -> list[tuple[str, Path]]:
             parts = path.relative_to(root).parts
             if not SKIPPED_FOLDERS.intersection(parts):
                 names["/".join((package, *parts))] = path
-    return sorted(names.items(), key=lambda item: _digest(item[0]))
+    return tuple(sorted(names.items(), key=lambda item: _digest(item[0])))
 
 
 def split_of(name: str) -> str:
@@ -74,7 +76,7 @@ def python_docs(split: str) -> Iterator[str]:
     A paragraph of a docstring that occurred before is left out, and `train` also leaves out every paragraph of the
     held-out files, so no paragraph of the test text was ever trained on. `train` ends with the language reference.
     """
-    seen = set() if split != "train" else {p for s in ("validation", "test") for p in _paragraph_digests(s)}
+    seen = set(_held_out(tuple(source_files()))) if split == "train" else set()
     for name, path in source_files():
         if split_of(name) == split and (document := _module_document(name, path, seen)):
             yield document
@@ -119,10 +121,11 @@ def _seen_before(paragraph: str, seen: set[str]) -> bool:
     return known
 
 
-def _paragraph_digests(split: str) -> Iterator[str]:
-    for name, path in source_files():
-        if split_of(name) == split:
-            yield from (_digest(p.strip()) for _, doc in _entries(path) for p in doc.split("\n\n"))
+@cache  # to parse their files takes longer than most samples do
+def _held_out(files: tuple[tuple[str, Path], ...]) -> frozenset[str]:
+    """Digests of the paragraphs of the files that are not training text."""
+    entries = (entry for name, path in files if split_of(name) != "train" for entry in _entries(path))
+    return frozenset(_digest(paragraph.strip()) for _, doc in entries for paragraph in doc.split("\n\n"))
 
 
 def _dotted(name: str) -> str:
