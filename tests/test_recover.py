@@ -77,7 +77,8 @@ torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False
 
 @pytest.fixture
 def site(tmp_path_factory, monkeypatch):
-    """Products stay in float32, here and in processes that find this folder: in bf16, halves of a batch are not rounded as the whole is."""
+    """Products stay in float32, here and in processes that find this folder: in bf16, halves of a batch are not rounded
+    as the whole is."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(IN_FLOAT32)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
@@ -97,10 +98,12 @@ def in_two(arguments, site, *options, succeeds=True, **variables):
     def start(parsed):
         common = dict(os.environ) | {"MASTER_ADDR": "localhost", "MASTER_PORT": parsed.master_port, "WORLD_SIZE": "2"}
         how = [(rank, common, site, parsed.training_script_args) for rank in range(2)]
-        processes = [LOADED.Process(target=one_of_two, args=each) for each in how]
-        [process.start() for process in processes]
-        [process.join(300) for process in processes]
-        codes.extend(process.exitcode for process in processes)
+        processes = [LOADED.Process(target=one_of_two, args=each, daemon=True) for each in how]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+            codes.append(process.exitcode)
 
     codes = []
     with patch.dict(os.environ, ENVIRONMENT | variables), patch("torch.distributed.run.run", start):
@@ -115,11 +118,13 @@ LOADED.set_forkserver_preload(["gqalib.run.cli", "gqalib.recover.lora", "gqalib.
 
 
 def one_of_two(rank, environment, site, arguments):
+    """A process as torchrun starts it; what it says goes into a file."""
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.set_num_threads(1)
     with (site / f"said{rank}").open("w") as said, contextlib.redirect_stderr(said):
         runpy.run_path(str(site / "sitecustomize.py"))
         code = main(arguments)
+        assert code or torch.distributed.is_initialized(), "each worked alone"
     sys.exit(code)
 
 
@@ -174,10 +179,8 @@ def step(self, *args, **options):
         raise KeyboardInterrupt
     return whole_step(self, *args, **options)
 
-if "LOCAL_RANK" in os.environ:  # not in the launcher
-    import transformers
-
-    whole_step, transformers.Trainer.training_step = transformers.Trainer.training_step, step
+import transformers
+whole_step, transformers.Trainer.training_step = transformers.Trainer.training_step, step
 """
 
 
