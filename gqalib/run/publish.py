@@ -184,7 +184,7 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
     for path in numbered_notebooks(notebooks):
         number, _, title = _title(path).partition(" · ")
         times = (committed_seconds(path.stem, preset, results) for preset in (QUICK, REAL))
-        rows.append([f"[{number}](notebooks/{path.name})", title, *(f"{s / 60:.1f}" if s else "–" for s in times)])
+        rows.append([f"[{number}](notebooks/{path.name})", title, *map(_minutes, times)])
     return {
         "results": "\n\n".join(_results_block(r, results) for r in _all_presets(results, "07_cost_analysis")),
         "cost": cost_block(results),
@@ -194,6 +194,10 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         ),
         "frontier": "\n\n".join(map(_frontier_block, _all_presets(results, "10_frontier"))),
     }
+
+
+def _minutes(seconds: float | None) -> str:
+    return "–" if not seconds else "< 0.1" if seconds < 3 else f"{seconds / 60:.1f}"
 
 
 def _all_presets(results: Path, name: str) -> list[dict[str, Any]]:
