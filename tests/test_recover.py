@@ -166,11 +166,13 @@ def backend(self, *args):
 
 def report(accelerator, model):
     model = prepare(accelerator, model)
-    whole, shards = (sum(p.numel() for p in side) for side in (model.parameters(), (p.to_local() for p in model.parameters())))
+    whole = sum(p.numel() for p in model.parameters())
+    shards = sum(p.to_local().numel() for p in model.parameters())
     Path(__file__).with_name("share" + os.environ["RANK"]).write_text(str(shards / whole))
     return model
 
-prepare, fsdp_utils.fsdp2_prepare_model, state.PartialState._prepare_backend = fsdp_utils.fsdp2_prepare_model, report, backend
+prepare, fsdp_utils.fsdp2_prepare_model = fsdp_utils.fsdp2_prepare_model, report
+state.PartialState._prepare_backend = backend
 import accelerate.accelerator
 accelerate.accelerator.fsdp2_prepare_model = report
 """
@@ -186,9 +188,10 @@ whole_step, transformers.Trainer.training_step = transformers.Trainer.training_s
 
 
 def in_shards(arguments, site, more="", succeeds=True):
-    """FSDP 2 over two processes. accelerate has FSDP for accelerators only: here it takes CPU and gloo for two of them. The settings are those that trl ships.
+    """FSDP 2 over two processes. accelerate has FSDP for accelerators only: here it takes CPU and gloo for two of them.
+    The settings are those that trl ships.
 
-    Each process writes its share of the weights into a file of its own, because lines of two processes can mix in one pipe.
+    Each process writes its share of the weights into a file of its own: lines of two processes can mix in one pipe.
     """
     (site / "sitecustomize.py").write_text(IN_FLOAT32 + FSDP_ON_CPU + more)
     config = Path(trl.__file__).parent / "accelerate_configs" / "fsdp2.yaml"
