@@ -43,7 +43,7 @@ def test_no_test_paragraph_is_in_the_training_text(monkeypatch):
     files = python_docs.source_files()
     held = [f for f in files if python_docs.split_of(f[0]) != "train"][:60]
     trained = [f for f in files if python_docs.split_of(f[0]) == "train"][:400]
-    monkeypatch.setattr(python_docs, "source_files", lambda: held + trained)
+    monkeypatch.setattr(python_docs, "source_files", lambda: tuple(held + trained))
     test = {p.strip() for d in python_docs.python_docs("test") for p in d.split("\n\n") if len(p) > 60}
     train = [p.strip() for d in python_docs.python_docs("train") for p in d.split("\n\n")]
     assert len(test) > 50 and len(train) > 500

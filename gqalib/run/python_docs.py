@@ -76,7 +76,7 @@ def python_docs(split: str) -> Iterator[str]:
     A paragraph of a docstring that occurred before is left out, and `train` also leaves out every paragraph of the
     held-out files, so no paragraph of the test text was ever trained on. `train` ends with the language reference.
     """
-    seen = set(_held_out(tuple(source_files()))) if split == "train" else set()
+    seen = set(_held_out(source_files())) if split == "train" else set()
     for name, path in source_files():
         if split_of(name) == split and (document := _module_document(name, path, seen)):
             yield document
