@@ -356,6 +356,18 @@ def test_every_round_comes_nearer(model, windows, half):
     assert errors[-1] < 0.8 * errors[0]
 
 
+@pytest.mark.parametrize("halves", [(), (1,), (0, 1)])
+def test_gauss_newton_only_where_it_is_asked_for(model, windows, clone, halves):
+    """In the first layer, before one half's weights change what the other reads."""
+    plain, other = clone(model), clone(model)
+    refit.sweep(plain, plan_for(model), windows, refit.Ingredients(newton_rounds=0))
+    refit.sweep(other, plan_for(model), windows, refit.Ingredients(newton_halves=halves))
+    for half, (one, two) in enumerate(zip(sublayers(plain, 0), sublayers(other, 0), strict=True)):
+        if half == 0 or 0 not in halves:
+            same = [torch.equal(a.weight, b.weight) for a, b in zip(one.inputs, two.inputs, strict=True)]
+            assert same == [half not in halves] * len(same)
+
+
 @pytest.mark.parametrize("off", EVERY_SWITCH)
 def test_nothing_removed_is_the_identity(model, windows, logits_of, off):
     before = logits_of(model)
