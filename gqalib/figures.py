@@ -20,7 +20,7 @@ COLORS = {
     "other": "#a0a0a0",
 }  # fmt: skip
 PAPER_WIDTH = 6.75  # inches, of the text on a page of two columns
-MARKERS = {"dense": "o", "v2": "X", "v3": "s", "refit": "P", "recovered": "^", "other": "."}
+MARKERS = {"dense": "o", "v2": "X", "v3": "s", "refit": "P", "recovered": "^", "other": "D"}
 
 
 def use_style() -> None:
@@ -119,10 +119,9 @@ def perplexity_dots(
     drawn = np.where(finite, values, dense)
     for position, (name, value, place, error) in enumerate(zip(names, values, drawn, reach, strict=True)):
         role = _role_of(name)
-        marker = MARKERS[role] if role != "other" else "D"
         number = f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
         text = number if finite[position] else "does not run" if np.isnan(value) else "beyond any number"
-        style = {"color": COLORS[role], "marker": marker if finite[position] else "", "ms": 6}
+        style = {"color": COLORS[role], "marker": MARKERS[role] if finite[position] else "", "ms": 6}
         ax.errorbar(place, -position, xerr=error or None, capsize=3, lw=1.2, **style)
         beside = {"xytext": (8, 0), "textcoords": "offset points"}
         ax.annotate(text, (place + error, -position), va="center", fontsize=9, **beside)
@@ -173,14 +172,14 @@ def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
 def task_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
     """Accuracy on each task, tasks down, a dot per model with two standard errors, a dash where guessing stands.
 
-    `table` is of `report_card.task_table`; a second model of a colour is hollow, a third a diamond.
+    `table` is of `report_card.task_table`; a second model of a colour is hollow, a third a triangle.
     """
     names, places = table["model"].unique(), {task: -i for i, task in enumerate(table["task"].unique())}
     seen: list[str] = []
     for index, name in enumerate(names):
         rows, role = table[table["model"] == name], _role_of(name)
         y = rows["task"].map(places) + 0.6 * (0.5 - (index + 0.5) / len(names))
-        style = {"color": COLORS[role], "marker": "D" if seen.count(role) > 1 else MARKERS[role], "ms": 6}
+        style = {"color": COLORS[role], "marker": "v" if seen.count(role) > 1 else MARKERS[role], "ms": 6}
         style |= {"mfc": "white"} if seen.count(role) == 1 else {}
         ax.errorbar(rows["accuracy"], y, xerr=2 * rows["error"], ls="", capsize=2, lw=1, label=name, **style)
         seen.append(role)

@@ -60,6 +60,15 @@ def test_whole_units_keep_multiples(multiple):
         whole_units(torch.ones(4), counts, 32)
 
 
+@given(st.integers(2, 40), st.integers(2, 4), st.floats(0.05, 0.95))
+def test_rounding_is_no_burden_of_the_first_layers(num_layers, count, rate):
+    """Equal layers at one rate: wherever the model is parted in two, both sides pay for whole units alike."""
+    rates, counts = torch.full((num_layers,), rate, dtype=torch.float64), torch.full((num_layers,), count)
+    removed = np.cumsum(whole_units(rates, counts))
+    even = removed[-1] * np.arange(1, num_layers + 1) / num_layers
+    assert abs(removed - even).max() < 1 + 1e-9
+
+
 def test_some_units_are_one_at_least_and_leave_one():
     assert [some_units(*pair) for pair in ((8, 0.25), (8, 0.01), (8, 0.99), (2, 0.1), (1, 0.5))] == [2, 1, 7, 1, 0]
 

@@ -40,59 +40,48 @@ def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: i
             feed([part], [lambda x, gram=gram: gram.add_(x.T @ x)], stream, windows)
             gram = least_squares.damped(gram, (RIDGE * gram.diagonal().mean()).clamp(min=1e-30))
             cross = gram @ weight.T
-            kept = select_units(gram, cross, part.num_units, removed, ROUNDS).tolist()
+            kept = select_units(gram, cross, part.num_units, removed, ROUNDS)
             columns = rows_of_heads(kept, part.unit)
             part.keep(kept)
             replace_weight(part.output, torch.linalg.solve(gram[columns][:, columns], cross[columns]).T)
         stream = advance(model, stream, windows, index, index + 1)
 
 
-def select_units(gram: torch.Tensor, cross: torch.Tensor, num_units: int, count: int, rounds: int = 0) -> torch.Tensor:
-    """The units that stay when `count` are eliminated: greedy backward elimination, then swaps. int64, ascending.
+def select_units(gram: torch.Tensor, cross: torch.Tensor, num_units: int, count: int, rounds: int) -> list[int]:
+    """The units that stay when `count` are eliminated, ascending: greedy backward elimination, then swaps. In a swap
+    the best unit comes back and the least of the others goes, as long as the error falls by it.
 
     Args:
         gram: H [features, features], positive definite; the features of unit u are consecutive.
         cross: B [features, outputs]. The error of a set S is constant − tr(B_Sᵀ H_SS⁻¹ B_S).
+        rounds: swaps at most.
     """
     weight, unit = torch.cholesky_solve(cross, least_squares.cholesky(gram)).T, len(gram) // num_units
     kept = least_squares.choose(weight, gram, count, unit, damping=0.0, per_step=max(1, num_units // 64))
-    kept = torch.tensor(kept, device=gram.device)
-    for _ in range(rounds if 0 < count else 0):
-        swapped = _swap(gram, cross, kept, num_units)
-        if swapped is None:
+    for _ in range(rounds if count else 0):
+        out = sorted(set(range(num_units)).difference(kept))
+        falls = _fall_with(gram, cross, kept, out, unit)
+        back = out[int(falls.argmax())]
+        larger = sorted([*kept, back])
+        rises = _rise_without(gram, cross, larger, unit)
+        gone = larger[int(rises.argmin())]
+        if gone == back or rises.min() >= falls.max() * (1 - 1e-9):
             break
-        kept = swapped
+        kept = [u for u in larger if u != gone]
     return kept
 
 
-def _rise_without(gram: torch.Tensor, cross: torch.Tensor, kept: torch.Tensor, num_units: int) -> torch.Tensor:
+def _rise_without(gram: torch.Tensor, cross: torch.Tensor, kept: list[int], unit: int) -> torch.Tensor:
     """Rise of the error when one more of the kept units goes: tr(W_uᵀ (H⁻¹_uu)⁻¹ W_u), with W = H_SS⁻¹ B_S; [kept]."""
-    unit = len(gram) // num_units
-    columns = rows_of_heads(kept.tolist(), unit)
+    columns = rows_of_heads(kept, unit)
     inverse = torch.cholesky_inverse(least_squares.cholesky(gram[columns][:, columns]))
     return least_squares.unit_losses((inverse @ cross[columns]).T, inverse, unit)
 
 
-def _fall_with(
-    gram: torch.Tensor, cross: torch.Tensor, kept: torch.Tensor, out: torch.Tensor, num_units: int
-) -> torch.Tensor:
+def _fall_with(gram: torch.Tensor, cross: torch.Tensor, kept: list[int], out: list[int], unit: int) -> torch.Tensor:
     """Fall of the error when one unit comes back: tr(R_vᵀ S_v⁻¹ R_v), R and S the rest of B and H that S does not
     explain; [out]."""
-    unit = len(gram) // num_units
-    inside, outside = rows_of_heads(kept.tolist(), unit), rows_of_heads(out.tolist(), unit)
+    inside, outside = rows_of_heads(kept, unit), rows_of_heads(out, unit)
     explained = torch.cholesky_solve(gram[inside][:, outside], least_squares.cholesky(gram[inside][:, inside]))
     rest = cross[outside] - explained.T @ cross[inside]
     return least_squares.unit_losses(rest.T, gram[outside][:, outside] - gram[outside][:, inside] @ explained, unit)
-
-
-def _swap(gram: torch.Tensor, cross: torch.Tensor, kept: torch.Tensor, num_units: int) -> torch.Tensor | None:
-    """The best unit comes back and the least of the others goes, if the error falls by it; otherwise None."""
-    out = torch.tensor([u for u in range(num_units) if u not in set(kept.tolist())], device=kept.device)
-    falls = _fall_with(gram, cross, kept, out, num_units)
-    back = out[falls.argmax()]
-    larger = torch.cat([kept, back[None]]).sort().values
-    rise = _rise_without(gram, cross, larger, num_units)
-    gone = larger[rise.argmin()]
-    if gone == back or rise.min() >= falls.max() * (1 - 1e-9):
-        return None
-    return larger[larger != gone]

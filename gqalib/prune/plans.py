@@ -135,17 +135,20 @@ def layer_sizes(model: nn.Module) -> torch.Tensor:
 def whole_units(rates: torch.Tensor, counts: torch.Tensor, multiple: int = 1) -> list[int]:
     """How many units (groups or channels) each layer loses: whole numbers whose sum is the nearest to Σ rate × count.
 
-    Largest remainders round up; every layer keeps at least one unit. With `multiple` > 1 each layer whose rate is not 0
-    keeps a multiple of it (hardware likes widths that are), and the sum is met within one, if none has to lose more.
+    Largest remainders round up, and of equal ones some at even distances over the depth, since front layers are no
+    better to lose. Every layer keeps at least one unit. With `multiple` > 1 each layer whose rate is not 0 keeps a
+    multiple of it (hardware likes widths that are), and the sum is met within one, if none has to lose more.
     """
     first, most = beyond_multiples(counts, multiple) * (rates > 0), counts // multiple - 1
     ideal = torch.minimum(((rates.double() * counts - first) / multiple).clamp(min=0), most.double())
     removed = ideal.floor().long()
-    spare = int((ideal.sum() - removed.sum()).round())
-    for layer in torch.argsort(ideal - removed, descending=True, stable=True).tolist():
-        if spare > 0 and removed[layer] < most[layer]:
-            removed[layer] += 1
-            spare -= 1
+    remainders = (ideal - removed).round(decimals=9)
+    if spare := int(remainders.sum().round()):
+        least = remainders.sort(descending=True).values[spare - 1]
+        removed += remainders > least
+        equal = (remainders == least).nonzero().flatten()
+        count = spare - int((remainders > least).sum())
+        removed[equal[((torch.arange(count) + 0.5) * len(equal) / count).long()]] += 1
     return (first + removed * multiple).tolist()
 
 
