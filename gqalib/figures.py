@@ -144,17 +144,16 @@ def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
     `table` from `speed.beside_ceilings`; its first model is the one that the others are compared with.
     """
     rows = table[table["phase"] == phase]
-    points = list(rows[["batch_size", "context"]].drop_duplicates().itertuples(index=False, name=None))
+    points = sorted(rows[["batch_size", "context"]].drop_duplicates().itertuples(index=False, name=None))
     names = [name for name in rows["model"].unique() if name != rows["model"].iloc[0]]
     width = 0.8 / max(1, len(names))
     for index, name in enumerate(names):
         own = rows[rows["model"] == name].set_index(["batch_size", "context"]).reindex(points)
         x = np.arange(len(points)) + (index - (len(names) - 1) / 2) * width
         reach = [own["speedup"] - own["speedup_low"], own["speedup_high"] - own["speedup"]]
-        shade = 0.3 + 0.7 * (index + 1) / len(names)  # models without a colour of their own differ in it
-        role = _role_of(name)
-        marker = "^oD"[index % 3] if role == "other" else MARKERS[role]
-        style = {"marker": marker, "color": COLORS[role], "alpha": shade, "ms": 6, "capsize": 2}
+        style = {"marker": MARKERS[role := _role_of(name)], "color": COLORS[role], "ms": 6, "capsize": 2}
+        if role == "other":  # models without a colour of their own: darker and darker
+            style |= {"marker": "^oD"[index % 3], "color": str(0.6 * (1 - (index + 1) / len(names)))}
         ax.errorbar(x, own["speedup"], reach, ls="", lw=1, label=name, **style)
         dash = {"marker": "_", "s": 1500 * width / len(points), "color": COLORS["v2"], "lw": 2}
         ax.scatter(x, own["ceiling"].where(own["speedup"].notna()), label=None if index else "ceiling", **dash)
