@@ -49,6 +49,13 @@ def test_whole_units_meet_the_target_within_one(layers):
     assert ((removed - reachable).abs() < 1 + 1e-9).all()
 
 
+@given(st.integers(2, 40), st.integers(1, 4), st.floats(0.05, 0.95))
+def test_equal_layers_lose_equally_many_groups(num_layers, count, rate):
+    rates, counts = torch.full((num_layers,), rate, dtype=torch.float64), torch.full((num_layers,), count)
+    (removed,) = set(whole_units(rates, counts, alike=True))
+    assert abs(removed - min(rate * count, count - 1)) <= 0.5 + 1e-9
+
+
 @pytest.mark.parametrize("multiple", [4, 8])
 def test_whole_units_keep_multiples(multiple):
     """Whatever the widths are; a layer that loses nothing stays as it is."""

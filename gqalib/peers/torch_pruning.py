@@ -84,7 +84,7 @@ def _query_heads_and_channels(model: nn.Module, fraction: float, multiple: int) 
     mha, per_group = queries == kv_heads, queries // kv_heads
     step_costs = torch.where(mha, groups, torch.tensor(own, dtype=torch.float64) / per_group)
     steps = torch.where(mha, kv_heads, per_group - 1)  # whole_units leaves one, so two query heads of a group stay
-    taken = torch.tensor(whole_units(fraction * kv_heads * groups / step_costs / steps, steps))
+    taken = torch.tensor(whole_units(fraction * kv_heads * groups / step_costs / steps, steps, alike=True))
     left = fraction * count_parameters(model)["backbone"] - (taken * step_costs).sum()
     heads = taken * torch.where(mha, 1, kv_heads)
     return heads.tolist(), spread_channels(left, widths, channels, torch.ones_like(channels), multiple)

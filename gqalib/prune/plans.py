@@ -39,7 +39,7 @@ class Plan:
         """
         kv_heads, widths, costs = units(model)
         attention, mlp = kv_heads * costs[:, 0], widths * costs[:, 1]
-        groups = torch.tensor(whole_units(rates, kv_heads))
+        groups = torch.tensor(whole_units(rates, kv_heads, alike=True))
         spare = (rates * (layer_sizes(model) - mlp) - groups / kv_heads * attention).sum() / mlp.sum()
         return cls(rates.tolist(), groups.tolist(), whole_units((rates + spare).clamp(0, 1), widths, channel_multiple))
 
@@ -47,8 +47,8 @@ class Plan:
 def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = (), multiple: int = 1) -> Plan:
     """The same rate for every layer that is not protected, so that `fraction` of the backbone goes.
 
-    Whole groups come as near to the rate as they can; what their rounding leaves is spread over the channels of the
-    same layers, so the budget is met within one channel. With a `multiple` each of these layers keeps a multiple of it.
+    Equal layers lose equally many groups, as near to the rate as whole groups can; what that leaves is spread over their
+    channels, so the budget is met within one channel. With a `multiple` each of these layers keeps a multiple of it.
 
     Raises:
         OutOfReach: more would go than layers that keep one group and one channel (or `multiple`) each can lose.
@@ -58,7 +58,7 @@ def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = (
     target, free = fraction * count_parameters(model)["backbone"], torch.ones(len(costs), dtype=torch.float64)
     free[list(protected)] = 0
     rates = free * target / (free * (kv_heads * groups_cost + widths * channels_cost)).sum()
-    groups = torch.tensor(whole_units(rates, kv_heads))
+    groups = torch.tensor(whole_units(rates, kv_heads, alike=True))
     left = target - (groups * groups_cost).sum()
     return Plan(rates.tolist(), groups.tolist(), spread_channels(left, widths, channels_cost, free, multiple))
 
@@ -132,12 +132,13 @@ def layer_sizes(model: nn.Module) -> torch.Tensor:
 # ---------------------------------------------------------------- whole numbers
 
 
-def whole_units(rates: torch.Tensor, counts: torch.Tensor, multiple: int = 1) -> list[int]:
+def whole_units(rates: torch.Tensor, counts: torch.Tensor, multiple: int = 1, alike: bool = False) -> list[int]:
     """How many units (groups or channels) each layer loses: whole numbers whose sum is the nearest to Σ rate × count.
 
-    Largest remainders round up, and of equal ones some at even distances over the depth, since front layers are no
-    better to lose. Every layer keeps at least one unit. With `multiple` > 1 each layer whose rate is not 0 keeps a
-    multiple of it (hardware likes widths that are), and the sum is met within one, if none has to lose more.
+    Largest remainders round up, of equal ones some at even distances over the depth; or, `alike`, all or none: with
+    few groups in a layer, it alone can decide how good the model is which layers pay for the others' rounding. Every
+    layer keeps at least one unit. With `multiple` > 1 each layer whose rate is not 0 keeps a multiple of it (hardware
+    likes widths that are), and the sum is met within one, if none has to lose more.
     """
     first, most = beyond_multiples(counts, multiple) * (rates > 0), counts // multiple - 1
     ideal = torch.minimum(((rates.double() * counts - first) / multiple).clamp(min=0), most.double())
@@ -147,7 +148,9 @@ def whole_units(rates: torch.Tensor, counts: torch.Tensor, multiple: int = 1) ->
         least = remainders.sort(descending=True).values[spare - 1]
         removed += remainders > least
         equal = (remainders == least).nonzero().flatten()
-        count = spare - int((remainders > least).sum())
+        larger = int((remainders > least).sum())
+        most_round_up = remainders.sum() - larger > len(equal) / 2
+        count = len(equal) * bool(most_round_up) if alike else spare - larger
         removed[equal[((torch.arange(count) + 0.5) * len(equal) / count).long()]] += 1
     return (first + removed * multiple).tolist()
 
