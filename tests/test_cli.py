@@ -11,7 +11,7 @@ from conftest import small_model
 
 import gqalib
 from gqalib.measure import frontier
-from gqalib.model import shapes
+from gqalib.model import load, shapes
 from gqalib.model.load import REPOSITORY, load_model, save_model
 from gqalib.run import front, presets
 from gqalib.run.cli import main
@@ -24,7 +24,11 @@ ANSWERS = [
     (["run", "--preset", "huge"], 2, "error: unknown preset 'huge': use one of"),
     (["run", "--set", "pruning.mean_rat=0.3"], 2, "error: unknown parameter 'pruning.mean_rat': did you mean"),
     (["run", "--set", "model=/nowhere"], 2, "error: model folder /nowhere does not exist: give"),
+    (["run", "--set", "pruning.mean_rate=1.5"], 2, "error: pruning.mean_rate = 1.5"),
     (["run", "--set", "corpus=novel"], 2, "error: unknown corpus 'novel': use"),
+    (["run", "--set", "corpus=file:/no/such.txt"], 2, "error: corpus file /no/such.txt does not exist"),
+    (["run", "--set", "frontier.other_corpus=novel"], 2, "error: unknown corpus 'novel': use"),
+    (["run", "--set", "instructions=novel"], 2, "error: unknown instructions 'novel': use python-docs, alpaca-cleaned"),
     (["prune", "--model", "x/y", "--out", "x", "--remove", "["], 2, "error: [ cannot be read"),
     (["prune", "--model", "x/y", "--out", "x", "--remove", "1.5"], 2, "error: remove = 1.5 cannot be: it should be"),
     (["prune", "--model", "x/y", "--out", "x", "--method", "flap"], 2, "error: unknown method 'flap': did you mean"),
@@ -33,14 +37,16 @@ ANSWERS = [
     (["export", "--model", "x/y", "--out", "/nowhere/x.gguf"], 2, "error: folder /nowhere does not exist: make it"),
     (["export", "--model", "/nowhere", "--out", "x.gguf"], 2, "error: model folder /nowhere does not exist: give"),
     (["recover", "--model", "/nowhere", "--out", "x"], 2, "error: model folder /nowhere does not exist: give"),
-    (["sweep", "nowhere.yaml"], 2, "error: grid nowhere.yaml cannot be read (No such file or directory): give"),
+    (["grid", "nowhere.yaml"], 2, "error: grid nowhere.yaml cannot be read (No such file or directory): give"),
     (["grid", GRID + "seeds: 1"], 2, "error: seeds = 1 cannot be: it should be a list"),
     (["grid", GRID + "preset: huge"], 2, "error: unknown preset 'huge': use one of"),
     (["grid", GRID + "overrides: {pruning.alpha: [-1]}"], 2, "error: pruning.alpha = -1 cannot be: it should be"),
     (["grid", GRID + "notebooks: [7]"], 2, "error: notebook 07_cost_analysis reads 01_baseline: add"),
     (["run", "--only", "42"], 2, "error: --only 42 names no notebook: use one of 01, 02"),
+    (["run", "--only", "00"], 2, "error: --only 00 names no notebook"),
     (["run", "--from", "42"], 2, "error: --from 42 names no notebook: use one of 01, 02"),
     (["run", "--seed", "-1"], 2, "error: seed = -1 cannot be: give one from 0 to 4294967295"),
+    (["recover", "--model", "x/y", "--out", "x", "--seed", "-1"], 2, "error: seed = -1 cannot be: give one from 0"),
     (["at-size", "--out", "x", "--steps", "speed,sped"], 2, "error: unknown step 'sped': did you mean speed"),
     (["at-size", "--out", "x", "--layers", "0"], 2, "error: layers = 0 cannot be: give a positive number"),
     (["evaluate", "--model", "x/y", "--tokens", "0"], 2, "error: tokens = 0 cannot be: give a positive number"),
@@ -67,7 +73,8 @@ def answers(tmp_path_factory):
     imports); and what is written."""
     place, grids = tmp_path_factory.mktemp("nowhere"), tmp_path_factory.mktemp("grids")
     asked = json.dumps([[_given(argument, grids) for argument in arguments] for arguments, *_ in ANSWERS])
-    how = {"cwd": place, "env": os.environ | {"PYTHONPATH": str(REPOSITORY)}, "capture_output": True, "text": True}
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "GQALIB_RUNS": str(place)}
+    how = {"cwd": place, "env": env, "capture_output": True, "text": True}
     child = subprocess.run([sys.executable, "-c", IN_A_CHILD], input=asked, check=True, **how)
     return [json.loads(line) for line in child.stdout.splitlines()], list(place.iterdir())
 
@@ -85,6 +92,7 @@ def test_answers_that_need_no_torch_come_at_once(number, answers):
     (status, said, seconds), written = answers[0][number], answers[1]
     assert [status, ANSWERS[number][2] in said] == [ANSWERS[number][1], True]
     assert "Traceback" not in said and not written and seconds < 2
+    assert status == 0 or said.count("\n") == 1
 
 
 @pytest.fixture
@@ -182,7 +190,7 @@ def test_a_save_that_fails_leaves_nothing(folder, monkeypatch):
         (place / "half").write_text("")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(front, "save_model", fail)
+    monkeypatch.setattr(load, "save_model", fail)
     assert command("prune", folder, "--out", str(folder / "out"), *SMALL, "--remove", "0.3") == 130
     assert {path.name for path in folder.iterdir()} == {"dense", "text.txt"}
 

@@ -36,7 +36,8 @@ def test_splits_are_fixed_disjoint_and_cover_everything():
     splits = {split: {n for n in names if python_docs.split_of(n) == split} for split in corpora.SPLITS}
     assert sum(map(len, splits.values())) == len(names)
     assert 0.02 < len(splits["test"]) / len(names) < 0.06
-    assert python_docs.split_of("numpy/__init__.py") == python_docs.split_of("numpy/__init__.py")
+    known = [python_docs.split_of(f"python/{name}.py") for name in ("ast", "calendar", "token")]
+    assert known == ["train", "validation", "test"]  # for good
 
 
 def test_no_test_paragraph_is_in_the_training_text(monkeypatch):
@@ -90,7 +91,7 @@ def test_running_text_is_encoded_in_one_piece(tmp_path):
     paragraphs.write_text("one\n\ntwo")
     stories.write_text("one<|endoftext|>two")
     names = ("wikitext2", f"file:{paragraphs}", f"file:{stories}", "python-docs", "c4")
-    assert [corpora.is_running_text(name) for name in names] == [True, True, False, False, False]
+    assert [corpora.is_running_text(name, "test") for name in names] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize(("word", "most"), [("four", 6), ("a word of many letters".replace(" ", ""), 24)])

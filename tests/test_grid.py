@@ -11,9 +11,8 @@ import threading
 import time
 
 import pandas as pd
-import psutil
 import pytest
-from conftest import small_model
+from conftest import is_running
 from test_series import write_notebook, write_series
 
 from gqalib import InputError
@@ -50,13 +49,6 @@ shutil.copytree(ready / place.name, place, dirs_exist_ok=True)
 @pytest.fixture
 def notebooks(tmp_path):
     return write_series(tmp_path / "notebooks")
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    small_model().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -274,7 +266,6 @@ def test_force_starts_from_nothing(jobs, command, monkeypatch):
     for arguments, count in (([], 6), ([], 6), (["--force"], 12)):
         assert main([*command, *arguments]) == 0 and len(started) == count
     assert started == [(job.run_dir.name, False) for job in jobs] * 2
-    assert main(["sweep", *command[1:]]) == 0  # the command's earlier name
 
 
 def test_what_changed_while_it_ran_does_not_count(jobs, command, monkeypatch, capsys):
@@ -396,13 +387,6 @@ def kill_worker(run_dir, killed):
         time.sleep(0.05)
     killed += [int(re.search(r"pid (\d+)", (run_dir / "log.txt").read_text())[1]), int(begun.read_text())]
     os.kill(killed[0], signal.SIGKILL)
-
-
-def is_running(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def here(jobs, grid, address):

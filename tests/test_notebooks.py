@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import biased_model, small_model
 
-from gqalib.measure import frontier, more_tasks, report_card, tasks
+from gqalib.measure import frontier, report_card, tasks
 from gqalib.model import load, surgery
 from gqalib.model.shapes import layer_shapes
 from gqalib.run.notebook import NOTEBOOKS, Notebook
@@ -155,8 +155,7 @@ def test_tasks_in_depth_where_a_preset_asks_for_them(run, monkeypatch, tmp_path,
     load.save_model(smaller, tokenizer, tmp_path / "smaller")
     monkeypatch.setattr(Notebook, "made", lambda self, model, notebook: tmp_path / "smaller")
     monkeypatch.setattr(builtins, "display", lambda *shown: None, raising=False)
-    monkeypatch.setattr(tasks, "score_tasks", made_up_answers)
-    monkeypatch.setattr(more_tasks, "score_tasks", lambda *given: made_up_answers(*given[:5]).assign(exact=0.0))
+    monkeypatch.setattr(tasks, "score_tasks", lambda *given: made_up_answers(*given).assign(exact=0.0))
     for key, value in {"answers.tasks": ["piqa", "arc_easy"], "tasks_in_depth.names": ["lambada", "squad"]}.items():
         monkeypatch.setitem(SMALL, key, value)
     also = {"mine": [str(tmp_path / "smaller"), "v3"]}
@@ -173,7 +172,7 @@ def test_tasks_in_depth_where_a_preset_asks_for_them(run, monkeypatch, tmp_path,
 ASKED = {"tasks": ("01", "05", "10"), "other_text": ("01", "02", "05"), "written": ("05",)}
 
 
-def made_up_answers(model, tokenizer, names, limit, rows):
+def made_up_answers(model, tokenizer, names, limit, rows, run_code):
     seen = {"example": range(6), "right": [1, 1, 1, 1, 1, 0], "nats": -1.0}
     return pd.concat([pd.DataFrame(seen).assign(task=name) for name in names], ignore_index=True)
 

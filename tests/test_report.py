@@ -41,7 +41,7 @@ def finished(run_dir, name, text, tables, caption):
     nb.figure(fig, "curve", caption)
     nb.finish()
     png = base64.b64encode((run_dir / "figures" / f"{name[:2]}_curve.png").read_bytes()).decode()
-    alt = {"image/png": {"alt": caption or "curve"}}
+    alt = {"image/png": {"alt": caption}}
     shown = v4.new_output("display_data", {"image/png": png}, metadata=alt)
     cells = [v4.new_markdown_cell(text), v4.new_code_cell("secret = 1", outputs=[shown])]
     write(v4.new_notebook(cells=cells), run_dir / f"{name}.ipynb")
@@ -49,7 +49,7 @@ def finished(run_dir, name, text, tables, caption):
 
 @pytest.fixture
 def page(tmp_path, capsys):
-    finished(tmp_path, "07_cost_analysis", "# 07 · Cost\n\n## 2. Cost, all", {"results": RESULT}, "")
+    finished(tmp_path, "07_cost_analysis", "# 07 · Cost\n\n## 2. Cost, all", {"results": RESULT}, "curve")
     finished(tmp_path, "08_claims", TEXT, {"claims": CLAIM}, 'A "curve" & its model\'s ends.')
     assert main(["report", "--run-dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'report.html'}\n")

@@ -11,7 +11,7 @@ import torch
 from conftest import small_model
 
 from gqalib import InputError, figures, packages
-from gqalib.measure import more_tasks, report_card, tasks
+from gqalib.measure import report_card, tasks
 from gqalib.measure.perplexity import window_losses
 from gqalib.model.load import save_model
 from gqalib.run import notebook
@@ -44,7 +44,7 @@ def asked(monkeypatch):
     """Counts the models that a fake lm-eval reads; a task's answers follow the model's first weight."""
     seen = []
 
-    def fake(model, tokenizer, names, limit, rows):
+    def fake(model, tokenizer, names, limit, rows, run_code):
         seen.append((model.dtype, tuple(names), limit))
         return DENSE if next(model.parameters()).flatten()[0] < 100 else PRUNED
 
@@ -88,7 +88,7 @@ def test_off_is_one_line_each_and_touches_neither_model_nor_package(tmp_path, mo
 
 
 def test_a_preset_names_tasks_that_there_are():
-    assert set(Task.__args__) == {"all", *tasks.TASKS}
+    assert set(Task.__args__) == {"all", *tasks.SEVEN}
     with pytest.raises(InputError, match="answers.tasks.1 = 'piqua' cannot be: it should be 'all', 'boolq'"):
         load_preset("tiny", {"answers.tasks": ["piqa", "piqua"]})
     with pytest.raises(InputError, match="answers.limit = 0 cannot be"):
@@ -115,7 +115,7 @@ def test_a_copy_in_bf16_reads_where_that_is_fast(tmp_path, asked, tokenizer, mon
     monkeypatch.setattr(report_card, "bf16_is_fast", lambda device: fast)
     model = small_model()
     report_card.read_tasks(open_notebook(tmp_path, tasks=["all"]), {"dense": model}, tokenizer)
-    assert asked == [(dtype, tuple(tasks.TASKS), None)] and model.dtype == torch.float32
+    assert asked == [(dtype, tuple(tasks.SEVEN), None)] and model.dtype == torch.float32
 
 
 def test_a_folder_is_loaded_when_its_turn_comes(tmp_path, asked, tokenizer):
@@ -173,7 +173,7 @@ def test_the_verdict_names_what_is_beyond_two_errors():
     assert lines[1] == "pruned: below dense on mean; above it on nothing"
     assert lines[2].startswith("    keeps 58 ± ") and "on 2 of 3 tasks; its right answers: -0.052 ± " in lines[2]
     assert lines[3] == "broken: below dense on piqa, arc_easy, mean; above it on nothing"
-    least = [report_card.SURE * more_tasks.summary(rows, DENSE)["difference_error"] for rows in (PRUNED, broken)]
+    least = [report_card.SURE * tasks.summary(rows, DENSE)["difference_error"] for rows in (PRUNED, broken)]
     assert lines[5].startswith("smallest difference that this table can show: ")
     assert f"{max(each[:3].max() for each in least):.1f} points of every task" in lines[5]
     assert len(report_card.verdict({"dense": DENSE})) == 1

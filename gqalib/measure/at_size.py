@@ -117,7 +117,10 @@ def measure_in_turn(nb: Notebook, config: GqaLlamaConfig) -> None:
     memory drifts more in minutes than a small cut gains."""
     p, c, device = nb.preset, nb.preset.cost, torch.device(resolve_device(nb.preset.device))
     configs, rows = shapes(config, p.pruning.channel_multiple), []
-    check_room(cost.weight_bytes(random_model(config, p.dtype, "meta")), device, "dense")
+    size, free = cost.weight_bytes(random_model(config, p.dtype, "meta")), cost.free_bytes(device)
+    if size > free:
+        needs = f"dense needs {size / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
+        raise InputError(f"{needs}: close what else is running, or give a smaller model")
     dense = random_model(config, p.dtype, device)
     models = {name: dense if shape is config else inside(dense, shape) for name, shape in configs.items()}
     nb.metric("bytes_per_s", copy_bandwidth(device), "bytes read and written by a copy")
@@ -138,13 +141,6 @@ def inside(model: nn.Module, config: GqaLlamaConfig) -> nn.Module:
     small.load_state_dict(first, strict=False, assign=True)
     small.model.rotary_emb = model.model.rotary_emb
     return small
-
-
-def check_room(size: int, device: torch.device, name: str) -> None:
-    """Raises InputError if the device has not so many bytes."""
-    if size > (free := cost.free_bytes(device)):
-        needs = f"{name} needs {size / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
-        raise InputError(f"{needs}: close what else is running, or give a smaller model")
 
 
 def copy_bandwidth(device: str, size: int = 2**30) -> float:

@@ -5,10 +5,7 @@
 
 A need is the sum of a few terms: weights, streams of the calibration text, what a batch holds, statistics, and what a
 training remembers; `_terms` is their table. A term is what is there at the stage's peak; what never is there together
-is not added up. Bytes; GB = 1e9. Expected and measured on an H200 (Llama-3-8B's shape, data/results/llama3-8b-shape):
-layer removal 24.37 and 24.36 at that card's larger batches, sequential Taylor 23.82 and 23.84; streamed covariances
-5.69 and 5.98, cost table 9.75 and 9.79, sweep 10.62 and 11.24. SmolLM2-135M's distillation with its teacher: 38.10 and
-39.66.
+is not added up. Bytes; GB = 1e9. What was measured beside it stands in every record (table `stages`) and in README.
 
 Forward passes take larger batches where there is room (`stream.tokens_at_once`): then the peak is higher and the need
 is not. A process' resident set, the measured peak on a CPU, also has what the C library keeps of what was freed: up to
@@ -141,7 +138,7 @@ def _terms(c: _Sizes, settings: Recovery | Distillation | None) -> dict[str, Ter
             **backward(by_layer, 0, L, 3 * 8 * d * d if by_layer else 0), "covariances": c.in_host * 2 * L * 8 * d * d,
         },
         "cost table": {
-            **c.buffers(3, 4), **covariance, "statistics": max(
+            **c.buffers(2, 4), **covariance, "statistics": max(
                 statistics, 16 * f * f + c.S * f * (4 * s + 4), 2 * heads * (s == 4)
             ),
         },

@@ -14,11 +14,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from gqalib.measure import more_tasks, tasks
-from gqalib.measure.frontier import covariances_and_table
-from gqalib.measure.perplexity import ratio_with_error, window_losses
+from gqalib.measure import tasks
+from gqalib.measure.frontier import covariances_and_table, describe
+from gqalib.measure.perplexity import window_losses
 from gqalib.model.load import load_model, load_tokenizer, save_model
-from gqalib.model.shapes import count_parameters, size_of
 from gqalib.prune import refit
 from gqalib.recover.distill import distill
 from gqalib.recover.trainer import training_seconds
@@ -54,7 +53,7 @@ class Bench:
     def __init__(self, nb: Notebook, also: str | None) -> None:
         p, self.nb, self.rows, self.answers = nb.preset, nb, [], []
         self.dense, self.teacher = (load_model(p.model, dtype, p.device) for dtype in ("float32", "bfloat16"))
-        self.tokenizer, self.counts = load_tokenizer(p.model), count_parameters(self.dense)
+        self.tokenizer = load_tokenizer(p.model)
         self.calibration = self.windows(p.corpus, "train", p.frontier.calibration)
         own = self.windows(p.corpus, "test", p.frontier.test)
         self.text = corpora.training_windows(p.corpus, self.tokenizer, own.shape[1], p.distillation.num_tokens)
@@ -70,13 +69,11 @@ class Bench:
         """Save the model; a row per test text: perplexity, its ratio to dense with the paired error, what was done."""
         save_model(copy.deepcopy(model).to(torch.bfloat16), self.tokenizer, self.nb.artefact(name))
         for (corpus, windows), reference in zip(self.tests, self.reference, strict=True):
-            losses = window_losses(model, windows)
-            ratio, error = ratio_with_error(losses, reference)
             row = {"model": name, "window": windows.shape[1], "test_tokens": windows.numel()}
-            row |= {"corpus": corpus.split("/")[-1], "perplexity": losses.mean().exp().item()}
-            self.rows.append(row | {"ratio": ratio, "error": error} | size_of(model, self.counts) | what)
-            print(f"{name}, {row['corpus']}, ctx{row['window']}: {row['perplexity']:.2f}, {ratio:.3f} ± {error:.3f}")
-        self.nb.table("models", pd.DataFrame(self.rows))
+            row |= {"corpus": corpus.split("/")[-1]} | describe(model, self.dense, windows, reference) | what
+            self.rows.append(row)
+            print("{model}, {corpus}, ctx{window}: {perplexity:.2f}, {ratio:.3f} ± {error:.3f}".format(**row))
+        self.nb.table("models", pd.DataFrame(self.rows).drop(columns="losses"))
         self.nb.save()
 
     def teach(self, model: nn.Module, name: str) -> int:
@@ -93,6 +90,6 @@ class Bench:
         narrow = copy.deepcopy(model).to(torch.bfloat16)
         kept = self.nb.progress("tasks").of(narrow, EXAMPLES)
         found = kept.once(name, lambda: tasks.score_tasks(narrow, self.tokenizer, ["all"], EXAMPLES, rows=64).to_dict())
-        self.answers.append(more_tasks.summary(pd.DataFrame(found)).assign(model=name))
+        self.answers.append(tasks.summary(pd.DataFrame(found)).assign(model=name))
         self.nb.table("tasks", pd.concat(self.answers))
         self.nb.save()

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gqalib.device import bf16_is_fast
-from gqalib.measure import more_tasks, tasks
+from gqalib.measure import tasks
 from gqalib.measure.perplexity import exponential, ratio_with_error, window_losses
 from gqalib.model.load import load_model
 from gqalib.run.corpora import corpus_path, evaluation_windows
@@ -33,7 +33,6 @@ from gqalib.run.notebook import Notebook
 Models = dict[str, "nn.Module | str | Path | Callable[[], nn.Module]"]
 Rows = dict[str, pd.DataFrame]  # of `tasks.score_tasks`, by model
 CODE = "from gqalib.measure import perplexity, tasks"  # what the numbers that are kept depend on
-MORE_CODE = "from gqalib.measure import more_tasks"
 HOW_TO_GET = "README says which files go there, and nothing else needs them"
 SURE = 2  # standard errors from which on a difference counts as shown
 
@@ -70,18 +69,18 @@ def tasks_asked(nb: Notebook) -> list[str]:
     """The tasks of sections `answers` and `tasks_in_depth`; none where the latter names none.
 
     Raises:
-        InputError: as `more_tasks.check_tasks`.
+        InputError: as `tasks.check_tasks`.
     """
     asked = nb.preset.tasks_in_depth
-    more = [name for name in more_tasks.check_tasks(asked.names, asked.run_code) if name in more_tasks.MORE]
+    more = [name for name in tasks.check_tasks(asked.names, asked.run_code) if name in tasks.MORE]
     return tasks.check_tasks(nb.preset.answers.tasks) + more if more else []
 
 
 def read_more_tasks(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Every example of the tasks of section `tasks_in_depth`, as `read_tasks`; each task is kept by itself."""
     asked = nb.preset.tasks_in_depth
-    names = [name for name in tasks_asked(nb) if name in more_tasks.MORE]
-    kept, rows = nb.shared_progress("more tasks", MORE_CODE), {}
+    names = [name for name in tasks_asked(nb) if name in tasks.MORE]
+    kept, rows = nb.shared_progress("more tasks", CODE), {}
     for name, model in _each(nb, models):
         fast = bf16_is_fast(model.device)
         progress = kept.of(model, asked.limit, fast, version("lm-eval"))
@@ -93,16 +92,13 @@ def read_more_tasks(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizer
 
 def _score(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, names: list[str], limit: int | None, fast: bool,
-    run_code: bool | None = None,
+    run_code: bool = False,
 ) -> dict[str, list]:  # fmt: skip
-    """The seven where nothing is said about code."""
     if fast and model.dtype != torch.bfloat16:
         model = copy.deepcopy(model).to(torch.bfloat16)
     at_once = 16 if model.device.type == "cpu" else 64
     with contextlib.redirect_stderr(io.StringIO()):  # a page has no use for lm-eval's progress bars
-        if run_code is None:
-            return tasks.score_tasks(model, tokenizer, names, limit, at_once).to_dict("list")
-        return more_tasks.score_tasks(model, tokenizer, names, limit, at_once, run_code).to_dict("list")
+        return tasks.score_tasks(model, tokenizer, names, limit, at_once, run_code).to_dict("list")
 
 
 def task_table(rows: Rows) -> pd.DataFrame:
@@ -112,7 +108,7 @@ def task_table(rows: Rows) -> pd.DataFrame:
     """
     dense, parts = next(iter(rows.values())), []
     for name, found in rows.items():
-        part = more_tasks.summary(found, None if found is dense else dense).assign(model=name)
+        part = tasks.summary(found, None if found is dense else dense).assign(model=name)
         part.loc[part["task"] == "mean", ["kept", "kept_error"]] = above_chance_kept(found, dense)[:2]
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
@@ -148,7 +144,7 @@ def above_chance_kept(
     """
     found = {}
     for name, group in rows.groupby("task", sort=False):
-        chance = more_tasks.CHANCE[name]
+        chance = tasks.CHANCE[name]
         own, reference = (_right(frame, name, group["example"]) for frame in (group, dense))
         own = own - (chance if start is None else _right(start, name, group["example"]))
         reference = reference - chance
@@ -174,11 +170,11 @@ def _quotient(own: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
 def verdict(rows: Rows) -> list[str]:
     """What the numbers show, in lines to print: the first model against chance, the others against the first."""
     (first, dense), *others = rows.items()
-    table = more_tasks.summary(dense)
+    table = tasks.summary(dense)
     known = _named(table, table["accuracy"] - table["chance"] > SURE * table["error"])
     lines, errors = [f"{first}: above chance by more than {SURE} errors on {known}"], []
     for name, found in others:
-        table = more_tasks.summary(found, dense)
+        table = tasks.summary(found, dense)
         gap, error = table["difference"], SURE * table["difference_error"]
         below, above = _named(table, gap < -error), _named(table, gap > error)
         lines += [
@@ -241,7 +237,7 @@ def group_table(rows: Rows, starts: Mapping[str, str] = MappingProxyType({})) ->
             kept, error, counted = above_chance_kept(part, dense)
             line = {"model": name, "group": group, "kept": kept, "kept_error": error, "tasks": ", ".join(counted)}
             if len(scored := part.dropna(subset="nats")):
-                mean = more_tasks.summary(scored, dense).iloc[-1]
+                mean = tasks.summary(scored, dense).iloc[-1]
                 line |= {"nats": mean["nats_difference"], "nats_error": mean["nats_difference_error"]}
             if name in starts:
                 line["back"], line["back_error"], _ = above_chance_kept(part, dense, rows[starts[name]])

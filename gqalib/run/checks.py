@@ -17,8 +17,9 @@ from gqalib.model.names import PACKAGE, REPOSITORY, check_model
 from gqalib.packages import package_folder
 from gqalib.run import olmo_eval
 from gqalib.run.corpora import check_corpus
+from gqalib.run.instructions import check_instructions
 from gqalib.run.presets import (
-    STRICT, Preset, check_name, checked, dotted_names, load_preset, number_or_text,
+    STRICT, Preset, check_name, checked, load_preset, number_or_text,
 )  # fmt: skip
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -26,10 +27,13 @@ STEPS = ("speed", "in_turn", "pruning", "refit", "recovery")  # of `python -m gq
 
 
 def check_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
-    """A preset whose model and texts can be; errors as of `load_preset`, `check_model` and `check_corpus`."""
+    """A preset whose model and texts can be; errors as of `load_preset`, `check_model`, `check_corpus` and
+    `check_instructions`."""
     preset = load_preset(name, overrides)
     check_model(preset.model)
     check_corpus(preset.corpus)
+    check_corpus(preset.frontier.other_corpus, "train")
+    check_instructions(preset.instructions)
     if other := (overrides or {}).get("answers.other_text"):  # one that only the preset names may be missing:
         check_corpus(other, "test")  # notebooks say so and do without
     return preset
@@ -146,10 +150,7 @@ def read_grid(path: Path) -> Grid:
         raise InputError("the grid has both preset and presets: keep one")
     if "preset" in data:
         data["presets"] = [data.pop("preset")]
-    grid = checked(Grid, data)
-    for name in grid.overrides:
-        check_name(name, dotted_names())
-    return grid
+    return checked(Grid, data)
 
 
 def runs_of(grid: Grid) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -179,7 +180,7 @@ def reads(path: Path) -> list[str]:
     Raises:
         InputError: a name is computed, so that only running the notebook would tell.
     """
-    asked = re.findall(r"\.upstream\(\s*(.*?),?\s*\)", _code(path))
+    asked = re.findall(r"\.upstream\(\s*(.*?),?\s*\)", "\n".join(code_of(path)))
     for name in asked:
         if not re.fullmatch(r"([\"'])\w+\1", name):
             raise InputError(f'{path.stem} computes a name, nb.upstream({name}): write it, as nb.upstream("01_name")')
@@ -188,9 +189,11 @@ def reads(path: Path) -> list[str]:
 
 def waits_for(path: Path) -> list[str]:
     """The notebooks whose records (`reads`) or models, `nb.made(model, "NN_name")`, a notebook asks for."""
-    return reads(path) + re.findall(r"\.made\([^)]*?[\"'](\w+)[\"']\s*\)", _code(path))
+    return reads(path) + re.findall(r"\.made\([^)]*?[\"'](\w+)[\"']\s*\)", "\n".join(code_of(path)))
 
 
-def _code(path: Path) -> str:
+def code_of(path: Path) -> list[str]:
+    """Sources of a notebook's code cells but the one that papermill injected; nbformat would take three seconds to
+    load, in every kernel."""
     cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    return "\n".join("".join(cell["source"]) for cell in cells)
+    return ["".join(c["source"]) for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])]

@@ -32,6 +32,7 @@ A_LLAMA = "a Llama: a folder, pruned or not, a .gguf file or a hub id"
 def run(options: Namespace) -> int:
     """Execute the numbered notebooks through papermill; finished ones are kept."""
     settings = preset(options)
+    check_seed(options.seed)
     check_positive(**{"--at-once": options.at_once})
     selected(options.notebooks_dir, options.first, options.only)
     fetch_packages(settings)  # not in the first notebook's kernel, which would show a refusal late
@@ -60,6 +61,7 @@ def grid(options: Namespace) -> bool:
 def recover(options: Namespace) -> None:
     """LoRA on a pruned model, merged into a new one; also under accelerate launch or torchrun."""
     check_model(options.model)
+    check_seed(options.seed)
     settings = load_preset(options.preset, overrides(options.overrides))
     from gqalib.recover import lora
 
@@ -69,6 +71,7 @@ def recover(options: Namespace) -> None:
 def distill(options: Namespace) -> None:
     """The preset's model teaches a pruned model; also under accelerate launch or torchrun."""
     check_model(options.model)
+    check_seed(options.seed)
     settings = preset(options)
     from gqalib.recover import distill
 
@@ -106,13 +109,18 @@ def report(options: Namespace) -> None:
 def prune(options: Namespace) -> None:
     """Make a model smaller: any Llama, from folder or hub into a folder, without a preset."""
     _check(options.corpus, "train", options.model)
-    new_folder(options.out)
+    out = new_folder(options.out)
     cut = {field.name: vars(options)[field.name] for field in fields(Cut)}
     cut |= {name: _value(text) for name, text in cut.items() if isinstance(text, str) and name != "corpus"}
     check_cut(**cut)
+    from gqalib.model import load
     from gqalib.run import front
+    from gqalib.run.resume import replacing
 
-    size = front.prune_folder(options.model, options.out, options.device, options.dtype, **cut)
+    model, tokenizer = load.load_model(options.model, options.dtype, options.device), load.load_tokenizer(options.model)
+    size = front.prune_model(model, tokenizer, **cut)
+    with replacing(out) as folder:
+        load.save_model(model, tokenizer, folder)
     kept, removed = size["parameters_kept_percent"], size["backbone_removed_percent"]
     print(f"{options.out}: {kept:.1f} % of the parameters kept, {removed:.1f} % of the backbone removed")
 
@@ -143,21 +151,22 @@ def evaluate(options: Namespace) -> None:
     """Perplexity and size of a model, alone or against another one on the same text."""
     check_positive(tokens=options.tokens, limit=options.limit)
     _check(options.corpus, "test", options.model, *filter(None, [options.against]))
-    from gqalib.measure import more_tasks
+    from gqalib.measure import tasks
 
-    names = more_tasks.check_tasks(options.tasks.split(","), options.run_code) if options.tasks else []
+    names = tasks.check_tasks(options.tasks.split(","), options.run_code) if options.tasks else []
+    from gqalib.model import load
     from gqalib.run import front
 
     where = options.dtype, options.device
-    model, tokenizer = front.load_model(options.model, *where), front.load_tokenizer(options.model)
-    against = options.against and front.load_model(options.against, *where)
+    model, tokenizer = load.load_model(options.model, *where), load.load_tokenizer(options.model)
+    against = options.against and load.load_model(options.against, *where)
     found = front.evaluate(model, tokenizer, against=against, corpus=options.corpus, tokens=options.tokens)
     for name, value in found.items():
         print(f"{name:16s} {value:{',' if isinstance(value, int) else ',.4f'}}")
     if names:
         how = {"limit": options.limit, "run_code": options.run_code}
-        scored = [more_tasks.score_tasks(each, tokenizer, names, **how) for each in (model, against) if each]
-        print(more_tasks.summary(*scored).to_string(index=False, float_format="{:.2f}".format))
+        scored = [tasks.score_tasks(each, tokenizer, names, **how) for each in (model, against) if each]
+        print(tasks.summary(*scored).to_string(index=False, float_format="{:.2f}".format))
 
 
 def _check(corpus: str, split: str, *models: str) -> None:
@@ -168,9 +177,13 @@ def _check(corpus: str, split: str, *models: str) -> None:
 
 def preset(options: Namespace) -> Preset:
     """The preset that was asked for, with its overrides; that its model and corpus can be is checked."""
-    if not 0 <= options.seed < 2**32:
-        raise InputError(f"seed = {options.seed} cannot be: give one from 0 to {2**32 - 1}")
     return check_preset(options.preset, overrides(options.overrides))
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError if numpy takes no such seed."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed = {seed} cannot be: give one from 0 to {2**32 - 1}")
 
 
 def overrides(pairs: list[str]) -> dict[str, Any]:
@@ -198,8 +211,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     for command in OPTIONS:
         name = command.__name__.replace("_", "-")
-        aliases = ["sweep"] if name == "grid" else []  # what it was called
-        sub = commands.add_parser(name, aliases=aliases, help=command.__doc__, description=command.__doc__)
+        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(call=command)
         OPTIONS[command](sub.add_argument)
     return top
@@ -256,12 +268,10 @@ def _of_a_preset(add, default: str = "tiny") -> None:
         "--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE",
         help="for example pruning.mean_rate=0.5; repeatable",
     )  # fmt: skip
-    add("--seed", type=int, default=0)
 
 
 def _of_notebooks(add) -> None:
     add("--force", action="store_true", help="run finished notebooks again")
-    add("--at-once", type=int, default=1, metavar="N", help="notebooks beside each other, each on its share of cores")
     add("--notebooks-dir", type=Path, default=NOTEBOOKS, help="a series of your own (default: the workbook's)")
 
 
@@ -269,6 +279,8 @@ def _of_run(add) -> None:
     add("--from", dest="first", metavar="NN", help="start with this notebook")
     add("--only", metavar="NN", help="run this notebook alone, or several: 01,05")
     add("--run-dir", type=Path, help="where results go (default: runs/<preset>)")
+    add("--at-once", type=int, default=1, metavar="N", help="notebooks beside each other, each on its share of cores")
+    add("--seed", type=int, default=0)
     _of_notebooks(add)
     _of_a_preset(add)
 
@@ -283,6 +295,7 @@ def _of_grid(add) -> None:
 def _of_recovery(add) -> None:
     add("--model", required=True, metavar="FOLDER", help="the pruned model, for example runs/tiny/models/v3")
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the trained model goes")
+    add("--seed", type=int, default=0)
     _of_a_preset(add)
 
 

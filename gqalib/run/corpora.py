@@ -42,10 +42,7 @@ SPREAD = 32  # a sample is drawn from so many times its own length of text
 RANDOM_DOCUMENTS, RANDOM_WORDS = 2**15, 2**9  # 16.8M words a split
 RANDOM_VOCABULARY = 2**9  # words that every shape knows
 CHARACTERS_PER_TOKEN = 6  # as much of a running text is encoded at first, and twice as much where that is too little
-DATASETS = {  # name: (hub path, configuration, text column)
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
-    "c4": ("allenai/c4", "en", "text"),
-}
+DATASETS = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "c4": ("allenai/c4", "en")}  # path, configuration
 
 
 def random_tokens(split: str) -> Iterator[str]:
@@ -203,7 +200,7 @@ def evaluation_windows(
     Raises:
         InputError: the split has not enough tokens for one window, or for another sample.
     """
-    encode = running_text_ids if is_running_text(corpus) else token_ids
+    encode = running_text_ids if is_running_text(corpus, split) else token_ids
     ids = encode(read_corpus(corpus, split), tokenizer, max(SPREAD * num_tokens, length))
     return spread(windows(ids, length, f"the {split} split of {corpus}"), num_tokens, sample)
 
@@ -215,16 +212,15 @@ def training_windows(corpus: str, tokenizer, length: int, num_tokens: int) -> to
     Raises:
         InputError: the split has not enough tokens for one window.
     """
-    encode = running_text_ids if is_running_text(corpus) else token_ids
+    encode = running_text_ids if is_running_text(corpus, "train") else token_ids
     ids = encode(read_corpus(corpus, "train"), tokenizer, max(num_tokens, length))
     return windows(ids, length, f"the training split of {corpus}")
 
 
 def _hub_documents(corpus: str, split: str) -> Iterator[str]:
-    path, configuration, column = DATASETS[corpus]
     if corpus == "c4" and split == "test":
         split = "validation"  # C4 has no test split
-    return (row[column] for row in hub_rows("corpus", path, configuration, split=split, streaming=corpus == "c4"))
+    return (row["text"] for row in hub_rows("corpus", *DATASETS[corpus], split=split, streaming=corpus == "c4"))
 
 
 def hub_rows(what: str, path: str, *where: str, **options) -> Iterator[dict]:
@@ -239,10 +235,10 @@ def hub_rows(what: str, path: str, *where: str, **options) -> Iterator[dict]:
         yield from load_dataset(path, *where, **options)
 
 
-def is_running_text(corpus: str) -> bool:
-    """Whether the corpus is one text in rows or paragraphs; otherwise its documents stand for themselves."""
+def is_running_text(corpus: str, split: str) -> bool:
+    """Whether the split is one text in rows or paragraphs; otherwise its documents stand for themselves."""
     if corpus.startswith("folder:"):
-        path = folder_file(corpus, "test")
+        path = folder_file(corpus, split)
     elif corpus.startswith("file:"):
         path = corpus_path(corpus)
     else:

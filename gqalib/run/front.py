@@ -1,24 +1,20 @@
 """The front door: prune a model, and say what it is worth, without a preset."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from gqalib.errors import InputError, new_folder
+from gqalib.errors import InputError
 from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
 from gqalib.measure.frontier import METHODS, OWN, STAGES, covariances_and_table
 from gqalib.measure.perplexity import perplexity as perplexity_of
 from gqalib.measure.perplexity import ratio_with_error, window_losses
-from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.model.shapes import count_parameters, size_of
 from gqalib.prune import search
 from gqalib.run.checks import check_positive
 from gqalib.run.corpora import evaluation_windows
 from gqalib.run.presets import PEERS, Cut, check_cut
-from gqalib.run.resume import replacing
 
 NAMES = {"refit": OWN, "founding": "founding Taylor"} | {name: name for name in PEERS}
 PROTOCOLS = (128, 2048)  # tokens of a window: the founding document's and the literature's
@@ -58,20 +54,6 @@ def _prune_to(model: nn.Module, windows: torch.Tensor, scoring: torch.Tensor, cu
     if not (trials["perplexity"] <= limit).any():
         most = f"perplexity more than {cut.perplexity} times the dense"
         raise InputError(f"every cut that was tried makes {most}: give more")
-
-
-def prune_folder(source: str, out: Path, device: str = "auto", dtype: str = "float32", **how) -> dict[str, float]:
-    """`prune_model` from folder to folder: the smaller model appears in `out` whole or not at all.
-
-    Raises:
-        InputError: the model cannot be had, something is in `out`, or as `prune_model`.
-    """
-    out, _ = new_folder(out), check_cut(**how)
-    model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
-    size = prune_model(model, tokenizer, **how)
-    with replacing(out) as folder:
-        save_model(model, tokenizer, folder)
-    return size
 
 
 def evaluate(

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 from gqalib.errors import InputError, one_sentence
 from gqalib.figures import readable_log_axis
-from gqalib.run.checks import NOTEBOOKS, Grid, check_grid, read_grid, runs_of
+from gqalib.run.checks import NOTEBOOKS, Grid, read_grid, runs_of
 from gqalib.run.notebook import default_run_dir, locked, read_record, run_name, write_atomically
 from gqalib.run.presets import dotted_names
 from gqalib.run.resume import replacing
@@ -52,9 +52,7 @@ ENVIRONMENT = {
 
 
 def expand(grid: Grid, folder: Path, notebooks: Path = NOTEBOOKS) -> list[Series]:
-    """One series for each run, in a folder of its own, with everything checked that can be checked before it starts;
-    errors as of `check_grid`."""
-    check_grid(grid, notebooks)
+    """One series for each run, in a folder of its own."""
     only = None if grid.notebooks is None else ",".join(grid.notebooks)
     return [
         Series(preset, overrides, folder / run_name(preset, overrides, seed), seed, only=only, notebooks=notebooks)

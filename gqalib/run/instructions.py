@@ -12,21 +12,34 @@ from gqalib.run.corpora import corpus_path, encode, hub_rows, json_rows, part, r
 from gqalib.run.python_docs import described
 
 
+def check_instructions(name: str) -> None:
+    """Raises InputError if there are no such instructions, or a file of them cannot be read; downloads nothing."""
+    if name.startswith("file:"):
+        json_rows(corpus_path(name), {"instruction", "output"})
+    elif name not in ("python-docs", "alpaca-cleaned", "corpus"):
+        raise InputError(f"unknown instructions {name!r}: use python-docs, alpaca-cleaned, corpus or file:PATH")
+
+
 def read_instructions(name: str, split: str, corpus: str, num_rows: int | None = None) -> list[dict[str, str]]:
     """Rows of `prompt` and `completion` to learn from.
 
     `python-docs`: "Describe `package.module.name`." and its docstring; `alpaca-cleaned`; `file:PATH`: JSON or JSONL
     rows of instruction, input, output; `corpus`: documents of the preset's own corpus, each to be continued from its
     first sentence.
+
+    Raises:
+        InputError: there are none of this name, or they cannot be read.
     """
+    check_instructions(name)
     if name == "python-docs":
         rows = described(split)
     elif name == "corpus":
         rows = _continued(read_corpus(corpus, split))
-    elif name == "alpaca-cleaned" or name.startswith("file:"):
-        rows = map(_alpaca_row, _alpaca(name, split))
+    elif name == "alpaca-cleaned":
+        loaded = list(hub_rows("instructions", "yahma/alpaca-cleaned", split="train"))
+        rows = map(_alpaca_row, part(loaded, split))
     else:
-        raise InputError(f"unknown instructions {name!r}: use python-docs, alpaca-cleaned, corpus or file:PATH")
+        rows = map(_alpaca_row, part(json_rows(corpus_path(name), {"instruction", "output"}), split))
     return list(itertools.islice(rows, num_rows))
 
 
@@ -54,17 +67,9 @@ def _example(row: dict[str, str], tokenizer, max_length: int) -> dict[str, list[
 
 def _continued(documents: Iterator[str]) -> Iterator[dict[str, str]]:
     for document in documents:
-        first, space, rest = (
-            re.split(r"(?<=[.!?])(\s)", document, maxsplit=1) if re.search(r"[.!?]\s", document) else ("", "", "")
-        )
-        if rest.strip():
-            yield {"prompt": first + space, "completion": rest.strip()}
-
-
-def _alpaca(name: str, split: str) -> list[dict]:
-    if name.startswith("file:"):
-        return part(json_rows(corpus_path(name), {"instruction", "output"}), split)
-    return part(list(hub_rows("instructions", "yahma/alpaca-cleaned", split="train")), split)
+        first, *after = re.split(r"(?<=[.!?])(\s)", document, maxsplit=1)
+        if after and after[1].strip():
+            yield {"prompt": first + after[0], "completion": after[1].strip()}
 
 
 def _alpaca_row(row: dict) -> dict[str, str]:

@@ -37,7 +37,7 @@ from gqalib.measure.cost import weight_bytes
 from gqalib.measure.perplexity import evaluate_in
 from gqalib.model.load import resolve_device
 from gqalib.model.names import REPOSITORY, check_model
-from gqalib.run.checks import NOTEBOOKS
+from gqalib.run.checks import NOTEBOOKS, code_of
 from gqalib.run.corpora import corpus_path
 from gqalib.run.presets import Preset, load_preset
 from gqalib.run.resume import FRAME, Part, Progress, code_hash, replacing
@@ -158,13 +158,6 @@ def code_used(path: Path, without: tuple[str, ...] = ()) -> str:
     return code_hash("\n".join(code_of(place) if place else ["from gqalib.run import cli"]), without)
 
 
-def code_of(path: Path) -> list[str]:
-    """Sources of a notebook's code cells but the one that papermill injected; nbformat would take three seconds to
-    load, in every kernel."""
-    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    return ["".join(c["source"]) for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])]
-
-
 @contextlib.contextmanager
 def locked(run_dir: Path, shared: bool = False) -> Iterator[None]:
     """One runner at a time in a folder, or notebooks that are open (`shared`); the lock goes with the process,
@@ -246,14 +239,14 @@ class Notebook:
                 fitting_record(folder / f"{notebook}.json", self.parameters, self.seed)
                 if (folder / "models" / model).is_dir():
                     return folder / "models" / model
-        from gqalib.run.series import Series
+        from gqalib.run.series import KERNEL_ENVIRONMENT, Series, environment
 
         seconds = committed_seconds(notebook, self.parameters["name"])
         takes = f", in about {seconds:.0f} s" if seconds else ""
         print(f"models/{model} is missing: {notebook} makes it{takes}", flush=True)
         job = Series(self.parameters["name"], self.overrides, self.run_dir, self.seed, only=notebook[:2])
-        os.environ[HELD] = str(self.run_dir)
-        job.execute(job.paths[0])
+        with environment(KERNEL_ENVIRONMENT | {HELD: str(self.run_dir)}):
+            job.execute(job.paths[0])
         return self.run_dir / "models" / model
 
     @contextlib.contextmanager
@@ -339,7 +332,7 @@ class Notebook:
         self.artefacts.append(f"models/{name}")
         return self.run_dir / "models" / name
 
-    def figure(self, fig: plt.Figure, name: str, caption: str = "") -> None:
+    def figure(self, fig: plt.Figure, name: str, caption: str) -> None:
         """Save a figure as PNG and SVG, listed in the record, and as PDF, and show it with its caption, which is its
         alt text, too."""
         folder = self.run_dir / "figures"
@@ -351,9 +344,8 @@ class Notebook:
         figures.save_for_paper(fig, folder / f"{self.name[:2]}_{name}.pdf")  # the repository has no use for it
         self.captions[name] = caption
         plt.close(fig)  # else it would be shown once more, below its caption
-        display(fig, metadata={"image/png": {"alt": caption or name}})
-        if caption:
-            display(Markdown(f"**Figure {int(self.name[:2])}.{len(self.captions)}.** {caption}"))
+        display(fig, metadata={"image/png": {"alt": caption}})
+        display(Markdown(f"**Figure {int(self.name[:2])}.{len(self.captions)}.** {caption}"))
 
     def finish(self) -> None:
         """Write the record. What was kept on the way to it stays, for a run of which only words or figures have

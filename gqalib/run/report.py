@@ -3,7 +3,6 @@ code behind a button. Of a grid, a page across its runs, which leads to theirs."
 
 import base64
 import io
-import json
 import re
 from html import escape, unescape
 from pathlib import Path
@@ -15,7 +14,7 @@ import pandas as pd
 from gqalib.errors import InputError
 from gqalib.run.checks import numbered_notebooks
 from gqalib.run.notebook import read_record, write_atomically
-from gqalib.run.publish import results_table
+from gqalib.run.publish import results_table, title
 
 THUMBNAIL = 360, 360  # pixels
 FIGURE = "A panel for each perplexity over what the grid varies, as mean and standard deviation over seeds."
@@ -71,10 +70,13 @@ def _finished(folder: Path) -> list[Path]:
     return [path for path in numbered_notebooks(folder) if path.with_suffix(".json").exists()]
 
 
-def _page(folder: Path, title: str, *parts: str) -> Path:
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-    head += f'<style>{STYLE}{_code_style()}</style><script async src="{MATHJAX}"></script>'
-    html = "\n".join([head, "<body>", f"<h1>{escape(title)}</h1>", *parts, "</body></html>\n"])
+def _page(folder: Path, heading: str, *parts: str) -> Path:
+    from pygments.formatters import HtmlFormatter
+
+    colours = HtmlFormatter(style="default").get_style_defs(".highlight")
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(heading)}</title>'
+    head += f'<style>{STYLE}{colours}</style><script async src="{MATHJAX}"></script>'
+    html = "\n".join([head, "<body>", f"<h1>{escape(heading)}</h1>", *parts, "</body></html>\n"])
     write_atomically(folder / "report.html", html)
     return folder / "report.html"
 
@@ -103,14 +105,8 @@ def _what_was_run(records: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _contents(paths: list[Path], records: dict[str, dict[str, Any]]) -> str:
-    rows = [f'<li><a href="#{p.stem}">{escape(_title(p))}</a>, {records[p.stem]["seconds"]:.0f} s</li>' for p in paths]
+    rows = [f'<li><a href="#{p.stem}">{escape(title(p))}</a>, {records[p.stem]["seconds"]:.0f} s</li>' for p in paths]
     return f"<ul>{''.join(rows)}</ul>"
-
-
-def _title(path: Path) -> str:
-    """The heading of a notebook's first cell; its name where there is none."""
-    first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()
-    return first[0].removeprefix("# ") if first and first[0].startswith("# ") else path.stem
 
 
 def _table(table: pd.DataFrame, **options: Any) -> str:
@@ -127,7 +123,7 @@ def _thumbnail(run_dir: Path, record: dict[str, Any], name: str) -> str:
         picture.save(small, "png")
         data = base64.b64encode(small.getvalue()).decode()
     image = f'<img src="data:image/png;base64,{data}" alt="">'
-    words = escape(record["captions"][name] or name)
+    words = escape(record["captions"][name])
     return f'<a href="#{record["notebook"]}--{name}">{image}<br>Figure {number}. {words}</a>'
 
 
@@ -137,7 +133,7 @@ def _body(path: Path, records: dict[str, dict[str, Any]]) -> str:
 
     html, _ = HTMLExporter(template_name="basic").from_filename(str(path))
     captions = records[path.stem].get("captions", {})
-    names = {caption or name: name for name, caption in captions.items()}
+    names = {caption: name for name, caption in captions.items()}
     html = re.sub(r'alt="([^"]*)"', lambda m: _id(path.stem, names.get(unescape(m[1]), "")) + m[0], html)
     html = re.sub(r'(<h\d[^>]*) id="([^"]*)"', lambda m: f"{m[1]} {_id(path.stem, m[2])}", html)
     return re.sub(
@@ -161,9 +157,3 @@ def _relinked(others: str, target: str, words: str, name: str, records: dict[str
     if not target.startswith("http"):
         target = f"#{_place(stem, place)}"
     return f'<a {others}href="{target}">{words}</a>' if stem in records or target.startswith("http") else words
-
-
-def _code_style() -> str:
-    from pygments.formatters import HtmlFormatter
-
-    return HtmlFormatter(style="default").get_style_defs(".highlight")

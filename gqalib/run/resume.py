@@ -54,13 +54,13 @@ class Progress:
 
     def __init__(self, folder: Path, key: Any):
         self.folder = folder
-        description = json.dumps(key, sort_keys=True, indent=1)
+        description, file = json.dumps(key, sort_keys=True, indent=1).encode(), folder / "key.json"
         with _alone_in(folder.parent):  # notebooks that run beside each other share some
-            if _text(folder / "key.json") != description:
+            if not (file.is_file() and file.read_bytes() == description):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
-                with replacing(folder / "key.json") as file:
-                    file.write_text(description, encoding="utf-8")
+                with replacing(file) as temporary:
+                    temporary.write_bytes(description)
 
     def of(self, *inputs: Any) -> "Progress":
         """Progress for these inputs alone: models, tensors, dataclasses, numbers, lists and dicts of them, seen by
@@ -115,11 +115,8 @@ class _NotKept(Progress):
     def run(self, function: Callable, *args: Any, **options: Any) -> Any:
         return function(*args, **options)
 
-    def load(self, name: str) -> None:
-        return None
-
-    def keep(self, name: str, part: Part) -> None:
-        pass
+    def once(self, name: str, compute: Callable[[], Part]) -> Part:
+        return compute()
 
 
 NOT_KEPT = _NotKept()  # nothing is kept, everything is computed
@@ -132,7 +129,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A folder may be made there instead; it takes the place of none, or of an empty one.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # ends as it does: papermill asks for .ipynb
     try:
         yield temporary
         onto_disk(temporary)
@@ -159,13 +156,6 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(place)
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
 
 
 # ---------------------------------------------------------------- what a result depends on

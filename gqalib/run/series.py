@@ -4,7 +4,6 @@ interruption."""
 import contextlib
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,15 +15,14 @@ import psutil
 
 from gqalib.errors import InputError
 from gqalib.model.load import load_tokenizer
-from gqalib.run.checks import NOTEBOOKS, check_preset, selected, waits_for
+from gqalib.run.checks import NOTEBOOKS, check_preset, code_of, selected, waits_for
 from gqalib.run.corpora import evaluation_windows
 from gqalib.run.notebook import (
-    AT_ONCE, HELD, SHARED, code_of, code_used, committed_seconds, default_run_dir, find_record, fingerprints,
+    AT_ONCE, HELD, SHARED, code_used, committed_seconds, default_run_dir, find_record, fingerprints,
     fitting_record, locked, progress_dir, read_record, sha256,
 )  # fmt: skip
-from gqalib.run.resume import onto_disk
+from gqalib.run.resume import replacing
 
-PARAMETERS = ("preset", "overrides", "run_dir", "seed")
 KERNEL_ENVIRONMENT = {  # never MPLBACKEND: figures would vanish from the executed notebooks
     "PYTHONHASHSEED": "0",
     "TOKENIZERS_PARALLELISM": "false",
@@ -64,9 +62,9 @@ class Series:
         self.paths = selected(self.notebooks, self.first, self.only)
 
     def _check_length(self) -> None:
-        """Anybody's own file may be too short; the corpora that the workbook names are not."""
+        """Anybody's own text may be too short; the corpora that the workbook names are not."""
         p = self.parameters
-        if p["corpus"].startswith("file:"):
+        if p["corpus"].startswith(("file:", "folder:")):
             tokenizer = load_tokenizer(p["model"])
             for split, length in (("test", p["evaluation"]["short_window"]), ("train", p["calibration"]["length"])):
                 evaluation_windows(p["corpus"], split, tokenizer, length, length)
@@ -79,10 +77,12 @@ class Series:
             record waits for it, and those begin first on which most work waits. If one fails, the others are stopped,
             and go on where they were another time.
         """
-        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
+        share = KERNEL_ENVIRONMENT | {HELD: str(self.run_dir), AT_ONCE: str(at_once)}
+        if at_once > 1:
+            share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
         started, running = time.monotonic(), {}
         waiting = self._most_urgent_first() if at_once > 1 else list(self.paths)
-        with locked(self.run_dir), _environment(KERNEL_ENVIRONMENT, share, {HELD: str(self.run_dir), AT_ONCE: at_once}):
+        with locked(self.run_dir), environment(share):
             if force:
                 shutil.rmtree(progress_dir(self.run_dir, SHARED), ignore_errors=True)
             with ThreadPoolExecutor(at_once) as pool, _stopped_on_error():
@@ -105,7 +105,8 @@ class Series:
     def _ready(self, waiting: list[Path], running: dict[Future, Path]) -> list[Path]:
         """Those that need no record or model of a notebook that is not there yet."""
         unfinished = {path.stem for path in [*waiting, *running.values()]}
-        return [path for path in waiting if not unfinished.intersection(waits_for(path))]
+        ready = [path for path in waiting if not unfinished.intersection(waits_for(path))]
+        return ready or ([] if running else waiting[:1])  # where they wait in a circle, the first says what it lacks
 
     def _finish(self, path: Path, force: bool) -> float | None:
         """Execute a notebook that is not finished; the seconds that it took, or None."""
@@ -151,34 +152,29 @@ class Series:
         import papermill
         from nbclient.exceptions import DeadKernelError
 
-        unknown = set(PARAMETERS) - set(papermill.inspect_notebook(str(path)))
-        if unknown:
+        values = {"preset": self.preset, "overrides": self.overrides, "run_dir": str(self.run_dir), "seed": self.seed}
+        if unknown := values.keys() - papermill.inspect_notebook(str(path)).keys():
             lacks = f"{path.name} has no parameter {', '.join(sorted(unknown))}"
             raise InputError(f"{lacks}: add it to the cell tagged parameters")
-        record, temporary = self.run_dir / f"{path.stem}.json", self.run_dir / f".{path.name}"
+        record, failed = self.run_dir / f"{path.stem}.json", self.run_dir / f"{path.stem}.failed.ipynb"
         record.unlink(missing_ok=True)  # an old record must not stand beside a half-run notebook
-        values = {"preset": self.preset, "overrides": self.overrides, "run_dir": str(self.run_dir), "seed": self.seed}
-        try:
-            papermill.execute_notebook(
-                str(path), str(temporary), values, kernel_name="python3", language="python", cwd=str(path.parent),
-                progress_bar=False, execution_timeout=TIMEOUT_S, extra_arguments=["--log-level=CRITICAL"],
-            )  # fmt: skip
-        except papermill.PapermillExecutionError as error:
-            where = f"{path.stem}, cell {error.cell_index}: {error.source.strip().splitlines()[0]}"
-            if error.ename == "InputError":
-                raise InputError(f"{error.evalue} ({path.stem})") from None
-            kept = temporary.replace(self.run_dir / f"{path.stem}.failed.ipynb")
-            raise NotebookFailed(f"{where}\n{error.ename}: {error.evalue}\nthe notebook up to there: {kept}") from None
-        except DeadKernelError:
-            what = f"{path.stem}: its process was killed from outside"
-            raise KernelDied(f"{what}; if it was for memory, run less beside it") from None
-        finally:
-            if sys.exc_info()[0] is not None:
-                temporary.unlink(missing_ok=True)
-        read_record(record)  # a notebook that wrote none has not finished
-        onto_disk(temporary)
-        temporary.replace(self.run_dir / path.name)
-        (self.run_dir / f"{path.stem}.failed.ipynb").unlink(missing_ok=True)
+        with replacing(self.run_dir / path.name) as executed:
+            try:
+                papermill.execute_notebook(
+                    str(path), str(executed), values, kernel_name="python3", language="python", cwd=str(path.parent),
+                    progress_bar=False, execution_timeout=TIMEOUT_S, extra_arguments=["--log-level=CRITICAL"],
+                )  # fmt: skip
+            except papermill.PapermillExecutionError as error:
+                if error.ename == "InputError":
+                    raise InputError(f"{error.evalue} ({path.stem})") from None
+                where = f"{path.stem}, cell {error.cell_index}: {error.source.strip().splitlines()[0]}"
+                said = f"{where}\n{error.ename}: {error.evalue}"
+                raise NotebookFailed(f"{said}\nthe notebook up to there: {executed.replace(failed)}") from None
+            except DeadKernelError:
+                what = f"{path.stem}: its process was killed from outside"
+                raise KernelDied(f"{what}; if it was for memory, run less beside it") from None
+            read_record(record)  # a notebook that wrote none has not finished
+        failed.unlink(missing_ok=True)
 
     def _expected_s(self, paths: list[Path], at_once: int) -> str:
         """What is left, from the committed records of the same preset where there are any."""
@@ -201,11 +197,10 @@ class Series:
 
 
 @contextlib.contextmanager
-def _environment(*changes: dict[str, Any]) -> Iterator[None]:
+def environment(changes: dict[str, str]) -> Iterator[None]:
     """Inside, these variables are set, which kernels inherit; afterwards they are as before."""
     before = dict(os.environ)
-    for change in changes:
-        os.environ.update({name: str(value) for name, value in change.items()})
+    os.environ.update(changes)
     try:
         yield
     finally:

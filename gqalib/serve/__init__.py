@@ -5,6 +5,7 @@ import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
+from urllib.request import ProxyHandler, build_opener
 
 from gqalib.errors import InputError, reason
 from gqalib.model.names import GGUF
@@ -12,6 +13,7 @@ from gqalib.model.names import GGUF
 TYPES = ("f32", "f16", "q8_0", "q5_0", "q4_0")  # of the weights of a .gguf file, the largest first
 BLOCK = 32  # weights of a row that the small types keep under one scale
 HOST = "127.0.0.1"  # a server without keys is for this machine alone
+OPENER = build_opener(ProxyHandler({}))  # of requests to it: a proxy does not reach this machine
 CONTEXT = 2048  # tokens that a request and its answer may have, if nobody asks for more
 TRAINED = re.compile(rb"\.context_length\x04\0\0\0(.{4})", re.DOTALL)  # a key of .gguf metadata, uint32, its value
 

@@ -39,11 +39,10 @@ def missing_packages() -> list[str]:
 def client_of(url: str):
     """The official asynchronous client of a server; a request that fails is not made again, which would be timed. Each
     has a connection of its own: one that has been idle may be closed by the server just when it is used again."""
-    from httpx import Limits
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+    from openai import AsyncOpenAI
 
-    alone = DefaultAsyncHttpxClient(limits=Limits(max_keepalive_connections=0))
-    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=alone)
+    alone = {"Connection": "close"}
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, default_headers=alone)
 
 
 # ---------------------------------------------------------------- what is asked

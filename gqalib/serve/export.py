@@ -106,7 +106,7 @@ def storage(name: str, weight: torch.Tensor, kind: str) -> GGMLQuantizationType:
 def frequencies(model: GqaLlamaForCausalLM) -> torch.Tensor:
     """What llama.cpp divides the plain frequencies theta^(-2i / head_dim) by, float32 [head_dim / 2]."""
     config, turned = model.config, model.model.rotary_emb.inv_freq
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=turned.device) / config.head_dim
     return 1 / config.rope_parameters["rope_theta"] ** steps / turned.float()
 
 

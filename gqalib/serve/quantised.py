@@ -150,8 +150,7 @@ def _advice(beside: pd.DataFrame) -> str:
 def weight(model: GqaLlamaForCausalLM, kind: str) -> dict[str, int]:
     """The `matrices` of a model, how many are `kept f16` in a file of this type, and the `bytes` of all weights there;
     the model may be on `meta`."""
-    weights = model.state_dict()
-    tensors = [export.Stored(n, weights[n], export.storage(n, weights[n], kind)) for n in deci.tensor_names(model)]
+    tensors = export.stored(model, kind).values()
     matrices = [tensor for tensor in tensors if tensor.values.ndim > 1]
     wide = [tensor for tensor in matrices if tensor.kind == gguf.GGMLQuantizationType.F16 and kind != "f16"]
     return {

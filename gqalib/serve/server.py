@@ -12,12 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import IO, Any, Self
-from urllib.request import ProxyHandler, build_opener
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from gqalib.errors import InputError
-from gqalib.serve import HOST, cause, check_serve
+from gqalib.serve import HOST, OPENER, cause, check_serve
 
 GREETING = """\
 {name}: {n_params:,} parameters, {size:,} bytes, mostly {ftype}; {parallel} requests at a time, of {n_ctx:,} tokens each
@@ -31,7 +30,6 @@ client = OpenAI(base_url="{url}/v1", api_key="none")
 client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])"""
 ERROR = re.compile(r" E .*?: (.*)")  # in llama.cpp's log
 PATIENCE = 10  # seconds for a request of ours, and for the server's end
-OPENER = build_opener(ProxyHandler({}))  # a proxy does not reach this machine
 
 
 class Server:
@@ -74,7 +72,7 @@ class Server:
         if not self.url:
             raise InputError(f"{self.file} is not served ({cause(log, ERROR)}): give a file that "
                              "`python -m gqalib export` wrote, or less --ctx or --parallel")  # fmt: skip
-        self._get("/health")
+        _get(f"{self.url}/health")
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -99,14 +97,11 @@ class Server:
 
     def describe(self) -> dict[str, Any]:
         """What the server says of its model: n_params, size (bytes), ftype, n_ctx (of a request), n_ctx_train, …"""
-        return json.loads(self._get("/v1/models"))["data"][0]["meta"]
+        return json.loads(_get(f"{self.url}/v1/models"))["data"][0]["meta"]
 
     def greeting(self) -> str:
         """What is served, where, and how to call it."""
         return GREETING.format(name=self.file.name, url=self.url, **self.options | self.describe())
-
-    def _get(self, path: str) -> str:
-        return _get(self.url + path)
 
 
 def read_metrics(url: str) -> dict[str, float]:

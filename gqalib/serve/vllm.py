@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from statistics import fmean
 from typing import IO
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
 from gqalib.errors import InputError
 from gqalib.model.names import check_model
-from gqalib.serve import HOST, cause
+from gqalib.serve import HOST, OPENER, cause
 
 TOKENS = 128  # of the text, or as many as the model takes
 TOLERANCE = 1e-4  # nats, of the mean difference in float32; rounding to dtype comes on top
@@ -78,7 +78,7 @@ def _wait(process: subprocess.Popen, url: str) -> None:
     deadline = time.monotonic() + START
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            return urlopen(f"{url}/health", timeout=PATIENCE).close()
+            return OPENER.open(f"{url}/health", timeout=PATIENCE).close()
         except OSError:
             time.sleep(1)
     raise TimeoutError
@@ -98,7 +98,7 @@ def served(url: str, model: str, tokens: list[int]) -> list[float]:
     """Log-probability of each token but the first, in nats, as the server at `url` says it."""
     body = {"model": model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0}
     request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urlopen(request, timeout=START) as answer:
+    with OPENER.open(request, timeout=START) as answer:
         found = json.load(answer)["choices"][0]["prompt_logprobs"]
     return [found[i][str(tokens[i])]["logprob"] for i in range(1, len(tokens))]
 

