@@ -194,11 +194,11 @@ def size_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
     """Perplexity over size, a colour per model, a marker per type, two standard errors, and the front as a line;
     `table` is of `quantised.table`."""
     kinds = table["type"].unique()
-    for name, rows in table.groupby("model", sort=False):
+    for index, (name, rows) in enumerate(table.groupby("model", sort=False)):
         color = COLORS[_role_of(name)]
         for marker, kind in zip("osD^v", kinds, strict=False):
             part = rows[rows["type"] == kind]
-            x, y = part["bytes"] / 1e6, part["times dense"]
+            x, y = part["bytes"] / 1e6 * 1.01**index, part["times dense"]  # models of one size stand beside each other
             ax.errorbar(x, y, 2 * part["± standard error"], color=color, marker=marker, ls="", capsize=2, lw=1)
         ax.plot([], [], "o", color=color, label=name)
     for marker, kind in zip("osD^v", kinds, strict=False):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -18,9 +19,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from gqalib.model import shapes
-from gqalib.model.load import load_tokenizer, save_model
+from gqalib.model import shapes, surgery
+from gqalib.model.load import REPOSITORY, load_tokenizer, save_model
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
+
+
+# Of processes whose resident set is to show what is in use: a small threshold, so that what is freed goes back at once.
+MEASURED = os.environ | {
+    "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "MALLOC_MMAP_THRESHOLD_": "65536",
+}  # fmt: skip
 
 
 def small_config(**changes) -> GqaLlamaConfig:
@@ -95,6 +102,22 @@ def reader(tmp_path):
     return str(tmp_path / "reader")
 
 
+@pytest.fixture(params=[False, True], ids=["", "no attention in front"])
+def uneven(model, request):
+    surgery.keep_groups(model, 0, range(max(1, kv_heads(model) - 1)))
+    surgery.keep_channels(model, 1, range(10))
+    if request.param:
+        surgery.drop_attention(model, 0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    small_model().save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def windows():
     return torch.randint(1, 61, (6, 20), generator=torch.Generator().manual_seed(1))
@@ -156,3 +179,10 @@ def without_kernels():
 def in_this_process():
     with without_kernels():
         yield
+
+
+def is_running(process_id: int) -> bool:
+    try:
+        return psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -190,7 +190,6 @@ class FakeServer:
 
 
 def test_an_answer_is_timed_token_by_token():
-    pytest.importorskip("openai")
     with FakeServer(slow=5) as server:
         found = asyncio.run(compare.answer(compare.client_of(server.url), "once", 5))
     assert found["tokens"] == 5 and found["text"] == " 0 1 2 3 4"
@@ -202,7 +201,6 @@ def test_an_answer_is_timed_token_by_token():
 
 
 def test_servers_that_cannot_be_timed():
-    pytest.importorskip("openai")
     for bad, says in (({"status": 500}, "does not answer"), ({"tokens": 1}, "gave 1 tokens, too few")):
         with FakeServer(**bad) as server, pytest.raises(InputError, match=says) as raised:
             asyncio.run(compare.answer(compare.client_of(server.url), "once", 5))

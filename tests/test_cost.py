@@ -1,25 +1,14 @@
 import json
-import os
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import kv_heads, small_model
+from conftest import MEASURED, small_model
 
 from gqalib.measure import cost, speed
 from gqalib.model import load, surgery
-from gqalib.model.load import REPOSITORY
-
-
-@pytest.fixture(params=[False, True], ids=["", "no attention in front"])
-def uneven(model, request):
-    surgery.keep_groups(model, 0, range(max(1, kv_heads(model) - 1)))
-    surgery.keep_channels(model, 1, range(10))
-    if request.param:
-        surgery.drop_attention(model, 0)
-    return model
 
 
 def test_counted_flops_equal_the_closed_form(uneven):
@@ -115,20 +104,15 @@ print(used.peak_bytes / cost.prefill_bytes(model, 16, 512))
 )
 def test_prefill_bytes_is_the_peak(widths):
     """Wide in the MLP, or in attention: the estimate is within a third of what a process of its own took, which has no heap to reuse."""
-    paths = {
-        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": "1",
-    }
     command = [sys.executable, "-c", PREFILL, json.dumps(widths)]
-    finished = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=True, timeout=300)
+    finished = subprocess.run(command, env=MEASURED, capture_output=True, text=True, check=True, timeout=300)
     assert float(finished.stdout.splitlines()[-1]) == pytest.approx(1, rel=0.34)
 
 
 def test_free_bytes():
     before = cost.free_bytes("cpu")
     block = torch.ones(100_000_000)
-    assert 200e6 < before - cost.free_bytes("cpu") + 200e6 and block.numel() and before > 1e9
+    assert cost.free_bytes("cpu") < before and before > 1e9 and block.numel()
 
 
 def test_free_bytes_of_a_gpu(monkeypatch):

@@ -3,17 +3,16 @@
 import contextlib
 import copy
 import json
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import MEASURED, small_model
 
 from gqalib import InputError
-from gqalib import stream as stream
+from gqalib import stream
 from gqalib.measure import memory
 from gqalib.measure.cost import Used, weight_bytes
 from gqalib.measure.perplexity import window_losses
@@ -26,20 +25,11 @@ from gqalib.prune.scores import backward, channel_scores, fisher_scores, gradien
 from gqalib.run.presets import Distillation
 from gqalib.stream import _arrive, at_work, hidden_states_before, is_streamed
 
-# A small threshold: what is freed goes back to the system, so that the resident set shows what is in use.
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-}
-
-
 @pytest.mark.parametrize("size", ["small", pytest.param("large", marks=pytest.mark.slow)])
 def test_peaks_are_as_expected(size):
     """10M and 24M parameters in float32; what a stage adds to the weights, measured over expected."""
     command = [sys.executable, str(REPOSITORY / "tests" / "peaks.py"), size]
-    finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=600)
+    finished = subprocess.run(command, env=MEASURED, capture_output=True, text=True, check=True, timeout=600)
     ratios = json.loads(finished.stdout.splitlines()[-1])
     assert len(ratios) == 13 and all(0.6 < ratio < 1.35 for ratio in ratios.values()), (
         ratios

@@ -4,9 +4,7 @@ import yaml
 from conftest import small_model
 
 from gqalib import InputError
-from gqalib.measure import speed
-from gqalib.measure.perplexity import window_losses
-from gqalib.model import load, shapes
+from gqalib.model import shapes
 from gqalib.prune import founding
 from gqalib.run import presets
 from gqalib.run.cli import overrides
@@ -72,8 +70,8 @@ def test_a_preset_on_top_of_a_base(tmp_path, monkeypatch):
             load_preset(name)
 
 
-def test_the_whole_path_with_9_query_and_3_kv_heads(tmp_path, tokenizer, windows):
-    """SmolLM2's heads and the preset's settings on a small random model: importance, rates, surgery, saving, perplexity, speed."""
+def test_9_query_and_3_kv_heads(windows):
+    """SmolLM2's heads and the preset's settings on a small random model: rates, surgery in multiples, sizes."""
     p = load_preset("smollm2", {"pruning.channel_multiple": 8})
     model = small_model(num_attention_heads=9, num_key_value_heads=3, intermediate_size=96, hidden_size=36)
     counts, layers = shapes.count_parameters(model), shapes.layer_shapes(model)
@@ -84,11 +82,6 @@ def test_the_whole_path_with_9_query_and_3_kv_heads(tmp_path, tokenizer, windows
     ).all()
     assert (table["num_key_value_heads"] < layers["num_key_value_heads"]).any()
     assert shapes.size_of(model, counts)["backbone_removed_percent"] == pytest.approx(25, abs=2)
-    load.save_model(model, tokenizer, tmp_path)
-    loaded = load.load_model(str(tmp_path), p.dtype, "cpu")
-    assert window_losses(loaded, windows).mean() > 0
-    speeds = speed.compare_speed({"dense": small_model(), "pruned": loaded}, [1], [16], 0.01, 1)
-    assert (speeds["ms"] > 0).all()
 
 
 def test_overrides():

@@ -107,7 +107,7 @@ def test_dependency_graph_gives_30_and_6(windows):
     shape = layer_shapes(model).iloc[0]
     assert (shape["num_attention_heads"], shape["num_key_value_heads"], shape["intermediate_size"]) == (30, 6, 24)
     assert torch.isfinite(model(windows).logits).all()  # the fused kernel does not complain
-    v2.truncate_query_heads(model, 4)
+    v2.truncate_query_heads(model, [4] * 3)
     assert layer_shapes(model)["num_attention_heads"].tolist() == [24] * 3
     model.set_attn_implementation("eager")
     assert torch.isfinite(model(windows).logits).all()

@@ -18,7 +18,7 @@ RESULTS = REPOSITORY / "data" / "results" / "tiny"
 NAMES = [path.stem for path in NOTEBOOKS]
 
 
-@pytest.fixture(params=NOTEBOOKS, ids=NAMES)
+@pytest.fixture(params=NOTEBOOKS, ids=NAMES, scope="module")
 def notebook(request):
     return nbformat.read(request.param, as_version=4)
 

@@ -53,17 +53,14 @@ def test_table_is_what_the_loss_is_weighed_by(model, windows):
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.25, 0.5, 0.8])
-@pytest.mark.parametrize("seed", range(5))
-def test_plans_meet_the_budget(table, fraction, seed):
+def test_plans_meet_the_budget(table, fraction):
     """Within one channel where channels go, within one group otherwise, whatever the factors are."""
-    factors = np.exp(search.smooth_noise(np.random.default_rng(seed), 3))
-    plan = table.plan(fraction, factors)
-    over = removed(plan, table) - fraction * table.backbone
-    whole = [
-        pair == width for pair, width in zip(zip(plan.groups, plan.channels, strict=True), table.widths, strict=True)
-    ]
-    partly = [c for c, gone in zip(plan.channels, whole, strict=True) if not gone]
-    assert -1 <= over < table.prices[0][1 if any(partly) else 0]
+    for seed in range(5):
+        plan = table.plan(fraction, np.exp(search.smooth_noise(np.random.default_rng(seed), 3)))
+        over = removed(plan, table) - fraction * table.backbone
+        rows = zip(plan.groups, plan.channels, table.widths, strict=True)
+        partly = [channels for groups, channels, widths in rows if (groups, channels) != tuple(widths)]
+        assert -1 <= over < table.prices[0][1 if any(partly) else 0]
 
 
 @pytest.mark.parametrize("multiple", [4, 5])
@@ -142,11 +139,6 @@ def test_search_stays_in_the_budget_and_never_gets_worse(trial, table, windows, 
     assert found.history["best"].is_monotonic_decreasing and found.history["kl"].min() == found.history["best"].iloc[-1]
     assert kl_to(trial.model, original(trial, found.plan), windows) == pytest.approx(found.history["best"].iloc[-1])
     assert torch.equal(logits_of(trial.model), before)
-
-
-def test_search_is_repeatable(trial, table, windows):
-    first, second = (search.evolve(trial, table, 0.4, windows, candidates=4, seed=3) for _ in range(2))
-    assert first.plan == second.plan and first.history.equals(second.history)
 
 
 def test_prune_to_perplexity(trial, table, windows, tmp_path):

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import small_model
+from conftest import is_running, small_model
 from gguf import GGUFReader
 from matplotlib.figure import Figure
 from openai import OpenAI
@@ -63,15 +63,11 @@ def client(server):
         yield client
 
 
-def is_there(process_id: int) -> bool:
-    return psutil.pid_exists(process_id) and psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
-
-
 def is_gone(process_id: int, seconds: float = 10) -> bool:
     end = time.monotonic() + seconds
-    while is_there(process_id) and time.monotonic() < end:
+    while is_running(process_id) and time.monotonic() < end:
         time.sleep(0.05)
-    return not is_there(process_id)
+    return not is_running(process_id)
 
 
 # ---------------------------------------------------------------- answers
@@ -148,9 +144,9 @@ def test_a_server_that_ends_by_itself(command):
 
 def test_with_ends_the_server(file):
     with pytest.raises(ZeroDivisionError), Server(file) as server:
-        assert is_there(server._process.pid) and os.getsid(server._process.pid) != os.getsid(0)  # an interrupt is not its
+        assert is_running(server._process.pid) and os.getsid(server._process.pid) != os.getsid(0)  # an interrupt is not its
         _ = 1 / 0
-    assert not is_there(server._process.pid)
+    assert not is_running(server._process.pid)
 
 
 # ---------------------------------------------------------------- refusals
@@ -204,7 +200,7 @@ def test_files_that_do_not_come_up(change, says, file, tmp_path):
     server = Server(tmp_path / "b.gguf")
     with pytest.raises(InputError, match=f"b.gguf is not served .error loading model: .*{says}.: give") as raised:
         server.__enter__()
-    assert "\n" not in str(raised.value) and not is_there(server._process.pid)
+    assert "\n" not in str(raised.value) and not is_running(server._process.pid)
 
 
 # ---------------------------------------------------------------- watching

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import biased_model, kv_heads, small_config, small_model
+from conftest import biased_model, small_config, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -20,15 +20,6 @@ from gqalib.measure import cost, speed
 from gqalib.model import load, surgery
 from gqalib.model.shapes import count_parameters, has_attention, layer_shapes
 from gqalib.run import publish
-
-
-@pytest.fixture(params=[False, True], ids=["", "no attention in front"])
-def uneven(model, request):
-    surgery.keep_groups(model, 0, range(max(1, kv_heads(model) - 1)))
-    surgery.keep_channels(model, 1, range(10))
-    if request.param:
-        surgery.drop_attention(model, 0)
-    return model
 
 
 @pytest.fixture

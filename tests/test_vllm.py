@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import is_running, small_model
 
 from gqalib.model import surgery
 from gqalib.model.load import load_model, save_model
@@ -79,7 +79,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def ended(pid: Path) -> bool:
-    return not Path(f"/proc/{pid.read_text()}").exists()
+    return not is_running(int(pid.read_text()))
 
 
 def test_the_plugin_registers_and_stays_light():

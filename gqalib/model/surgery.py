@@ -32,7 +32,7 @@ def keep_groups(model: nn.Module, layer_index: int, groups: Sequence[int]) -> No
     _keep_rows(attention.q_proj, query_rows)
     _keep_rows(attention.k_proj, kv_rows)
     _keep_rows(attention.v_proj, kv_rows)
-    _keep_columns(attention.o_proj, query_rows)
+    replace_weight(attention.o_proj, attention.o_proj.weight[:, query_rows])
     record_shapes(model)
 
 
@@ -46,7 +46,7 @@ def keep_channels(model: nn.Module, layer_index: int, channels: Sequence[int]) -
     rows = torch.tensor(_checked(channels, mlp.gate_proj.weight.shape[0], "channel", layer_index))
     _keep_rows(mlp.gate_proj, rows)
     _keep_rows(mlp.up_proj, rows)
-    _keep_columns(mlp.down_proj, rows)
+    replace_weight(mlp.down_proj, mlp.down_proj.weight[:, rows])
     record_shapes(model)
 
 
@@ -242,15 +242,9 @@ def _checked(units: Sequence[int], count: int, kind: str, layer_index: int) -> l
 
 
 def _keep_rows(linear: nn.Linear, rows: torch.Tensor) -> None:
-    _replace(linear, "weight", linear.weight[rows])
+    replace_weight(linear, linear.weight[rows])
     if linear.bias is not None:
         _replace(linear, "bias", linear.bias[rows])
-    linear.out_features = len(rows)
-
-
-def _keep_columns(linear: nn.Linear, columns: torch.Tensor) -> None:
-    _replace(linear, "weight", linear.weight[:, columns])
-    linear.in_features = len(columns)
 
 
 def _replace(linear: nn.Linear, name: str, value: torch.Tensor) -> None:

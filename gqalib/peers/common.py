@@ -1,6 +1,7 @@
 """What the peers share: the door that checks what is asked, and a look at the features that pruning removes."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial, wraps
 
 import torch
@@ -37,12 +38,10 @@ def feed(
     def show(look: Callable[[Tensor], object], _: nn.Linear, inputs: tuple[Tensor]) -> None:
         look(inputs[0].flatten(0, -2).double())
 
-    hooks = [p.output.register_forward_pre_hook(partial(show, look)) for p, look in zip(parts, see, strict=True)]
-    try:
+    with ExitStack() as hooks:
+        for part, look in zip(parts, see, strict=True):
+            hooks.enter_context(part.output.register_forward_pre_hook(partial(show, look)))
         return advance(parts[0].model, stream, windows, parts[0].index, parts[0].index + 1)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class MeanVariance:

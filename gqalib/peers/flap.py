@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 
-from gqalib.errors import InputError, OutOfReach
+from gqalib.errors import OutOfReach
 from gqalib.model.shapes import count_parameters, decoder_layers
-from gqalib.model.surgery import add_output_bias, rows_of_heads
+from gqalib.model.surgery import add_output_bias
 from gqalib.peers.common import MeanVariance, feed, peer
 from gqalib.prune.plans import unit_costs
+from gqalib.prune.scores import finite
 from gqalib.prune.sublayers import sublayers
 
 
@@ -39,10 +40,10 @@ def flap(model: nn.Module, windows: torch.Tensor, fraction: float, by_column: bo
     biases = sum(part.output.out_features for part in parts if part.output.bias is None)
     target = fraction * count_parameters(model)["backbone"] + biases
     stays = ~cheapest_units(torch.cat(scores), torch.cat(costs), best, target)
-    for place, units in enumerate(stays.split([len(score) for score in scores])):
-        part, kept = parts[place], units.nonzero().flatten().tolist()
-        bias = removed_mean(part.output.weight, seen[place].mean, rows_of_heads(kept, part.unit))
-        part.keep(kept)
+    for part, sums, units in zip(parts, seen, stays.split([len(score) for score in scores]), strict=True):
+        gone = (~units).repeat_interleave(part.unit).to(sums.mean.device)
+        bias = part.output.weight.detach().double() @ (sums.mean * gone)  # what goes gave on average
+        part.keep(units.nonzero().flatten().tolist())
         add_output_bias(model, part.index, ("o_proj", "down_proj")[part.half], bias)
 
 
@@ -61,13 +62,6 @@ def standardise(scores: torch.Tensor) -> torch.Tensor:
     return (scores - scores.mean()) / spread if spread > 0 else scores - scores.mean()
 
 
-def removed_mean(weight: torch.Tensor, mean: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """What the columns that are not kept give on average, W_removed · mean(X_removed), float64 [hidden]."""
-    gone = torch.ones_like(mean)
-    gone[kept] = 0
-    return weight.detach().double() @ (mean * gone)
-
-
 def cheapest_units(scores: torch.Tensor, costs: torch.Tensor, protected: torch.Tensor, target: float) -> torch.Tensor:
     """Which units go, from the lowest score up, so that their costs come to `target` within half the cheapest unit;
     bool [units].
@@ -75,8 +69,7 @@ def cheapest_units(scores: torch.Tensor, costs: torch.Tensor, protected: torch.T
     Raises:
         InputError: the scores are not finite. OutOfReach: all unprotected units together do not reach the target.
     """
-    if not torch.isfinite(scores).all():
-        raise InputError("the scores of some units are not finite: use dtype float32 or another calibration text")
+    finite(scores, "a unit's score")
     least, most = int(costs.min()), int(costs[~protected].sum())
     if most < target - least / 2:
         raise OutOfReach(

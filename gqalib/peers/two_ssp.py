@@ -9,7 +9,7 @@ from gqalib.model.shapes import count_parameters, decoder_layers, has_attention
 from gqalib.model.surgery import drop_attention, keep_channels, without_attention
 from gqalib.peers.common import feed, peer
 from gqalib.prune.plans import beyond_multiples, spread_channels, units
-from gqalib.prune.scores import largest
+from gqalib.prune.scores import finite, largest
 from gqalib.prune.sublayers import Sublayer
 from gqalib.stream import advance
 
@@ -23,7 +23,7 @@ def two_ssp(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: 
     attentions, one after the other.
 
     A channel's score is the L2 norm over the tokens of a window of what it gives to down_proj, averaged over the
-    windows, on the dense model. Then, `attentions_to_drop` times, that attention goes without which the perplexity is
+    windows, on the dense model. Then, as often as `split` says, that attention goes without which the perplexity is
     lowest; the first `SECOND_STAGE_TOKENS` of the calibration text are read for it.
 
     Choices: where the formula asks for more attentions than the budget has, or for all, as many go as fit, and one
@@ -50,17 +50,11 @@ def split(model: nn.Module, fraction: float, multiple: int = 1) -> tuple[int, li
         between = f"between {min(sizes):,} and {max(sizes):,} parameters"
         raise InputError(f"attentions have {between}, and 2SSP shares a cut among equal ones: give the dense model")
     size, costs, backbone = sizes.pop(), costs[:, 1].double(), count_parameters(model)["backbone"]
-    count = attentions_to_drop(len(widths), backbone / len(widths) / size - 1, fraction)
+    count = round(len(widths) * fraction ** ((backbone / len(widths) / size - 1) / ALPHA))  # equation 5 of the paper
     room = fraction * backbone - (beyond_multiples(widths, multiple) * costs).sum()
     count = max(0, min(count, int(room // size), len(widths) - 1))
     left = torch.tensor(fraction * backbone - count * size, dtype=torch.float64)
     return count, spread_channels(left, widths, costs, torch.ones_like(costs), multiple)
-
-
-def attentions_to_drop(num_layers: int, ratio: float, fraction: float) -> int:
-    """L · fraction^(ratio / α), rounded: equation 5 of the paper; `ratio`: parameters of an MLP over those of an
-    attention."""
-    return round(num_layers * fraction ** (ratio / ALPHA))
 
 
 def channel_norms(model: nn.Module, windows: torch.Tensor) -> list[torch.Tensor]:
@@ -82,9 +76,8 @@ def least_missed(model: nn.Module, windows: torch.Tensor) -> int:
     for index, layer in enumerate(decoder_layers(model)):
         if has_attention(layer):
             with without_attention(layer):
-                losses[index] = window_losses(model, windows, stream, index).mean()
+                loss = window_losses(model, windows, stream, index).mean()
+            losses[index] = finite(loss, "the loss without an attention")
         with in_products(model):
             stream = advance(model, stream, windows, index, index + 1)
-    if not all(map(torch.isfinite, losses.values())):
-        raise InputError("the loss without an attention is not finite: use dtype float32 or another calibration text")
     return min(losses, key=losses.get)

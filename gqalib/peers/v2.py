@@ -61,12 +61,11 @@ def traced_without_rotation():
     return patch.object(modeling_llama, "rotate_half", lambda x: x)
 
 
-def truncate_query_heads(model: nn.Module, group_size: int | Sequence[int]) -> None:
-    """v2's repair: keep the *first* `group_size` (or one for each layer) × (KV heads left) query heads, in place."""
+def truncate_query_heads(model: nn.Module, group_size: Sequence[int]) -> None:
+    """v2's repair: keep the *first* `group_size` × (KV heads left) query heads of each layer, in place."""
     import torch_pruning as tp
 
-    layers = decoder_layers(model)
-    for layer, size in zip(layers, torch.as_tensor(group_size).expand(len(layers)).tolist(), strict=True):
+    for layer, size in zip(decoder_layers(model), group_size, strict=True):
         attention = attention_of(layer)
         kept = size * layer_shape(layer)["num_key_value_heads"] * attention.head_dim
         if gone := list(range(kept, attention.q_proj.out_features)):

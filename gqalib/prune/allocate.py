@@ -25,7 +25,7 @@ from gqalib.model.shapes import decoder_layers
 from gqalib.prune import refit
 from gqalib.prune.least_squares import removal_order
 from gqalib.prune.plans import Plan, beyond_multiples, layer_sizes, units
-from gqalib.prune.sublayers import Sublayer, empty_like, sublayers
+from gqalib.prune.sublayers import Sublayer, sublayers
 from gqalib.steps import in_steps
 from gqalib.stream import at_work
 
@@ -144,7 +144,7 @@ def cost_table(
         with torch.no_grad(), at_work(layer), refit.in_tf32(True):
             for half, part in enumerate(sublayers(model, index)):
                 after, how = part.after(stream, windows), (covariances[index][half], steps[index] if half else 1)
-                costs = yield f"layer-{index}-{half}", partial(_costs, part, windows, stream, after, *how, ingredients)
+                costs = yield f"layer-{index}-{half}", partial(_costs, part, windows, stream, *how, ingredients)
                 rows.append(np.array(costs) / (2 * windows.numel()))
                 stream = after
     widths, sizes = zip(kv_heads.tolist(), channels.tolist(), strict=True), layer_sizes(model).long().tolist()
@@ -182,12 +182,10 @@ def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: i
 
 
 def _costs(
-    sublayer: Sublayer, windows: Tensor, before: Tensor, after: Tensor, covariance: Tensor, step: int,
-    ingredients: refit.Ingredients,
-) -> list[float]:  # fmt: skip
+    sublayer: Sublayer, windows: Tensor, before: Tensor, covariance: Tensor, step: int, ingredients: refit.Ingredients
+) -> list[float]:
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
-    target = torch.sub(after, before, out=empty_like(before))
-    moments, _ = refit.output_moments(sublayer, sublayer.calls(before, windows), target)
+    moments, _ = refit.output_moments(sublayer, sublayer.calls(before, windows), before)  # XᵀX alone, so any target does
     output = refit.metric(covariance.to(moments.gram.device), ingredients.output_damping)
     how = sublayer.unit, output, ingredients.part(sublayer.widest, moments.tokens), step
     _, rises = removal_order(sublayer.output.weight, moments.gram, sublayer.num_units - 1, *how)

@@ -21,7 +21,7 @@ from gqalib.measure.perplexity import in_products, perplexity
 from gqalib.model.shapes import decoder_layers, layer_shapes
 from gqalib.model.surgery import keep_channels, keep_groups
 from gqalib.prune.plans import Plan, check_plan, layer_sizes
-from gqalib.prune.scores import as_gradients_come, channel_scores, finite, fisher_scores, group_scores, largest
+from gqalib.prune.scores import channel_scores, fisher_scores, group_scores, largest, taylor_scores
 from gqalib.steps import in_steps
 from gqalib.stream import advance
 
@@ -115,29 +115,6 @@ def make_plan(model: nn.Module, layer_importance: torch.Tensor, settings: Any, *
 
 
 # ---------------------------------------------------------------- scores
-
-
-def taylor_scores(
-    model: nn.Module, windows: torch.Tensor, layers: Iterable[int] | None = None,
-    hidden_states: torch.Tensor | None = None, first_layer: int = 0, include_o_proj: bool = False,
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
-    """Σ |W ⊙ G| of groups and channels of `layers` (default: all), {layer: (groups, channels)}.
-
-    Arguments as in `backward` and `group_scores`; the scores are those of `backward` with `group_scores` and
-    `channel_scores`, but the model's gradients are never there together, and none is left behind.
-
-    Raises:
-        InputError: the loss or a gradient is not finite.
-    """
-    decoder, found = decoder_layers(model), {}
-
-    def take(index: int, half: int) -> None:
-        layer = decoder[index]
-        scores = channel_scores(layer) if half else group_scores(layer, include_o_proj=include_o_proj)
-        found.setdefault(index, [None, None])[half] = scores
-
-    as_gradients_come(model, windows, take, layers, hidden_states, first_layer)
-    return {index: tuple(finite(scores, index) for scores in found[index]) for index in sorted(found)}
 
 
 def unit_scores(

@@ -3,7 +3,7 @@
 A *unit* is what surgery removes: a GQA group (a KV head with its query heads) or an MLP channel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,9 +39,14 @@ class Plan:
         """
         kv_heads, widths, costs = units(model)
         attention, mlp = kv_heads * costs[:, 0], widths * costs[:, 1]
-        groups = torch.tensor(whole_units(rates, kv_heads, alike=True))
-        spare = (rates * (layer_sizes(model) - mlp) - groups / kv_heads * attention).sum() / mlp.sum()
-        return cls(rates.tolist(), groups.tolist(), whole_units((rates + spare).clamp(0, 1), widths, channel_multiple))
+
+        def rates_of_channels(groups: torch.Tensor) -> torch.Tensor:
+            return rates + (rates * (layer_sizes(model) - mlp) - groups / kv_heads * attention).sum() / mlp.sum()
+
+        most = 1 - channel_multiple / widths
+        groups = whole_groups(rates, kv_heads, lambda g: ((r := rates_of_channels(g)) >= 0).all() and (r <= most).all())
+        channels = whole_units(rates_of_channels(groups).clamp(0, 1), widths, channel_multiple)
+        return cls(rates.tolist(), groups.tolist(), channels)
 
 
 def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = (), multiple: int = 1) -> Plan:
@@ -58,7 +63,8 @@ def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = (
     target, free = fraction * count_parameters(model)["backbone"], torch.ones(len(costs), dtype=torch.float64)
     free[list(protected)] = 0
     rates = free * target / (free * (kv_heads * groups_cost + widths * channels_cost)).sum()
-    groups = torch.tensor(whole_units(rates, kv_heads, alike=True))
+    most = (free * channels_cost * (widths - multiple)).sum()
+    groups = whole_groups(rates, kv_heads, lambda g: 0 <= target - (g * groups_cost).sum() <= most)
     left = target - (groups * groups_cost).sum()
     return Plan(rates.tolist(), groups.tolist(), spread_channels(left, widths, channels_cost, free, multiple))
 
@@ -132,6 +138,15 @@ def layer_sizes(model: nn.Module) -> torch.Tensor:
 # ---------------------------------------------------------------- whole numbers
 
 
+def whole_groups(
+    rates: torch.Tensor, counts: torch.Tensor, channels_suffice: Callable[[torch.Tensor], bool]
+) -> torch.Tensor:
+    """How many groups each layer loses, int64 [layers]: equally many where layers are equal, unless channels cannot make
+    up for what that leaves."""
+    groups = torch.tensor(whole_units(rates, counts, alike=True))
+    return groups if channels_suffice(groups) else torch.tensor(whole_units(rates, counts))
+
+
 def whole_units(rates: torch.Tensor, counts: torch.Tensor, multiple: int = 1, alike: bool = False) -> list[int]:
     """How many units (groups or channels) each layer loses: whole numbers whose sum is the nearest to Σ rate × count.
 
@@ -146,11 +161,11 @@ def whole_units(rates: torch.Tensor, counts: torch.Tensor, multiple: int = 1, al
     remainders = (ideal - removed).round(decimals=9)
     if spare := int(remainders.sum().round()):
         least = remainders.sort(descending=True).values[spare - 1]
-        removed += remainders > least
-        equal = (remainders == least).nonzero().flatten()
-        larger = int((remainders > least).sum())
-        most_round_up = remainders.sum() - larger > len(equal) / 2
-        count = len(equal) * bool(most_round_up) if alike else spare - larger
+        larger, equal = remainders > least, (remainders == least).nonzero().flatten()
+        count = spare - int(larger.sum())
+        if alike:
+            count = len(equal) if remainders.sum() - larger.sum() > len(equal) / 2 else 0
+        removed += larger
         removed[equal[((torch.arange(count) + 0.5) * len(equal) / count).long()]] += 1
     return (first + removed * multiple).tolist()
 

@@ -114,14 +114,11 @@ def output_moments(sublayer: Sublayer, current: Iterable[Call], target: Tensor) 
     """XᵀX and YᵀX at `o_proj` or `down_proj`, Y: the target [count, length, hidden], less the bias if there is one;
     and Σ‖output − target‖²."""
     moments, error, seen, bias = Moments(), 0.0, [], 0.0 if sublayer.output.bias is None else sublayer.output.bias
-    hook = sublayer.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    try:
+    with sublayer.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])):
         for call in current:
             goal = call.of(target)
             error += _squared(sublayer.run(call) - goal)
             moments.add(seen.pop(), goal - bias)
-    finally:
-        hook.remove()
     return moments, float(error)
 
 
@@ -252,8 +249,7 @@ def sweep(
             with at_work(layer), _layer_at_least_float32(layer):
                 if index in dropped:  # the next layers' target makes up for it
                     wanted = advance(model, wanted, windows, index, index + 1)
-                    continue
-                for half, part in enumerate(sublayers(model, index)):
+                for half, part in enumerate(() if index in dropped else sublayers(model, index)):
                     goal, removed = part.after(wanted, windows), (plan.groups, plan.channels)[half][index]
                     how = ingredients, *(table and table[index][half] for table in (scores, covariances))
                     mending = partial(mend, part, removed, windows, wanted, current, goal, *how)

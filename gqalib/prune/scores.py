@@ -167,29 +167,39 @@ def backward(
         differentiate(model, windows, lambda piece: losses.append(piece.backward()), **where)
     for index in layers:
         for parameter in (p for p in decoder[index].parameters() if p.grad is not None):
-            finite(parameter.grad, index)
+            finite(parameter.grad, f"a gradient of layer {index}")
     return sum(losses)
 
 
-def as_gradients_come(
-    model: nn.Module, windows: torch.Tensor, take: Callable[[int, int], None], layers: Iterable[int] | None = None,
-    hidden_states: torch.Tensor | None = None, first_layer: int = 0,
-) -> None:  # fmt: skip
-    """Call `take(index, half)` as soon as the last gradient of a layer's attention (0) or MLP (1) has come; then it
-    goes, so that the model's gradients are never there together. Other arguments as in `backward`.
+def taylor_scores(
+    model: nn.Module, windows: torch.Tensor, layers: Iterable[int] | None = None,
+    hidden_states: torch.Tensor | None = None, first_layer: int = 0, include_o_proj: bool = False,
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """Σ |W ⊙ G| of groups and channels of `layers` (default: all), {layer: (groups, channels)}: those of `backward`
+    with `group_scores` and `channel_scores`, whose arguments it takes.
 
-    A gradient is summed over the text before it is taken, so with more than one batch (and layer) the text goes through
-    layer by layer, see `differentiate`.
+    A layer's attention or MLP is scored as soon as its last gradient has come; then the gradients go, so that the
+    model's are never there together. They are summed over the text first, so with more than one batch (and layer) the
+    text goes through layer by layer, see `differentiate`.
+
+    Raises:
+        InputError: the loss or a gradient is not finite.
     """
     decoder, num_batches = decoder_layers(model), len(list(batches(windows)))
     layers = list(range(len(decoder)) if layers is None else layers)
+    found, asked = {index: [None, None] for index in layers}, [p for index in layers for p in _halves(decoder[index])]
     model.zero_grad(set_to_none=True)
-    asked = [part for index in layers for part in _halves(decoder[index])]
+
+    def take(index: int, half: int) -> None:
+        layer = decoder[index]
+        found[index][half] = channel_scores(layer) if half else group_scores(layer, include_o_proj=include_o_proj)
+
     with _asking(model, asked), _summed_in_float32(asked, windows), ExitStack() as hooks:
         for place, part in enumerate(asked):
             _when_complete(part, num_batches, partial(take, layers[place // 2], place % 2), hooks)
         where = hidden_states, first_layer, min(layers, default=0), min(num_batches, len(layers)) > 1
         differentiate(model, windows, lambda piece: piece.backward(), *where, divisor=windows[:, 1:].numel())
+    return {index: tuple(finite(s, f"a gradient of layer {index}") for s in pair) for index, pair in found.items()}
 
 
 def _when_complete(part: nn.Module, num_batches: int, take: Callable[[], None], hooks: ExitStack) -> None:
@@ -210,10 +220,14 @@ def _halves(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     return attention_of(layer), layer.mlp
 
 
-def finite(values: torch.Tensor, index: int) -> torch.Tensor:
-    """Gradients of a layer, or scores that were taken of them."""
+def finite(values: torch.Tensor, what: str) -> torch.Tensor:
+    """The values.
+
+    Raises:
+        InputError: `what` they are is not finite.
+    """
     if not torch.isfinite(values).all():
-        raise InputError(f"a gradient of layer {index} is not finite: use dtype float32 or another calibration text")
+        raise InputError(f"{what} is not finite: use dtype float32 or another calibration text")
     return values
 
 
@@ -249,9 +263,7 @@ def fisher_scores(
     with _asking(model):
         lowest, by_layer = min(layers, default=0), one_layer_at_a_time(model)
         differentiate(model, windows, add, hidden_states, first_layer, lowest, by_layer)
-    if not all(torch.isfinite(score).all() for pair in scores.values() for score in pair):
-        raise InputError("a mask gradient is not finite: use dtype float32 or another calibration text")
-    return {index: tuple(pair) for index, pair in scores.items()}
+    return {index: tuple(finite(score, "a mask gradient") for score in pair) for index, pair in scores.items()}
 
 
 @contextmanager
@@ -316,9 +328,7 @@ def _covariances(model: nn.Module, windows: torch.Tensor) -> dict[str, torch.Ten
         embedding = model.get_input_embeddings()  # where no weight asks, the stream has to
         hooks.callback(embedding.register_forward_hook(lambda *call: call[-1].requires_grad_()).remove)
         differentiate(model, windows, run, by_layer=by_layer)
-    if not all(torch.isfinite(total).all() for total in sums.values()):
-        raise InputError("a gradient covariance is not finite: use dtype float32 or another calibration text")
-    means = [[sums[module] / windows.numel() for module in pair] for pair in outputs]
+    means = [[finite(sums[m], "a gradient covariance") / windows.numel() for m in pair] for pair in outputs]
     names = "o_proj", "down_proj"
     return {f"{name}.{i}": mean for i, pair in enumerate(means) for name, mean in zip(names, pair, strict=True)}
 

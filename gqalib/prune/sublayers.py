@@ -1,6 +1,7 @@
 """Attention and MLP of a layer in the words that both share, and what flows into and out of them on some text."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,13 +94,9 @@ class Sublayer:
             noted.update(arguments)
             raise _Noted
 
-        hook = self.module.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        with self.module.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Noted):
             advance(self.model, stream.to(self.norm.weight), windows, self.index, self.index + 1)
-        except _Noted:
-            return {name: value for name, value in noted.items() if name != "hidden_states"}
-        finally:
-            hook.remove()
+        return {name: value for name, value in noted.items() if name != "hidden_states"}
 
 
 class _Noted(Exception):

@@ -47,14 +47,9 @@ def distill(
 ) -> pd.DataFrame:  # fmt: skip
     """Teach a pruned model, in place, until `settings.num_tokens` are seen (the last step is a whole one).
 
-    With `lora_r` only an adapter is trained, and merged at the end, so the student is a plain model again. The state
-    lives in `folder`: the same call on the same student goes on from the last of ten checkpoints, or finds what a run
-    that ended came to; another run begins there anew. To train all weights, load the student in float32: bfloat16
-    rounds small steps away. The teacher may well be in bfloat16.
-
-    Several processes (`torchrun`, `accelerate launch`) call it with the same arguments and one `folder` that all see.
-    They share the rows of each step, so a step sees the same tokens as in one process and differs by rounding. The
-    student is then of no use: what was trained is in `folder`.
+    With `lora_r` only an adapter is trained, and merged at the end, so the student is a plain model again. To train all
+    weights, load the student in float32: bfloat16 rounds small steps away. The teacher may well be in bfloat16. State
+    and several processes: see `trainer`; after several the student is of no use, what was trained is in `folder`.
 
     Args:
         teacher: the dense model, which never changes; on any device; it may be None where `alpha` is 0.
@@ -207,11 +202,8 @@ def logits_at(model: nn.Module, inner: nn.Module, ids: torch.Tensor, at: torch.T
     def chosen(head: nn.Module, hidden_states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         return (hidden_states[0][at.to(hidden_states[0].device)],)
 
-    hook = inner.get_output_embeddings().register_forward_pre_hook(chosen)
-    try:
+    with inner.get_output_embeddings().register_forward_pre_hook(chosen):
         return model(input_ids=ids, use_cache=False).logits
-    finally:
-        hook.remove()
 
 
 class Divergence(torch.autograd.Function):
@@ -346,8 +338,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     """Teach a pruned model with the logits of a preset's model, its text and `distillation`, and save the result,
     whole or not at all.
 
-    In several processes every one calls it; the main one writes. The training lives in a folder beside `out` until
-    then, so the same call goes on where a killed run was saved.
+    State and several processes: see `trainer`.
 
     Args:
         source: a pruned model's folder.
@@ -371,6 +362,4 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     knob = "lower distillation.batch_tokens, or take more cards (see README)"
     with nullcontext() if several else memory.stage("distillation", terms, student, knob):
         log = distill(student, teacher, text, settings, folder)
-    if trainer.end_processes():
-        model = trainer.adapted(load_model(source, dtype, "cpu"), settings.lora_r, settings.lora_alpha)
-        trainer.finish(out, model, tokenizer, log, preset.dtype)
+    trainer.finish(out, source, settings, log, dtype, preset.dtype)

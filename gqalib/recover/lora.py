@@ -35,15 +35,9 @@ def finetune_lora(
 ) -> tuple[PeftModel, pd.DataFrame]:  # fmt: skip
     """Train a LoRA adapter on `prompt` / `completion` rows; the loss is on the completion only.
 
-    Every linear module of the layers is adapted (`all-linear`; lm_head never is). The base weights do not change. The
-    state lives in `folder`: the same call goes on from the last of ten checkpoints, and finds the adapter of one that
-    ended; another run begins there anew.
-
-    Several processes (`torchrun`, `accelerate launch`) call it with the same arguments and one `folder` that all see.
-    They share the micro-batches of each step, so a step sees the same rows as in one process and differs by rounding
-    (and by the dropout masks, if there is dropout); where a pass ends with fewer micro-batches than processes, the
-    others repeat its first rows. trl's DDP or FSDP wraps the model. The whole adapter is then in
-    `folder`.
+    Every linear module of the layers is adapted (`all-linear`; lm_head never is). The base weights do not change. State
+    and several processes: see `trainer`. There dropout masks differ, and where a pass ends with fewer micro-batches than
+    processes, the others repeat its first rows; trl's DDP or FSDP wraps the model.
 
     Returns:
         The model with its adapter, and the training log: `step`, `tokens`, `loss` (nats per token), `learning_rate`,
@@ -105,8 +99,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     """Train an adapter on a model with a preset's instructions and `recovery`, and save the two merged, whole or not
     at all.
 
-    In several processes every one calls it; the main one merges and writes. The training lives in a folder beside `out`
-    until then, so the same call goes on where a killed run was saved.
+    State and several processes: see `trainer`.
 
     Args:
         source: a pruned model's folder.
@@ -122,6 +115,4 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
     terms = memory.expected("LoRA", model, settings.batch_size, settings.max_length, settings=settings)
     with nullcontext() if several else memory.stage("LoRA", terms, model, "lower recovery.batch_size"):
         _, log = finetune_lora(model, tokenizer, rows, settings, folder, seed)
-    if trainer.end_processes():
-        model = trainer.adapted(load_model(source, preset.dtype, "cpu"), settings.lora_r, settings.lora_alpha)
-        trainer.finish(out, model, tokenizer, log, preset.dtype)
+    trainer.finish(out, source, settings, log, preset.dtype, preset.dtype)

@@ -1,11 +1,17 @@
-"""What every training here shares: the arguments of transformers' Trainer, its checkpoints, its result in a folder."""
+"""What every training here shares: the arguments of transformers' Trainer, its checkpoints, its result in a folder.
+
+The state lives in a folder: the same call goes on from the last of ten checkpoints, or finds what a run that ended came
+to; another run begins there anew. Several processes (`torchrun`, `accelerate launch`) make the same call with one
+folder that all see. They share the rows of each step, so a step sees the same rows as in one process and differs by
+rounding. `recover` keeps that folder beside the model that it writes.
+"""
 
 import math
 import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +26,7 @@ from transformers.utils import logging
 
 from gqalib.device import is_one_of_several
 from gqalib.errors import InputError, new_folder
-from gqalib.model.load import save_model
+from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.run.resume import Progress, replacing
 
 Weights = dict[str, torch.Tensor]
@@ -116,11 +122,9 @@ def _whole_weights(trainer: Trainer) -> Weights:
 def _last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint whose state, which is written last, can be read."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
+        with suppress(OSError, ValueError):
             TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             return str(checkpoint)
-        except (OSError, ValueError):
-            continue
     return None
 
 
@@ -182,20 +186,22 @@ def place_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.training")
 
 
-def finish(out: Path, model: nn.Module, tokenizer, log: pd.DataFrame, dtype: str) -> None:
-    """Put what was trained into a model like the one that came, merge an adapter, save it to `out`, whole or not at
-    all, and end the training."""
-    training = place_of(out)
+def finish(out: Path, source: str, settings: Any, log: pd.DataFrame, dtype: str, saved: str) -> None:
+    """In the main process: put what was trained into the model that came, in `dtype`, merge an adapter, save it to
+    `out` in dtype `saved`, whole or not at all, and end the training. The processes do not know each other any more.
+
+    Args:
+        settings: `lora_r` and `lora_alpha` of the adapter; with `lora_r` 0 there was none.
+    """
+    state = PartialState()
+    state.destroy_process_group()
+    if not state.is_main_process:
+        return
+    training, tokenizer = place_of(out), load_tokenizer(source)
+    model = adapted(load_model(source, dtype, "cpu"), settings.lora_r, settings.lora_alpha)
     put(load_file(training / "weights.safetensors"), model)
     with replacing(new_folder(out)) as folder:
-        save_model(merge(model).to(getattr(torch, dtype)), tokenizer, folder)
+        save_model(merge(model).to(getattr(torch, saved)), tokenizer, folder)
     shutil.rmtree(training)
     first, last = log["loss"].iloc[[0, -1]]
     print(f"{len(log)} steps, {log['tokens'].iloc[-1]:,.0f} tokens: loss {first:.4f} → {last:.4f} nats per token")
-
-
-def end_processes() -> bool:
-    """Afterwards the processes do not know each other. Returns whether this is the main one."""
-    state = PartialState()
-    state.destroy_process_group()
-    return state.is_main_process
