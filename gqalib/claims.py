@@ -60,8 +60,8 @@ class Claim:
 CLAIMS = (
     Claim("v2: 19.66 → 718,107", "perplexity of v2", "v2", 10, math.inf, "× dense",
           ("02_v2_failure", 'nb.table("controls"'),
-          "The factor depends on the model; that v2 breaks it is what is tested. Section 4 of 02 separates the causes. One of "
-          "them, the MLP by magnitude, is our assumption."),
+          "The factor depends on the model; that v2 breaks it is what is tested. Section 4 of 02 separates the causes. "
+          "One of them, the MLP by magnitude, is our assumption."),
     Claim("v2 + LoRA: 159.85", "perplexity of v2 after v3's budget of LoRA", "v2_lora", 2, 159.85 / DENSE, "× dense",
           ("06_lora_recovery", 'nb.metric(f"perplexity_{'),
           "The result depends on how many tokens LoRA reads. A small preset gives it few, and v2 has far to go."),
@@ -89,8 +89,8 @@ CLAIMS = (
           no_effect=1),
     Claim("5–6× faster, 84.64 % kept", "ceiling of Llama-3-8B from its bytes",
           "ceiling_kept_reading", 5, math.inf, "×", ("07_cost_analysis", 'nb.metric("ceiling_kept_reading"'),
-          "The ceiling is counted from the real shape. A narrower matrix may be read somewhat faster (07, section 7), but "
-          "not four times.", "speed", "counting"),
+          "The ceiling is counted from the real shape. A narrower matrix may be read somewhat faster (07, section 7), "
+          "but not four times.", "speed", "counting"),
     Claim("5–6× faster, 84.64 % removed", "decoding, smallest batch, this model", "decode_removed_reading", 5, math.inf,
           "×", ("07_cost_analysis", 'nb.table("speed", table)'),
           "Speed depends on shapes alone, so random weights are enough. A small model spends much of its time on "
@@ -99,8 +99,8 @@ CLAIMS = (
     Claim("5–6× faster, 84.64 % removed, at its size", "decoding one sequence, Llama-3-8B's shape",
           "decode_removed_at_size", 5, math.inf, "×", ("07_cost_analysis", 'at_size["tables"]["speed"]'),
           "This is the claim at its own size on a GPU. Larger batches, longer contexts and prompts are in the figure "
-          "of the same section, and some of them come much nearer to their ceilings. On a processor, in a table there, more "
-          "is reached.", "speed", no_effect=1),
+          "of the same section, and some of them come much nearer to their ceilings. On a processor, in a table there, "
+          "more is reached.", "speed", no_effect=1),
     Claim("5–6× faster, 84.64 % kept, at its size", "decoding one sequence, Llama-3-8B's shape",
           "decode_kept_at_size", 5, math.inf, "×", ("07_cost_analysis", 'at_size["tables"]["speed"]'),
           "Counting has already decided this reading; the measurement stays near the ceiling or below it.",

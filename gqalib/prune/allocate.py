@@ -185,7 +185,7 @@ def _costs(
     sublayer: Sublayer, windows: Tensor, before: Tensor, covariance: Tensor, step: int, ingredients: refit.Ingredients
 ) -> list[float]:
     """Σ eᵀ G e over the tokens when 0, 1, … steps of units have gone; at least one unit stays."""
-    moments, _ = refit.output_moments(sublayer, sublayer.calls(before, windows), before)  # XᵀX alone, so any target does
+    moments, _ = refit.output_moments(sublayer, sublayer.calls(before, windows), before)  # any target: only XᵀX counts
     output = refit.metric(covariance.to(moments.gram.device), ingredients.output_damping)
     how = sublayer.unit, output, ingredients.part(sublayer.widest, moments.tokens), step
     _, rises = removal_order(sublayer.output.weight, moments.gram, sublayer.num_units - 1, *how)

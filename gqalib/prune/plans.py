@@ -43,8 +43,11 @@ class Plan:
         def rates_of_channels(groups: torch.Tensor) -> torch.Tensor:
             return rates + (rates * (layer_sizes(model) - mlp) - groups / kv_heads * attention).sum() / mlp.sum()
 
-        most = 1 - channel_multiple / widths
-        groups = whole_groups(rates, kv_heads, lambda g: ((r := rates_of_channels(g)) >= 0).all() and (r <= most).all())
+        def channels_suffice(groups: torch.Tensor) -> bool:
+            asked = rates_of_channels(groups)
+            return bool(((asked >= 0) & (asked <= 1 - channel_multiple / widths)).all())
+
+        groups = whole_groups(rates, kv_heads, channels_suffice)
         channels = whole_units(rates_of_channels(groups).clamp(0, 1), widths, channel_multiple)
         return cls(rates.tolist(), groups.tolist(), channels)
 
@@ -52,8 +55,8 @@ class Plan:
 def uniform_plan(model: nn.Module, fraction: float, protected: Sequence[int] = (), multiple: int = 1) -> Plan:
     """The same rate for every layer that is not protected, so that `fraction` of the backbone goes.
 
-    Equal layers lose equally many groups, as near to the rate as whole groups can; what that leaves is spread over their
-    channels, so the budget is met within one channel. With a `multiple` each of these layers keeps a multiple of it.
+    Equal layers lose equally many groups, as near to the rate as whole groups can; what that leaves is spread over
+    their channels, so the budget is met within one channel. With a `multiple` each of these layers keeps a multiple.
 
     Raises:
         OutOfReach: more would go than layers that keep one group and one channel (or `multiple`) each can lose.
@@ -141,8 +144,8 @@ def layer_sizes(model: nn.Module) -> torch.Tensor:
 def whole_groups(
     rates: torch.Tensor, counts: torch.Tensor, channels_suffice: Callable[[torch.Tensor], bool]
 ) -> torch.Tensor:
-    """How many groups each layer loses, int64 [layers]: equally many where layers are equal, unless channels cannot make
-    up for what that leaves."""
+    """How many groups each layer loses, int64 [layers]: equally many where layers are equal, unless channels cannot
+    make up for what that leaves."""
     groups = torch.tensor(whole_units(rates, counts, alike=True))
     return groups if channels_suffice(groups) else torch.tensor(whole_units(rates, counts))
 

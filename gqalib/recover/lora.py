@@ -36,8 +36,8 @@ def finetune_lora(
     """Train a LoRA adapter on `prompt` / `completion` rows; the loss is on the completion only.
 
     Every linear module of the layers is adapted (`all-linear`; lm_head never is). The base weights do not change. State
-    and several processes: see `trainer`. There dropout masks differ, and where a pass ends with fewer micro-batches than
-    processes, the others repeat its first rows; trl's DDP or FSDP wraps the model.
+    and several processes: see `trainer`. There dropout masks differ, and where a pass ends with fewer micro-batches
+    than processes, the others repeat its first rows; trl's DDP or FSDP wraps the model.
 
     Returns:
         The model with its adapter, and the training log: `step`, `tokens`, `loss` (nats per token), `learning_rate`,

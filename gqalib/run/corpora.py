@@ -42,7 +42,7 @@ SPREAD = 32  # a sample is drawn from so many times its own length of text
 RANDOM_DOCUMENTS, RANDOM_WORDS = 2**15, 2**9  # 16.8M words a split
 RANDOM_VOCABULARY = 2**9  # words that every shape knows
 CHARACTERS_PER_TOKEN = 6  # as much of a running text is encoded at first, and twice as much where that is too little
-DATASETS = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "c4": ("allenai/c4", "en")}  # path, configuration
+DATASETS = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "c4": ("allenai/c4", "en")}  # path and name
 
 
 def random_tokens(split: str) -> Iterator[str]:
