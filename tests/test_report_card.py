@@ -63,7 +63,7 @@ def pruned_model():
 
 def test_presets_that_need_no_network_ask_nothing():
     asked = {name: load_preset(name).answers for name in preset_names()}
-    assert all(asked[name] == Answers() for name in ("tiny", "full", "smoke", "llama3-8b-shape", "stories260k"))
+    assert all(asked[name] == Answers() for name in ("tiny", "full", "smoke", "llama3-8b-shape"))
     assert (
         asked["smollm2"].tasks
         and len(asked["smollm2"].prompts) == 3

@@ -194,13 +194,13 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         times = (committed_seconds(path.stem, preset, results) for preset in (QUICK, REAL))
         rows.append([f"[{number}](notebooks/{path.name})", question, *map(_minutes, times)])
     return {
-        "results": "\n\n".join(_results_block(r, results) for r in _all_presets(results, "07_cost_analysis")),
+        "results": _results_block(results),
         "cost": cost_block(results),
         "recovery": recovery_block(results),
         "series": as_markdown(
             pd.DataFrame(rows, columns=["notebook", "question", *(f"minutes, `{name}`" for name in (QUICK, REAL))])
         ),
-        "frontier": "\n\n".join(map(_frontier_block, _all_presets(results, "10_frontier"))),
+        "frontier": _frontier_block(results),
     }
 
 
@@ -208,12 +208,12 @@ def _minutes(seconds: float | None) -> str:
     return "–" if not seconds else "< 0.1" if seconds < 3 else f"{seconds / 60:.1f}"
 
 
-def _all_presets(results: Path, name: str) -> list[dict[str, Any]]:
-    """The records of a notebook, a preset each: the real model's first, then the quick look's. Left out is one that
-    read others than those beside it: it is to be run again."""
-    order = {REAL: 0, QUICK: 1}
-    paths = sorted(results.glob(f"*/{name}.json"), key=lambda path: (order.get(path.parent.name, 2), path))
-    return [record for path in paths if _is_current(record := read_record(path), path.parent)]
+def _shown(results: Path, name: str) -> dict[str, Any] | None:
+    """The record of a notebook that README shows: the real model's, or else the quick look's. Left out is one that read
+    others than those beside it: it is to be run again."""
+    paths = (results / preset / f"{name}.json" for preset in (REAL, QUICK))
+    records = (read_record(path) for path in paths if path.exists())
+    return next((record for record in records if _is_current(record, results / record["preset"])), None)
 
 
 def _is_current(record: dict[str, Any], folder: Path) -> bool:
@@ -221,7 +221,9 @@ def _is_current(record: dict[str, Any], folder: Path) -> bool:
     return all(path.exists() and sha256(path) == value for path, value in paths.items())
 
 
-def _results_block(record: dict[str, Any], results: Path) -> str:
+def _results_block(results: Path) -> str:
+    if not (record := _shown(results, "07_cost_analysis")):
+        return "Not measured."
     p = read_record(results / record["preset"] / "01_baseline.json")["parameters"]
     above = (
         f"**{p['model']}** (preset `{record['preset']}`), {p['corpus']} test text, {p['evaluation']['num_tokens']:,} "
@@ -230,7 +232,9 @@ def _results_block(record: dict[str, Any], results: Path) -> str:
     return f"{above}\n\n{as_markdown(results_table(record))}"
 
 
-def _frontier_block(record: dict[str, Any]) -> str:
+def _frontier_block(results: Path) -> str:
+    if not (record := _shown(results, "10_frontier")):
+        return "Not measured."
     p, model = record["parameters"]["frontier"], record["parameters"]["model"]
     of_several = ", of which mean and range" if p["seeds"] > 1 else ""
     above = (
