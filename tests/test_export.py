@@ -42,6 +42,26 @@ def byte_tokenizer(pre="gpt-2", bos=False, **special) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>", bos_token="<|end|>", **special)
 
 
+def piece_tokenizer(metaspace=False) -> PreTrainedTokenizerFast:
+    """Of SentencePiece's kind: a few letters and merges, bytes for all others."""
+    letters = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"theor12"]
+    merges = [("t", "h"), ("▁", "th"), ("▁th", "e"), ("th", "e"), ("1", "2")]
+    vocab = {token: i for i, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": "<unk>", "byte_fallback": True}
+    first = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    each = {"type": "Sequence", "normalizers": [deci.PREFIX, deci.ESCAPED]}
+    spaces = {"pre_tokenizer": first} if metaspace else {"normalizer": each}
+    decoder = {
+        "type": "Sequence",
+        "decoders": [deci.UNESCAPED, {"type": "ByteFallback"}, {"type": "Fuse"}, deci.STRIPPED],
+    }
+    files = {"version": "1.0", "added_tokens": [], "decoder": decoder, "model": model | {"fuse_unk": True}, **spaces}
+    words = Tokenizer.from_str(json.dumps(files))
+    words.add_special_tokens([AddedToken(token, normalized=False) for token in letters[:3]])
+    words.post_processor = deci.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
 def uneven(model):
     """Other groups and widths in each layer, one of them no multiple of 32."""
     surgery.keep_groups(model, 0, [0, 1, 3]), surgery.keep_groups(model, 1, [2])
@@ -180,6 +200,23 @@ def test_the_tokenizer_comes_back(pre, bos, place):
     kinds = fields["tokenizer.ggml.token_type"]  # filled up to the rows of the embeddings
     assert len(kinds) == 300 and kinds[len(ours) :] == [gguf.TokenType.UNUSED] * (300 - len(ours))
     assert (kinds[0], kinds[1], kinds[len(ours) - 1]) == (3, 1, 4)  # control, normal, user-defined
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_sentence_pieces_come_back(metaspace, place):
+    """But for spaces that llama.cpp puts and newer tokenizers do not: export says so."""
+    ours = piece_tokenizer(metaspace)
+    _, said = exported(place, small_model(**SHAPE), "f16", ours)
+    theirs = load_tokenizer(str(place / "a.gguf"))
+    for text in (vocabulary.SELDOM, "the  12 wxyz the", ""):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+        assert ours.decode(ours(text)["input_ids"]) == theirs.decode(theirs(text)["input_ids"])
+    other = ours("</s>the")["input_ids"] != theirs("</s>the")["input_ids"]
+    assert other == metaspace == ("llama.cpp puts a space before text" in said)
+    fields = deci.read_fields(place / "a.gguf")[1]
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.add_bos_token"]) == ("llama", True)
+    kinds = [fields["tokenizer.ggml.token_type"][i] for i in (0, 2, 3, 258, 259, 299)]
+    assert kinds == [3, 3, 6, 6, 1, 5]  # control, byte, normal, unused
 
 
 def test_the_three_rules_are_not_the_same():

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pandas as pd
 import psutil
@@ -21,9 +22,10 @@ from conftest import is_running, small_model
 from gguf import GGUFReader
 from matplotlib.figure import Figure
 from openai import OpenAI
-from test_export import SHAPE, byte_tokenizer, uneven
+from test_export import SHAPE, byte_tokenizer, piece_tokenizer, uneven
 
 from gqalib.errors import InputError
+from gqalib.model import deci
 from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.run.cli import main
 from gqalib.serve import CONTEXT, export, vocabulary, watch
@@ -86,6 +88,18 @@ def test_log_probabilities_are_those_of_transformers(folder, client):
         torch.testing.assert_close(torch.tensor([theirs[i] for i in range(300)]), ours, atol=0.005, rtol=0)
 
 
+@pytest.mark.parametrize("kind", [*deci.PRE_TOKENIZERS, "pieces"])
+def test_tokens_are_those_of_transformers(kind, tmp_path, monkeypatch):
+    tokenizer = piece_tokenizer() if kind == "pieces" else byte_tokenizer(kind)
+    monkeypatch.setattr(vocabulary, "read_corpus", lambda *_: iter([TEXT]))
+    save_model(small_model(**SHAPE), tokenizer, tmp_path / "model")
+    export.export(str(tmp_path / "model"), tmp_path / "a.gguf")
+    with Server(tmp_path / "a.gguf") as server:
+        for text in (vocabulary.SELDOM, TEXT, f" the{tokenizer.eos_token}the  12", ""):
+            asked = {"content": text, "add_special": True, "parse_special": True}
+            assert httpx.post(f"{server.url}/tokenize", json=asked).json()["tokens"] == tokenizer(text)["input_ids"]
+
+
 def test_a_completion_and_a_streamed_chat(server, client):
     """The stream's parts are together what comes at once; the metrics count each token."""
     before = server.metrics()
@@ -144,7 +158,9 @@ def test_a_server_that_ends_by_itself(command):
 
 def test_with_ends_the_server(file):
     with pytest.raises(ZeroDivisionError), Server(file) as server:
-        assert is_running(server._process.pid) and os.getsid(server._process.pid) != os.getsid(0)  # an interrupt is not its
+        assert is_running(server._process.pid) and os.getsid(server._process.pid) != os.getsid(
+            0
+        )  # an interrupt is not its
         _ = 1 / 0
     assert not is_running(server._process.pid)
 

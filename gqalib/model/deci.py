@@ -2,7 +2,8 @@
 
     deci.attention.head_count, .head_count_kv, .feed_forward_length      one number per layer; 0 heads: no attention
     blk.3.attn_q.weight, …                                             names of `gguf.get_tensor_name_map`
-    tokenizer.ggml.pre                                                   a name for the rule that cuts a text into words
+    tokenizer.ggml.model = gpt2, .pre      byte-level tokens; a name for the rule that cuts a text into words
+    tokenizer.ggml.model = llama, .scores  SentencePiece's: not cut; a pair of the highest score is joined first
 
 A layer without attention has no `attn_norm` either, in llama.cpp (`src/models/deci.cpp`) as here. What .gguf has no
 place for, Llama-3's `rope_parameters`, stands under `ROPE`; llama.cpp reads its outcome, `FREQUENCIES`.
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
 
 from gqalib.errors import InputError
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
@@ -38,6 +40,11 @@ PRE_TOKENIZERS = {  # llama.cpp's names (`src/llama-vocab.cpp`): what tokenizer.
     "smollm": ({"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}, False),
     "llama-bpe": ({"type": "Sequence", "pretokenizers": [SPLIT, BYTES | {"use_regex": False}]}, True),
 }
+SPACE = "▁"  # SentencePiece's
+PREFIX = {"type": "Prepend", "prepend": SPACE}
+ESCAPED = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+UNESCAPED = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+STRIPPED = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 def tensor_names(model: nn.Module) -> dict[str, str]:
@@ -128,19 +135,16 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that a .gguf file holds, made of what llama.cpp reads there.
 
     Raises:
-        InputError: of another kind than those of `PRE_TOKENIZERS`.
+        InputError: neither SentencePiece's nor one of `PRE_TOKENIZERS`.
     """
     _, fields = read_fields(file)
-    pre, tokens = fields.get("tokenizer.ggml.pre"), fields["tokenizer.ggml.tokens"]
-    if fields["tokenizer.ggml.model"] != "gpt2" or pre not in PRE_TOKENIZERS:
+    pre, tokens, model = (fields.get(f"tokenizer.ggml.{name}") for name in ("pre", "tokens", "model"))
+    if model != "llama" and (model != "gpt2" or pre not in PRE_TOKENIZERS):
         raise InputError(f"{file} has a tokenizer of another kind ({pre}): use one of {', '.join(PRE_TOKENIZERS)}")
     kinds = fields.get("tokenizer.ggml.token_type") or [gguf.TokenType.NORMAL] * len(tokens)
     vocab = {token: i for i, token in enumerate(tokens) if kinds[i] != gguf.TokenType.UNUSED}
-    merges = [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]
-    rule, whole = PRE_TOKENIZERS[pre]
-    model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": whole}
-    parts = {"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": rule, "decoder": BYTES}
-    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    parts = _byte_level(vocab, fields) if model == "gpt2" else _pieces(vocab, fields, kinds)
+    tokenizer = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": []} | parts))
     kept = [(tokens[i], kind == gguf.TokenType.CONTROL) for i, kind in enumerate(kinds) if kind in ADDED]
     tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in kept])
     named = {f"{name}_token": tokens[fields[_token_key(name)]] for name in NAMED if _token_key(name) in fields}
@@ -150,3 +154,25 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=fields.get("tokenizer.chat_template"), **named
     )
+
+
+def _byte_level(vocab: dict[str, int], fields: dict) -> dict:
+    rule, whole = PRE_TOKENIZERS[fields["tokenizer.ggml.pre"]]
+    merges = [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": whole}
+    return {"model": model, "pre_tokenizer": rule, "decoder": BYTES}
+
+
+def _pieces(vocab: dict[str, int], fields: dict, kinds: list[int]) -> dict:
+    """As llama.cpp reads them: a space goes before a text, and before what follows a special token."""
+    scores = fields["tokenizer.ggml.scores"]
+    made = {token: scores[i] for token, i in vocab.items() if kinds[i] == gguf.TokenType.NORMAL}
+    unknown = fields["tokenizer.ggml.tokens"][fields.get(_token_key("unk"), 0)]
+    model = {"type": "BPE", "vocab": vocab, "merges": generate_merges(vocab, made), "byte_fallback": True}
+    first = fields.get("tokenizer.ggml.add_space_prefix", True)
+    decoders = [UNESCAPED, {"type": "ByteFallback"}, {"type": "Fuse"}, *[STRIPPED] * first]
+    return {
+        "model": model | {"unk_token": unknown, "fuse_unk": True},
+        "normalizer": {"type": "Sequence", "normalizers": [*[PREFIX] * first, ESCAPED]},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+    }

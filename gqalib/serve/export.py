@@ -21,7 +21,7 @@ from gqalib.model.load import load_model, load_tokenizer
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
 from gqalib.run.resume import replacing
 from gqalib.serve import BLOCK, check_export
-from gqalib.serve.vocabulary import check_tokens, tokenizer_fields
+from gqalib.serve.vocabulary import after_special, check_tokens, tokenizer_fields
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 ROPES = ("default", "llama3", "linear")  # those that scale each frequency once for all lengths
@@ -52,7 +52,8 @@ def export(source: str, out: Path, kind: str = "f16") -> str:
     """Write a model as a .gguf file, which appears whole or not at all.
 
     Returns:
-        How many bytes are in which type; if matrices could not take theirs, which, and what would have been right.
+        How many bytes are in which type; if matrices could not take theirs, which, and what would have been right; if
+        llama.cpp reads text after a special token otherwise, that.
 
     Raises:
         InputError: as `check_export`; the model cannot be had, or llama.cpp cannot hold it or its tokenizer.
@@ -64,8 +65,8 @@ def export(source: str, out: Path, kind: str = "f16") -> str:
     check_config(model.config)
     with one_sentence(f"{out} cannot be written", "give a folder with room"), replacing(out) as file:
         tensors = write_model(file, model, kind, {"name": out.stem} | vocabulary)
-        check_tokens(tokenizer, deci.read_tokenizer(file))
-    return f"{out}: {summary(list(tensors.values()), kind)}"
+        check_tokens(tokenizer, there := deci.read_tokenizer(file))
+    return f"{out}: {summary(list(tensors.values()), kind)}{after_special(tokenizer, there)}"
 
 
 # ---------------------------------------------------------------- the model
