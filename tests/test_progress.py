@@ -152,7 +152,11 @@ def rows(model, text, progress):
 
 
 CASES = {  # what is run, what must not run twice, parts after which it dies
-    "removal": (lambda model, text, progress: progress.run(removal_importance, model, text), (founding, "perplexity"), (2, 3)),
+    "removal": (
+        lambda model, text, progress: progress.run(removal_importance, model, text),
+        (founding, "perplexity"),
+        (2, 3),
+    ),
     "prune": (with_random_groups, (founding, "unit_scores"), (1, 3, 4)),
     "sweep": (sweep, (refit, "mend"), (1, 2, 5)),
     "sweep, a layer goes": (sweep_without_a_layer, (refit, "mend"), (1, 3)),
@@ -324,8 +328,9 @@ def test_a_broken_part_is_done_anew(name, damage, text, kept, counted, killed_af
     file = next(file for file in sorted((tmp_path / "progress").rglob("*")) if file.stem.startswith("layer-1"))
     whole = file.read_bytes()
     file.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "garbage": b"\xff" * len(whole)}[damage])
-    assert same(run(small_model(), text, kept()), expected)
-    assert len(calls) == 1 and file.read_bytes() == whole
+    for _ in range(2):  # and the new one is whole
+        assert same(run(small_model(), text, kept()), expected)
+    assert len(calls) == 1
 
 
 def test_a_torn_key_is_no_key(kept, tmp_path):
@@ -337,6 +342,25 @@ def test_a_torn_key_is_no_key(kept, tmp_path):
 
 
 # ---------------------------------------------------------------- Progress itself
+
+
+def test_what_parts_took_in_an_earlier_run(tmp_path, monkeypatch):
+    """Counts as if it were of this one: nested parts once, what another owner kept not at all."""
+    now = [0.0]
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
+
+    def slow(part=1):
+        now[0] += 5
+        return part
+
+    def took(name, compute=slow, owner="01"):
+        before, _ = resume.spent(), Progress(tmp_path / "progress", "key", owner).once(name, compute)
+        return round(resume.spent() - before)
+
+    tensors = {"a": torch.ones(1)}
+    assert [took("x"), took("x"), took("x", owner="02")] == [5, 5, 0]
+    assert [took("t", lambda: slow(tensors)), took("t", lambda: slow(tensors))] == [5, 5]
+    assert [took("both", lambda: took("x") + took("y")), took("both"), took("y")] == [10, 10, 5] and now[0] == 15
 
 
 @pytest.mark.parametrize("part", [0.1 + 0.2, math.inf, 0, [], {}, "ä", {"a": [1, None, 5e-324]}])
@@ -518,6 +542,16 @@ def test_progress_of_a_notebook(tmp_path, monkeypatch):
         nb = notebook(tmp_path)
         nb.progress("a").keep("x", 1)
         assert notebook(tmp_path, **changes).progress("a").load("x") is None
+
+
+def test_a_record_counts_what_an_earlier_run_took(tmp_path, capsys):
+    for _ in range(2):
+        nb = notebook(tmp_path)
+        with nb.stage("a stage", small_model(), (1, 8), "knob", of=("sweep",)):
+            nb.progress("a").once("x", lambda: time.sleep(0.3) or 1)
+        record = nb.save()
+        assert record["seconds"] >= 0.3 and record["tables"]["stages"][0]["seconds"] >= 0.3
+    assert capsys.readouterr().out.count("a stage: 0 s more in an earlier run, which this one went on from") == 1
 
 
 def test_a_training_leaves_its_result_and_no_checkpoint(tmp_path):

@@ -97,7 +97,7 @@ def result(trainer: Trainer, state: Progress) -> tuple[Weights, list[dict[str, f
     All processes call it; the main one keeps the result, and deletes the checkpoints then.
     """
     trainer.remove_callback(PrinterCallback)
-    weights, log = state.load("weights"), state.load("log")
+    weights, log, begun = state.load("weights"), state.load("log"), time.monotonic()
     if weights is None or log is None:
         trainer.train(resume_from_checkpoint=_last_checkpoint(state.folder))
         weights = _whole_weights(trainer)
@@ -108,6 +108,7 @@ def result(trainer: Trainer, state: Progress) -> tuple[Weights, list[dict[str, f
     for checkpoint in state.folder.glob("checkpoint-*") if trainer.accelerator.is_main_process else ():
         shutil.rmtree(checkpoint)
     trainer.accelerator.wait_for_everyone()
+    Progress.spared += max(0.0, sum(entry["seconds"] for entry in log) - (time.monotonic() - begun))
     return weights, log
 
 

@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -40,7 +39,7 @@ from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run.checks import NOTEBOOKS, code_of
 from gqalib.run.corpora import corpus_path
 from gqalib.run.presets import Preset, load_preset
-from gqalib.run.resume import FRAME, Part, Progress, code_hash, replacing
+from gqalib.run.resume import FRAME, Part, Progress, code_hash, replacing, spent
 
 SCHEMA = 1
 COMMITTED = REPOSITORY / "data" / "results"
@@ -212,7 +211,7 @@ class Notebook:
             self._lock.enter_context(locked(self.run_dir, shared=True))
         self.metrics, self.tables, self.texts, self.captions = {}, {}, {}, {}
         self.artefacts, self.stages, self.read = [], [], {}
-        self._started = time.monotonic()
+        self._started = spent()
         transformers.set_seed(seed)
         evaluate_in(whole.evaluation_dtype)
         transformers.utils.logging.disable_progress_bar()
@@ -264,9 +263,12 @@ class Notebook:
         """
         terms = memory.expected(of or name, model, *shape, **options)
         terms |= {"copies": copies * weight_bytes(model)} if copies else {}
+        before = Progress.spared
         with memory.stage(name, terms, model, f"lower {knob}") as peak:
             yield peak
-        self.stages.append({"stage": name, **asdict(peak)})
+        if earlier := Progress.spared - before:
+            print(f"{name}: {earlier:.0f} s more in an earlier run, which this one went on from")
+        self.stages.append({"stage": name, **asdict(peak), "seconds": peak.seconds + earlier})
 
     def time_taken(self) -> str:
         """What to promise a reader: how long the committed run of this preset took, on what machine; or that there is
@@ -299,14 +301,14 @@ class Notebook:
         where only the frame around the computation has changed finds everything.
         """
         key = self._reasons() | {"library": code_used(Path(f"{self.name}.ipynb"), FRAME)}
-        return Progress(progress_dir(self.run_dir, self.name) / name, key)
+        return Progress(progress_dir(self.run_dir, self.name) / name, key, self.name)
 
     def shared_progress(self, name: str, code: str) -> Progress:
         """`progress` that all notebooks of the run share, for what depends on its arguments, the run's model and
         machine, and what this `code` imports of the library, and on nothing else."""
         base = [self.parameters[key] for key in BASE]
         reasons = self._reasons() | {"parameters": base, "library": code_hash(code, FRAME)}
-        return Progress(progress_dir(self.run_dir, SHARED) / name, reasons)
+        return Progress(progress_dir(self.run_dir, SHARED) / name, reasons, self.name)
 
     def trained(self, name: str, train: Callable[[Path], Part]) -> Part:
         """What `train(folder)` comes to, kept as progress; the folder, where a killed training goes on, goes then."""
@@ -364,7 +366,7 @@ class Notebook:
             "overrides": self.overrides, "git_commit": _said_by(*COMMIT) or None,
             "machine": machine(self.preset.device), "upstream": self.read, "metrics": self.metrics,
             "tables": self.tables, "texts": self.texts, "captions": self.captions, "artefacts": self.artefacts,
-            "seconds": round(time.monotonic() - self._started, 1),
+            "seconds": round(spent() - self._started, 1),
         }  # fmt: skip
         text = json.dumps(record, indent=1, ensure_ascii=False)
         write_atomically(self.run_dir / f"{self.name}.json", text + "\n")

@@ -20,6 +20,7 @@ import json
 import numbers
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -29,8 +30,8 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from gqalib.steps import drive
@@ -50,10 +51,15 @@ class Progress:
     Args:
         folder: nothing else may be in it: parts that were kept under another key are deleted.
         key: what the results depend on, as JSON.
+        owner: who computes here, where several share a folder.
+
+    `Progress.spared` adds up, in this process, the seconds that parts of the same owner took in an earlier run.
     """
 
-    def __init__(self, folder: Path, key: Any):
-        self.folder = folder
+    spared = 0.0
+
+    def __init__(self, folder: Path, key: Any, owner: str = ""):
+        self.folder, self.owner = folder, owner
         description, file = json.dumps(key, sort_keys=True, indent=1).encode(), folder / "key.json"
         with _alone_in(folder.parent):  # notebooks that run beside each other share some
             if not (file.is_file() and file.read_bytes() == description):
@@ -65,7 +71,7 @@ class Progress:
     def of(self, *inputs: Any) -> "Progress":
         """Progress for these inputs alone: models, tensors, dataclasses, numbers, lists and dicts of them, seen by
         `digest`."""
-        return Progress(self.folder / digest(*inputs)[:32], {})
+        return Progress(self.folder / digest(*inputs)[:32], {}, self.owner)
 
     def run(self, function: Callable, *args: Any, **options: Any) -> Any:
         """What a function `in_steps` comes to for these arguments, its steps kept; calls with other arguments may share
@@ -77,32 +83,47 @@ class Progress:
 
     def once(self, name: str, compute: Callable[[], Part]) -> Part:
         """The part, computed if it is not there."""
-        part = self.load(name)
+        part, told = self._read(name)
         if part is None:
+            begun = spent()
             part = compute()
-            self.keep(name, part)
+            self.keep(name, part, spent() - begun)
+        elif told.get("owner") == self.owner:
+            Progress.spared += float(told["seconds"])
         return part
 
     def load(self, name: str) -> Part | None:
         """A part that was kept, tensors on the CPU; None if there is none, or none that can be read."""
-        try:
-            if self._file(name, "safetensors").exists():
-                return load_file(self._file(name, "safetensors"))
-            return json.loads(self._file(name, "json").read_text(encoding="utf-8"))["part"]
-        except (OSError, ValueError, SafetensorError):
-            return None
+        return self._read(name)[0]
 
-    def keep(self, name: str, part: Part) -> None:
-        """Keep a part; one of this name that is there is replaced."""
+    def _read(self, name: str) -> tuple[Part | None, dict[str, str]]:
+        """A part, and what is told of it."""
+        try:
+            if (file := self._file(name, "safetensors")).exists():
+                with safe_open(file, "pt") as opened:
+                    return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}
+            told = json.loads(self._file(name, "json").read_text(encoding="utf-8"))
+            return told.pop("part"), told
+        except (OSError, ValueError, SafetensorError):
+            return None, {}
+
+    def keep(self, name: str, part: Part, seconds: float = 0.0) -> None:
+        """Keep a part that took so long; one of this name that is there is replaced."""
+        told = {"owner": self.owner, "seconds": f"{seconds:.1f}"}
         if isinstance(part, Mapping) and part and all(isinstance(value, torch.Tensor) for value in part.values()):
             with replacing(self._file(name, "safetensors")) as file:
-                save_file({key: value.detach().cpu().contiguous() for key, value in part.items()}, file)
+                save_file({key: value.detach().cpu().contiguous() for key, value in part.items()}, file, told)
         else:
             with replacing(self._file(name, "json")) as file:
-                file.write_text(json.dumps({"part": part}), encoding="utf-8")  # in brackets: half a number is a number
+                file.write_text(json.dumps({"part": part} | told), encoding="utf-8")
 
     def _file(self, name: str, kind: str) -> Path:
         return self.folder / f"{quote(name, safe=' ,')}.{kind}"
+
+
+def spent() -> float:
+    """Seconds on a clock that counts what parts took in an earlier run as if they had been computed in this one."""
+    return time.monotonic() + Progress.spared
 
 
 class _NotKept(Progress):
