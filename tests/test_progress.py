@@ -84,8 +84,8 @@ def killed_after(monkeypatch):
     def run(num_parts, compute):
         names = []
 
-        def keep(self, name, part):
-            original(self, name, part)
+        def keep(self, name, part, *seconds):
+            original(self, name, part, *seconds)
             names.append(name)
             if len(names) == num_parts:
                 raise Killed
