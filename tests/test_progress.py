@@ -345,7 +345,7 @@ def test_a_torn_key_is_no_key(kept, tmp_path):
 
 
 def test_what_parts_took_in_an_earlier_run(tmp_path, monkeypatch):
-    """Counts as if it were of this one: nested parts once, what another owner kept not at all."""
+    """Counts as if it were of this one: nested parts once, what another owner kept or this run itself not at all."""
     now = [0.0]
     monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
 
@@ -353,12 +353,14 @@ def test_what_parts_took_in_an_earlier_run(tmp_path, monkeypatch):
         now[0] += 5
         return part
 
-    def took(name, compute=slow, owner="01"):
+    def took(name, compute=slow, owner="01", counted=()):
+        monkeypatch.setattr(Progress, "counted", set(counted))  # as in a new process
         before, _ = resume.spent(), Progress(tmp_path / "progress", "key", owner).once(name, compute)
         return round(resume.spent() - before)
 
     tensors = {"a": torch.ones(1)}
     assert [took("x"), took("x"), took("x", owner="02")] == [5, 5, 0]
+    assert took("x", counted=[tmp_path / "progress" / "x"]) == 0
     assert [took("t", lambda: slow(tensors)), took("t", lambda: slow(tensors))] == [5, 5]
     assert [took("both", lambda: took("x") + took("y")), took("both"), took("y")] == [10, 10, 5] and now[0] == 15
 
@@ -544,8 +546,9 @@ def test_progress_of_a_notebook(tmp_path, monkeypatch):
         assert notebook(tmp_path, **changes).progress("a").load("x") is None
 
 
-def test_a_record_counts_what_an_earlier_run_took(tmp_path, capsys):
+def test_a_record_counts_what_an_earlier_run_took(tmp_path, capsys, monkeypatch):
     for _ in range(2):
+        monkeypatch.setattr(Progress, "counted", set())  # as in a new process
         nb = notebook(tmp_path)
         with nb.stage("a stage", small_model(), (1, 8), "knob", of=("sweep",)):
             nb.progress("a").once("x", lambda: time.sleep(0.3) or 1)

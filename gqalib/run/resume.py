@@ -57,6 +57,7 @@ class Progress:
     """
 
     spared = 0.0
+    counted: set[Path] = set()  # parts that this process computed, or read and added up
 
     def __init__(self, folder: Path, key: Any, owner: str = ""):
         self.folder, self.owner = folder, owner
@@ -88,8 +89,9 @@ class Progress:
             begun = spent()
             part = compute()
             self.keep(name, part, spent() - begun)
-        elif told.get("owner") == self.owner:
+        elif told.get("owner") == self.owner and self.folder / name not in Progress.counted:
             Progress.spared += float(told["seconds"])
+        Progress.counted.add(self.folder / name)
         return part
 
     def load(self, name: str) -> Part | None:
