@@ -91,6 +91,7 @@ def after_special(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizer
     """What is to be said where the two differ in text that begins with a space or follows a special token, as newer
     tokenizers of SentencePiece's kind and llama.cpp do; "" where they do not."""
     texts = " a", f"{tokenizer.eos_token}a"
-    same = all(encode(tokenizer, text, True) == encode(other, text, True) for text in texts)
-    return "" if same else "\nllama.cpp puts a space before text that begins with one or follows a special token; " \
-                           "this tokenizer does not"  # fmt: skip
+    if all(encode(tokenizer, text, True) == encode(other, text, True) for text in texts):
+        return ""
+    where = "before text that begins with one or follows a special token"
+    return f"\nllama.cpp puts a space {where}; this tokenizer does not"
