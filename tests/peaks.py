@@ -14,9 +14,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from gqalib import stream
-from gqalib.measure import memory, perplexity
+from gqalib.measure import memory
+from gqalib.measure.cost import weight_bytes
 from gqalib.model.modeling_gqa_llama import GqaLlamaForCausalLM
-from gqalib.prune import allocate, founding, plans, refit, scores
+from gqalib.prune import allocate, founding, plans, refit, scores, search
 from gqalib.recover import distill
 from gqalib.recover.lora import finetune_lora
 from gqalib.run.presets import Distillation, Recovery
@@ -47,9 +48,9 @@ def random_model(size, **changes):
     return GqaLlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
 
 
-def ratio(stage, model, num_examples, work, **options):
+def ratio(stage, model, num_examples, work, copies=0, **options):
     """Peak over expectation, both without the weights, which were there before."""
-    terms = memory.expected(stage, model, num_examples, 128, **options)
+    terms = memory.expected(stage, model, num_examples, 128, **options) | {"copies": copies * weight_bytes(model)}
     windows = torch.randint(1, model.config.vocab_size, (num_examples, 128))
     with memory.stage(stage, terms, model, say=lambda line: None) as peak:
         work(windows)
@@ -61,6 +62,13 @@ def tokenizer():
     words = Tokenizer(WordLevel({"<e>": 0, "<u>": 1, "a": 2}, "<u>"))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", pad_token="<e>", unk_token="<u>")
+
+
+def in_context(model, windows, plan, covariances):
+    """A copy of the model is pruned, and looked at."""
+    table = allocate.cost_table(model, windows, covariances)
+    trial = search.Trial(model, windows, covariances)
+    search.look(trial, table, plan, windows)
 
 
 def measure(size):
@@ -79,8 +87,8 @@ def measure(size):
     ratios["cost table"] = ratio("cost table", model, enough, lambda w: allocate.cost_table(model, w, covariances))
     ratios["all gradients"] = ratio("all gradients", model, 4, lambda w: scores.backward(model, w))
     model.zero_grad(set_to_none=True)
-    ratios["scoring"] = ratio("scoring", model, 4, lambda w: perplexity.kl_to(model, model, w))
     stream.BATCH_TOKENS = 512
+    ratios["context"] = ratio("context", model, enough, lambda w: in_context(model, w, plan, covariances), 1)
     ratios["one-shot Taylor, by layer"] = ratio("one-shot Taylor", model, 8, lambda w: founding.taylor_scores(model, w))
     ratios["sequential Taylor"] = ratio("sequential Taylor", model, 4, lambda w: founding.prune(model, plan, w))
     model = random_model(size)

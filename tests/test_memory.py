@@ -125,7 +125,7 @@ def test_a_model_on_several_cards(monkeypatch):
 
 def test_of_several_stages_the_largest(model):
     single = {
-        name: memory.expected(name, model, 8, 32) for name in ("layer removal", "all gradients", "sweep", "scoring")
+        name: memory.expected(name, model, 8, 32) for name in ("layer removal", "all gradients", "sweep", "context")
     }
     largest = max(single.values(), key=lambda terms: sum(terms.values()))
     assert memory.expected(tuple(single), model, 8, 32) == largest

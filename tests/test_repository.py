@@ -68,7 +68,7 @@ def test_plans_heed_the_multiple(notebook):
 
 
 LONG = {
-    "covariances_and_table", "cost_table", "distill", "evolve", "frontier.frontier", "mend", "prune_and_recover",
+    "covariances_and_table", "cost_table", "distill", "frontier.frontier", "in_context", "mend", "prune_and_recover",
     "prune_to", "founding.prune", "refit.sweep", "trial",
 }  # fmt: skip
 

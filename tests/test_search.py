@@ -1,6 +1,7 @@
 """The cost table, plans against their budget, the search and the targets against their promises."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -54,9 +55,15 @@ def test_table_is_what_the_loss_is_weighed_by(model, windows):
 
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.25, 0.5, 0.8])
 def test_plans_meet_the_budget(table, fraction):
-    """Within one channel where channels go, within one group otherwise, whatever the factors are."""
+    """Within one channel where channels go, within one group otherwise, whatever the costs are."""
     for seed in range(5):
-        plan = table.plan(fraction, np.exp(search.smooth_noise(np.random.default_rng(seed), 3)))
+        factors = np.exp(np.random.default_rng(seed).standard_normal((3, 3)))
+        rows = [
+            [f * row for f, row in zip(*pair, strict=True)] for pair in zip(factors, (table.groups, table.channels))
+        ]
+        plan = dataclasses.replace(table, groups=rows[0], channels=rows[1], layers=factors[2] * table.layers).plan(
+            fraction
+        )
         over = removed(plan, table) - fraction * table.backbone
         rows = zip(plan.groups, plan.channels, table.widths, strict=True)
         partly = [channels for groups, channels, widths in rows if (groups, channels) != tuple(widths)]
@@ -131,14 +138,52 @@ def test_fraction_out_of_reach(model, windows):
 
 def test_search_stays_in_the_budget_and_never_gets_worse(trial, table, windows, logits_of, monkeypatch):
     before, tried, original = logits_of(trial.model), [], search.Trial.__call__
-    monkeypatch.setattr(search.Trial, "__call__", lambda self, plan: tried.append(plan) or original(self, plan))
-    found = search.evolve(trial, table, 0.4, windows, candidates=6)
+    monkeypatch.setattr(
+        search.Trial, "__call__", lambda self, plan, **how: tried.append(plan) or original(self, plan, **how)
+    )
+    found = search.in_context(trial, table, 0.4, windows, candidates=6)
     group = table.prices[0][0]
-    assert len(tried) == len(found.history) == 6
+    assert 2 < len(tried) == len(found.history) <= 6 and found.history["candidate"].tolist()[:3] == [
+        "uniform",
+        "cheapest",
+        "step 1",
+    ]
     assert all(abs(removed(plan, table) - 0.4 * table.backbone) <= group for plan in tried)
     assert found.history["best"].is_monotonic_decreasing and found.history["kl"].min() == found.history["best"].iloc[-1]
     assert kl_to(trial.model, original(trial, found.plan), windows) == pytest.approx(found.history["best"].iloc[-1])
     assert torch.equal(logits_of(trial.model), before)
+
+
+def test_changes_are_the_derivative_towards_another_level(trial, table, windows):
+    """Moved a little from a plan's weight towards another level's, a module changes the divergence by as much."""
+    plan, weights = plans.uniform_plan(trial.model, 0.4), {}
+    kl, changes = search.look(trial, table, plan, windows)
+    model = trial(plan, mending=partial(search._at_levels, weights, table))
+    assert kl == pytest.approx(kl_to(trial.model, trial(plan), windows), rel=1e-4)  # zeros are as good as surgery
+    for index, layer in enumerate(model.model.layers):
+        for half, linear in enumerate((layer.self_attn.o_proj, layer.mlp.down_proj)):
+            own, level = linear.weight.data, weights[index, half][1]
+            towards, found = torch.zeros_like(own), []
+            towards[:, level[1]] = level[2]
+            for part in (0.02, -0.02):
+                linear.weight.data = own + part * (towards - own)
+                found.append(kl_to(trial.model, model, windows))
+            linear.weight.data = own
+            expected = dict(map(tuple, changes[index][half]))
+            assert expected[level[0]] == pytest.approx((found[0] - found[1]) / 0.04, rel=0.02, abs=1e-5)
+            assert expected[(plan.groups, plan.channels)[half][index]] == 0
+
+
+def test_a_table_seen_from_a_plan(table):
+    """What stays costs nothing; what is expected to help costs less; enough caution keeps the plan."""
+    table = dataclasses.replace(table, layers=None)
+    plan = table.plan(0.4)
+    changes = [([(0, 0.0), (3, 0.0)], [(0, 0.0), (23, 0.0)])] * 3
+    there = table.seen_from(plan, changes, 1.0)
+    assert there.cost(plan) == 0 < there.cost(table.plan(0.5)) and there.plan(0.4) == plan
+    helped = [([(0, 0.0), (3, 0.0)], [(0, 0.0), (23, -5.0)]), *changes[1:]]
+    assert table.seen_from(plan, helped, 1.0).plan(0.4).channels[0] == 23 > plan.channels[0]
+    assert table.seen_from(plan, helped, 1e9).plan(0.4) == plan
 
 
 def test_prune_to_perplexity(trial, table, windows, tmp_path):

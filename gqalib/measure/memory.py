@@ -147,7 +147,10 @@ def _terms(c: _Sizes, settings: Recovery | Distillation | None) -> dict[str, Ter
             "statistics or Gauss-Newton": max(statistics, newton, 4 * heads),
             "weights before the cut": c.in_host * c.layers * s,
         },
-        "scoring": {"logits": c.F * V * (2 * s + 8 * 4)},  # of two models, and eight times in float32
+        "context": {  # of a plan, after its sweep
+            **backward(c.streams or c.B < c.n, 0, L, 0), "divergence": 24 * c.B * V,
+            "levels": c.in_host * 5 * s * L * d * (c.q + f),
+        },
         "LoRA": {  # logits nine times in float32: loss, entropy and accuracy, as trl takes them
             **_adapter(c, settings), "logits": 36 * c.n * V,
             "activations": c.n * L * c.kept(True) * (1 + (getattr(settings, "lora_dropout", 0) > 0)),

@@ -108,8 +108,15 @@ def kl_to(dense: nn.Module, model: nn.Module, windows: torch.Tensor) -> float:
     """KL(dense || model) of the next token, in nats, mean over the predicted tokens of windows [count, length]."""
     total = 0.0
     for rows in batches(windows, min(tokens_at_once(model), tokens_at_once(dense))):
+        input_ids = windows[rows].to(model.device)
         with in_products(model):
-            both = (m(input_ids=windows[rows].to(m.device), use_cache=False).logits for m in (model, dense))
-            logits, target = (each[:, :-1].float() for each in both)
-        total += kl_divergence(logits, target.to(logits.device)).double().sum().item()
+            logits = model(input_ids=input_ids, use_cache=False).logits
+        total += kl_of_tokens(dense, logits, input_ids).double().sum().item()
     return total / windows[:, 1:].numel()
+
+
+def kl_of_tokens(dense: nn.Module, logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """KL(dense || ·) of some windows' `logits` [count, length, vocabulary], in nats, [count, length − 1]."""
+    with torch.no_grad(), in_products(dense):
+        target = dense(input_ids=input_ids.to(dense.device), use_cache=False).logits[:, :-1].float()
+    return kl_divergence(logits[:, :-1].float(), target.to(logits.device))

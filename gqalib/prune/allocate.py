@@ -30,6 +30,7 @@ from gqalib.steps import in_steps
 from gqalib.stream import at_work
 
 Covariances = Sequence[tuple[Tensor, Tensor]]
+Changes = Sequence[tuple[int, float]]  # of a module: removed units, ascending, and nats per token
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,37 @@ class CostTable:
         """
         return dataclasses.replace(self, layers=(1 + removal / dense).log().clamp(min=0).numpy())
 
-    def plan(self, fraction: float, factors: np.ndarray | None = None) -> Plan:
-        """The cheapest plan that removes `fraction` of the backbone, met within one unit (or one multiple of channels).
+    def seen_from(self, plan: Plan, changes: Sequence[tuple[Changes, Changes]], caution: float) -> "CostTable":
+        """A table of what it adds to a plan's model, or saves, that a module goes from the plan's level to another;
+        whole layers stay.
 
         Args:
-            factors: of the costs of attention and MLP, [2, layers] (default: 1); a whole layer's is their mean.
+            changes: of each layer's attention and MLP, to first order.
+            caution: times what this table has between the two levels is added: far away, first order says little.
+        """
+        rows = []
+        for layer, removed in enumerate(zip(plan.groups, plan.channels, strict=True)):
+            for half, costs in enumerate((self.groups[layer], self.channels[layer])):
+                units = self._removed(layer) if half else np.arange(len(costs))
+                distance = np.abs(costs - np.interp(removed[half], units, costs))
+                rows.append(np.interp(units, *np.transpose(changes[layer][half])) + caution * distance)
+        return dataclasses.replace(self, groups=rows[::2], channels=rows[1::2], layers=None)
+
+    def cost(self, plan: Plan) -> float:
+        """What the table says of a plan without whole layers: the costs of its modules, added up, in nats per token."""
+        channels = zip(plan.channels, map(self._removed, range(len(self.steps))), self.channels, strict=True)
+        groups = sum(costs[removed] for costs, removed in zip(self.groups, plan.groups, strict=True))
+        return float(groups + sum(np.interp(*row) for row in channels))
+
+    def plan(self, fraction: float) -> Plan:
+        """The cheapest plan that removes `fraction` of the backbone, met within one unit (or one multiple of channels).
 
         Raises:
             OutOfReach: a fraction outside (0, 1), or more than the layers can lose.
         """
         if not 0 < fraction < 1:
             raise OutOfReach(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
-        factors = np.ones((2, len(self.steps))) if factors is None else factors
-        options = [self._options(layer, *factors[:, layer]) for layer in range(len(self.steps))]
+        options = [self._options(layer) for layer in range(len(self.steps))]
         costs, sizes, levels = zip(*options, strict=True)
         target, prices, widths = round(fraction * self.backbone), np.array(self.prices), np.array(self.widths)
         coarsest = max(prices[:, 0].max(), (self.steps * prices[:, 1]).max())
@@ -82,16 +101,16 @@ class CostTable:
         rates = (removed * prices).sum(1) / (widths * prices).sum(1)
         return Plan(rates.tolist(), *removed.T.tolist())
 
-    def _options(self, layer: int, attention: float, mlp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _options(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Costs and sizes [options] and removed units [options, 2] of every pair of levels, and of the whole layer."""
         groups, most = self.groups[layer], self.widths[layer][1] - self.multiple
         gone = np.append(np.arange(self._first[layer], most, self.steps[layer]), most)
         mlp_costs = np.interp(gone, self._removed(layer), self.channels[layer])
-        costs = (attention * groups[:, None] + mlp * mlp_costs).ravel()
+        costs = (groups[:, None] + mlp_costs).ravel()
         levels = np.stack(np.broadcast_arrays(np.arange(len(groups))[:, None], gone), -1).reshape(-1, 2)
         sizes = (levels * self.prices[layer]).sum(1)
         if self.layers is not None:
-            costs = np.append(costs, (attention + mlp) / 2 * self.layers[layer])
+            costs = np.append(costs, self.layers[layer])
             levels, sizes = np.vstack([levels, self.widths[layer]]), np.append(sizes, self.sizes[layer])
         return costs, sizes, levels
 

@@ -25,10 +25,10 @@ from gqalib.errors import InputError
 from gqalib.model.shapes import decoder_layers
 from gqalib.model.surgery import drop_layers, replace_weight, restored_on_error, rows_of_heads, take_weights
 from gqalib.prune.least_squares import (
-    Moments, at_least_float32, cholesky, choose, conjugate_gradients, damped, ridge, solve,
+    Moments, at_least_float32, cholesky, conjugate_gradients, damped, removal_order, ridge, solve,
 )  # fmt: skip
 from gqalib.prune.plans import Plan, check_plan
-from gqalib.prune.scores import gradient_covariances, largest
+from gqalib.prune.scores import gradient_covariances
 from gqalib.prune.sublayers import Call, Sublayer, empty_like, sublayers
 from gqalib.steps import in_steps
 from gqalib.stream import advance, at_work, is_streamed
@@ -75,24 +75,34 @@ def mend(
     Returns:
         Its weights and biases.
     """
-    now, output = list(sublayer.calls(current, windows)), sublayer.output
-    inner, damping = (ingredients.part(count, windows.numel()) for count in (current.shape[-1], sublayer.widest))
-    if ingredients.input_refit:
-        refit_inputs(sublayer, sublayer.calls(wanted, windows), now, inner)
-    target = empty_like(goal)
-    if ingredients.residual_target:
-        torch.sub(goal, current, out=target)
-    else:
-        for call in now:
-            target[call.rows].copy_(sublayer.run(call))
+    now, target = ready(sublayer, windows, wanted, current, goal, ingredients)
     kept, weight = cut(sublayer, output_moments(sublayer, now, target)[0], num_removed, ingredients, scores, covariance)
     sublayer.keep(kept)
+    output = sublayer.output
     replace_weight(output, weight)
+    inner, damping = (ingredients.part(count, windows.numel()) for count in (current.shape[-1], sublayer.widest))
     for _ in range(ingredients.newton_rounds if sublayer.half in ingredients.newton_halves else 0):
         steps = ingredients.newton_steps, inner, ingredients.newton_share
         moments = refit_together(sublayer, now, target, *steps)
         replace_weight(output, solve(output.weight, moments.gram, moments.cross, damping))
     return sublayer.module.state_dict()
+
+
+def ready(
+    sublayer: Sublayer, windows: Tensor, wanted: Tensor, current: Tensor, goal: Tensor, ingredients: Ingredients
+) -> tuple[list[Call], Tensor]:
+    """Refit the inputs, before the cut; the batches, and what the output is to be on them. Arguments as in `mend`."""
+    now, target = list(sublayer.calls(current, windows)), empty_like(goal)
+    if ingredients.input_refit:
+        refit_inputs(
+            sublayer, sublayer.calls(wanted, windows), now, ingredients.part(current.shape[-1], windows.numel())
+        )
+    if ingredients.residual_target:
+        torch.sub(goal, current, out=target)
+    else:
+        for call in now:
+            target[call.rows].copy_(sublayer.run(call))
+    return now, target
 
 
 def metric(covariance: Tensor, damping: float) -> Tensor:
@@ -126,11 +136,17 @@ def _squared(difference: Tensor) -> Tensor:
     return difference.square().sum(dtype=torch.float64)
 
 
-def cut(
-    sublayer: Sublayer, moments: Moments, num_removed: int, ingredients: Ingredients,
+def cut(sublayer: Sublayer, moments: Moments, num_removed: int, *how, **options) -> tuple[list[int], Tensor]:
+    """The units to keep, and the weight of the output projection on them, float64; nothing changes yet. Other
+    arguments as in `cuts`."""
+    return next(cuts(sublayer, moments, [num_removed], *how, **options))
+
+
+def cuts(
+    sublayer: Sublayer, moments: Moments, counts: Sequence[int], ingredients: Ingredients,
     scores: Tensor | None = None, covariance: Tensor | None = None,
-) -> tuple[list[int], Tensor]:  # fmt: skip
-    """The units to keep, and the weight of the output projection on them, float64; nothing changes yet.
+) -> Iterator[tuple[list[int], Tensor]]:  # fmt: skip
+    """`cut` for several numbers of removed units, from one elimination.
 
     Args:
         scores: of the units, the largest stay (default: OBS). covariance: G, not damped (default: the identity).
@@ -138,14 +154,16 @@ def cut(
     weight, gram, cross = sublayer.output.weight, moments.gram, moments.cross
     damping = ingredients.part(sublayer.widest, moments.tokens)
     if scores is not None:
-        kept = largest(scores, sublayer.num_units - num_removed)
+        order = scores.argsort(descending=True, stable=True).flip(0).tolist()  # of equal ones the lower index stays
     else:
         best = solve(weight, gram, cross, damping)
         output = None if covariance is None else metric(covariance.to(weight.device), ingredients.output_damping)
         per_step = max(1, sublayer.num_units // ingredients.cuts)
-        kept = choose(best, gram, num_removed, sublayer.unit, output, damping, per_step)
-    columns = rows_of_heads(kept, sublayer.unit).to(weight.device)
-    return kept, solve(weight, gram, cross, damping, columns) if ingredients.refit else weight[:, columns]
+        order, _ = removal_order(best, gram, max(counts), sublayer.unit, output, damping, per_step)
+    for count in counts:
+        kept = sorted(set(range(sublayer.num_units)) - set(order[:count]))
+        columns = rows_of_heads(kept, sublayer.unit).to(weight.device)
+        yield kept, solve(weight, gram, cross, damping, columns) if ingredients.refit else weight[:, columns]
 
 
 # ---------------------------------------------------------------- Gauss–Newton
@@ -222,6 +240,7 @@ def sweep(
     model: nn.Module, plan: Plan, windows: Tensor, ingredients: Ingredients = RECIPE, *,
     scores: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     covariances: Sequence[tuple[Tensor, Tensor]] | None = None, after_layer: Callable[[int], None] | None = None,
+    mending: Callable[..., dict[str, Tensor]] | None = None,
 ) -> None:  # fmt: skip
     """Prune and refit a model in place, front to back; what it was before is what it is fitted to. A step for each
     sublayer: its weights, in at least float32, as they are at work.
@@ -231,6 +250,7 @@ def sweep(
         scores: from `founding.unit_scores`; the units with the largest stay (default: chosen by OBS).
         covariances: from `scores.gradient_covariances`, of the model as it is (default: taken here if needed).
         after_layer: called with the index of each layer when it is done, now or by an earlier run.
+        mending: in the place of `mend`, for whoever wants to look at each sublayer on the way.
 
     Raises:
         InputError: a plan that does not fit, too little text, a singular or non-finite Gram matrix; the model is as
@@ -252,9 +272,9 @@ def sweep(
                 for half, part in enumerate(() if index in dropped else sublayers(model, index)):
                     goal, removed = part.after(wanted, windows), (plan.groups, plan.channels)[half][index]
                     how = ingredients, *(table and table[index][half] for table in (scores, covariances))
-                    mending = partial(mend, part, removed, windows, wanted, current, goal, *how)
-                    take_weights(model, part.module, (yield f"layer-{index}-{half}", mending))
-                    del mending  # and with it the streams in front
+                    mended = partial(mending or mend, part, removed, windows, wanted, current, goal, *how)
+                    take_weights(model, part.module, (yield f"layer-{index}-{half}", mended))
+                    del mended  # and with it the streams in front
                     wanted, current = goal, part.after(current, windows)
             if after_layer is not None:
                 after_layer(index)

@@ -28,6 +28,9 @@ from gqalib.stream import advance, batches, is_streamed, layers_between, stream_
 # ---------------------------------------------------------------- passes forward and backward
 
 
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and token ids, by predicted token
+
+
 @dataclass(frozen=True)
 class Piece:
     """A piece of the calibration: some layers, on some windows."""
@@ -39,7 +42,7 @@ class Piece:
 
 def differentiate(
     model: nn.Module, windows: torch.Tensor, each: Callable[[Piece], object], hidden_states: torch.Tensor | None = None,
-    first_layer: int = 0, lowest: int = 0, by_layer: bool = False, divisor: float = 1.0,
+    first_layer: int = 0, lowest: int = 0, by_layer: bool = False, divisor: float = 1.0, loss: Loss = token_losses,
 ) -> None:  # fmt: skip
     """The gradient of the calibration loss (summed over tokens, over `divisor`), in pieces: `each` is called with every
     one and runs it.
@@ -50,17 +53,17 @@ def differentiate(
     twice. The gradients are the same.
     """
     if by_layer:
-        _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor)
+        _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor, loss)
         return
     layers = range(first_layer, len(decoder_layers(model)))
     with layers_between(model, first_layer), torch.enable_grad():
         for rows in batches(windows):
             stream = None if hidden_states is None else hidden_states[rows]
-            each(Piece(layers, rows, partial(_backward_loss, model, windows[rows], stream, divisor)))
+            each(Piece(layers, rows, partial(_backward_loss, model, windows[rows], stream, divisor, loss)))
 
 
 @torch.enable_grad()
-def _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor) -> None:
+def _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lowest, divisor, loss) -> None:
     count, stream = len(decoder_layers(model)), advance(model, hidden_states, windows, first_layer, lowest)
     streams = [stream.cpu()]
     for index in range(lowest, count):
@@ -70,7 +73,7 @@ def _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lo
     with layers_between(model, count):  # the final norm and lm_head alone
         for rows in batches(windows):
             inputs = streams[-1][rows].to(model.device).requires_grad_()
-            _backward_loss(model, windows[rows], inputs, divisor)
+            _backward_loss(model, windows[rows], inputs, divisor, loss)
             gradient[rows] = inputs.grad
     for index in reversed(range(lowest, count)):
         streams.pop()
@@ -81,12 +84,12 @@ def _differentiate_by_layer(model, windows, each, hidden_states, first_layer, lo
 
 
 def _backward_loss(
-    model: nn.Module, input_ids: torch.Tensor, hidden_states: torch.Tensor | None, divisor: float
+    model: nn.Module, input_ids: torch.Tensor, hidden_states: torch.Tensor | None, divisor: float, of: Loss
 ) -> float:
-    """−log p summed over the predicted tokens of some windows, over `divisor`, in nats."""
+    """The loss summed over the predicted tokens of some windows, over `divisor`, in nats."""
     input_ids = input_ids.to(model.device)
     inputs = {"input_ids": input_ids} if hidden_states is None else {"inputs_embeds": hidden_states}
-    loss = token_losses(model(**inputs, use_cache=False).logits, input_ids).sum()
+    loss = of(model(**inputs, use_cache=False).logits, input_ids).sum()
     if not torch.isfinite(loss):
         raise InputError(f"the calibration loss is {loss.item()}: use dtype float32 or another calibration text")
     loss = loss / divisor
@@ -185,21 +188,49 @@ def taylor_scores(
     Raises:
         InputError: the loss or a gradient is not finite.
     """
-    decoder, num_batches = decoder_layers(model), len(list(batches(windows)))
+    decoder = decoder_layers(model)
     layers = list(range(len(decoder)) if layers is None else layers)
     found, asked = {index: [None, None] for index in layers}, [p for index in layers for p in _halves(decoder[index])]
-    model.zero_grad(set_to_none=True)
 
-    def take(index: int, half: int) -> None:
+    def take(place: int) -> None:
+        index, half = layers[place // 2], place % 2
         layer = decoder[index]
         found[index][half] = channel_scores(layer) if half else group_scores(layer, include_o_proj=include_o_proj)
 
+    _as_they_come(model, windows, asked, take, hidden_states, first_layer, min(layers, default=0))
+    return {index: tuple(finite(s, f"a gradient of layer {index}") for s in pair) for index, pair in found.items()}
+
+
+def output_gradients(
+    model: nn.Module, windows: torch.Tensor, loss: Loss, take: Callable[[int, int, torch.Tensor], None]
+) -> None:
+    """The gradient of the mean loss by the weights of `o_proj` and `down_proj` of all layers: `take` is called with
+    layer, half and each of them, as soon as it is complete; then it goes. Layer by layer as in `taylor_scores`.
+
+    Raises:
+        InputError: the loss or a gradient is not finite.
+    """
+    asked = [linear for layer in decoder_layers(model) for linear in (attention_of(layer).o_proj, layer.mlp.down_proj)]
+
+    def hand_over(place: int) -> None:
+        take(*divmod(place, 2), finite(asked[place].weight.grad, f"a gradient of layer {place // 2}"))
+
+    _as_they_come(model, windows, asked, hand_over, loss=loss)
+
+
+def _as_they_come(
+    model: nn.Module, windows: torch.Tensor, asked: list[nn.Module], take: Callable[[int], None],
+    hidden_states: torch.Tensor | None = None, first_layer: int = 0, lowest: int = 0, loss: Loss = token_losses,
+) -> None:  # fmt: skip
+    """Differentiate the mean loss by the parameters of two modules of each layer; `take` is told the place of each
+    module whose gradients are complete, and they go."""
+    num_batches = len(list(batches(windows)))
+    model.zero_grad(set_to_none=True)
     with _asking(model, asked), _summed_in_float32(asked, windows), ExitStack() as hooks:
         for place, part in enumerate(asked):
-            _when_complete(part, num_batches, partial(take, layers[place // 2], place % 2), hooks)
-        where = hidden_states, first_layer, min(layers, default=0), min(num_batches, len(layers)) > 1
-        differentiate(model, windows, lambda piece: piece.backward(), *where, divisor=windows[:, 1:].numel())
-    return {index: tuple(finite(s, f"a gradient of layer {index}") for s in pair) for index, pair in found.items()}
+            _when_complete(part, num_batches, partial(take, place), hooks)
+        where = hidden_states, first_layer, lowest, min(num_batches, len(asked) // 2) > 1
+        differentiate(model, windows, lambda piece: piece.backward(), *where, divisor=windows[:, 1:].numel(), loss=loss)
 
 
 def _when_complete(part: nn.Module, num_batches: int, take: Callable[[], None], hooks: ExitStack) -> None:

@@ -1,27 +1,33 @@
-"""Plans that are tried out: an evolution strategy on the cost table, and the largest cut within a perplexity.
+"""Plans that are tried out: improved where they stand, and the largest cut within a perplexity.
 
-The cost table adds its estimates up; errors in different layers act together. An evolution strategy, (1 + 1) with
-Rechenberg's rule for the width of its steps, multiplies the table's rows by factors that differ smoothly from layer to
-layer. Every candidate is the cheapest plan for its factors, so all are in the budget, and is tried out: pruned by the
-whole sweep, and scored by KL to the dense logits on text that the sweep has not seen.
+The cost table adds its estimates up, each of them an error in an otherwise dense model; in truth errors in different
+layers act together. So the search looks at a plan in its own context: it carries the plan out by a sweep that keeps the
+model's shape (zeros where units went), fits every module at its other levels as well, and takes the gradient of the KL
+to the dense logits, on text that the sweep has not seen. To first order ⟨∂KL/∂W, W(level) − W⟩ is what another level of
+a module adds or saves there; the cheapest plan for these costs is tried next.
 """
 
 import copy
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gqalib.errors import InputError, OutOfReach
-from gqalib.measure.perplexity import kl_to, perplexity
-from gqalib.model.surgery import take_layers
+from gqalib.measure.perplexity import kl_of_tokens, perplexity
+from gqalib.model.surgery import replace_weight, rows_of_heads, take_layers
 from gqalib.prune import refit
-from gqalib.prune.allocate import CostTable, Covariances
+from gqalib.prune.allocate import Changes, CostTable, Covariances
 from gqalib.prune.plans import Plan, uniform_plan
+from gqalib.prune.scores import output_gradients
+from gqalib.prune.sublayers import Sublayer
 from gqalib.steps import in_steps
 
 
@@ -30,8 +36,7 @@ class Found:
     """What a search came to."""
 
     plan: Plan
-    factors: np.ndarray  # on the table's rows, [2, layers], of the best plan that was found with the table
-    history: pd.DataFrame  # per candidate: what it was, `kl` in nats per token, `best` so far
+    history: pd.DataFrame  # per candidate: what it was, `expected` and measured `kl` in nats per token, `best` so far
 
 
 @dataclass(frozen=True)
@@ -39,30 +44,38 @@ class Trial:
     """How a plan is tried out: on a copy of the model, by the whole sweep."""
 
     model: nn.Module
-    windows: torch.Tensor  # calibration text
+    windows: Tensor  # calibration text
     covariances: Covariances
     ingredients: refit.Ingredients = refit.RECIPE
 
-    def __call__(self, plan: Plan) -> nn.Module:
-        """The model that the sweep makes of a copy."""
+    def __call__(self, plan: Plan, **options) -> nn.Module:
+        """The model that the sweep makes of a copy; `options`: of the sweep."""
         pruned = copy.deepcopy(self.model)
-        refit.sweep(pruned, plan, self.windows, self.ingredients, covariances=self.covariances)
+        how = {"ingredients": self.ingredients, "covariances": self.covariances} | options
+        refit.sweep(pruned, plan, self.windows, **how)
         return pruned
 
-    def kl(self, plan: Plan, scoring: torch.Tensor) -> float:
-        """KL to the dense model, in nats per token of the windows `scoring`."""
-        return kl_to(self.model, self(plan), scoring)
+
+# ---------------------------------------------------------------- a plan in its own context
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A plan that was carried out: KL to the dense model in nats per token, and what other levels would change."""
+
+    kl: float
+    changes: Sequence[tuple[Changes, Changes]]  # of each layer's attention and MLP, to first order
 
 
 @in_steps("candidates")
-def evolve(
-    trial: Trial, table: CostTable, fraction: float, scoring: torch.Tensor, candidates: int = 24, seed: int = 0
-) -> Found:
-    """Search the factors of the table's rows for the plan whose model is nearest to the dense one; a step for each
-    candidate, so that a run with more of them goes on.
+def in_context(trial: Trial, table: CostTable, fraction: float, scoring: Tensor, candidates: int = 8) -> Found:
+    """Improve the uniform plan until its model is as near to the dense one as `candidates` sweeps bring it; a step for
+    each, so that a run with more of them goes on.
 
-    The first candidates are the uniform plan and the cheapest one; a change that helps makes the next 1.5 times as
-    wide, one that does not makes it narrower, so that one in five helps.
+    The first two are the uniform plan and the table's; the steps begin from the uniform one, from where they came
+    further (LOG.md), and go on from the best so far. A step that does not help makes the next one 2.5 times as cautious
+    (`CostTable.seen_from`). Where no other plan is expected to be better, the search ends. Sweeps are without
+    Gauss–Newton.
 
     Args:
         scoring: windows [count, length] apart from the calibration text. candidates: sweeps in all, at least two.
@@ -70,35 +83,91 @@ def evolve(
     Raises:
         OutOfReach: a fraction that no plan reaches.
     """
-    generator, width, factors = np.random.default_rng(seed), 0.4, np.ones((2, len(table.steps)))
+    table = dataclasses.replace(table, layers=None)  # the shape is kept
     plans = {"uniform": uniform_plan(trial.model, fraction, multiple=table.multiple), "cheapest": table.plan(fraction)}
-    scores = {}
+    seen, expected, caution, centre = {}, dict.fromkeys(plans, math.nan), 1.0, "uniform"
     for name in plans:
-        scores[name] = yield name, partial(trial.kl, plans[name], scoring)
-    centre = scores["cheapest"]
+        seen[name] = Seen(*(yield name, partial(look, trial, table, plans[name], scoring)))
     for number in range(1, candidates - 1):
-        name, tried = f"step {number}", factors * np.exp(width * smooth_noise(generator, factors.shape[1]))
-        plans[name] = table.plan(fraction, tried)
-        scores[name] = yield name, partial(trial.kl, plans[name], scoring)
-        width *= 1.5 if scores[name] < centre else 1.5**-0.25
-        if scores[name] < centre:
-            centre, factors = scores[name], tried
-    history = pd.DataFrame({"candidate": scores.keys(), "kl": scores.values()})
-    best = history["candidate"][history["kl"].idxmin()]
-    return Found(plans[best], factors, history.assign(best=history["kl"].cummin()))
+        name, (plan, promised, caution) = f"step {number}", _step(table, fraction, plans[centre], seen[centre], caution)
+        if plan in plans.values():
+            break
+        plans[name], expected[name] = plan, promised
+        seen[name] = Seen(*(yield name, partial(look, trial, table, plan, scoring)))
+        caution *= 2.5 if seen[name].kl > seen[centre].kl else 1
+        centre = min(seen, key=lambda name: seen[name].kl)
+    history = pd.DataFrame({"expected": expected, "kl": {name: found.kl for name, found in seen.items()}})
+    best = plans[history["kl"].idxmin()]
+    return Found(best, history.assign(best=history["kl"].cummin()).reset_index(names="candidate"))
 
 
-def smooth_noise(generator: np.random.Generator, num_layers: int) -> np.ndarray:
-    """Noise [2, layers] of variance about 1.5 that changes over an eighth of the depth, and moves attention and MLP
-    as a whole."""
-    length = max(1, num_layers // 8)
-    kernel = np.full(length, length**-0.5)
-    rows = [np.convolve(generator.standard_normal(num_layers + length - 1), kernel, "valid") for _ in range(2)]
-    return np.stack(rows) + generator.standard_normal((2, 1)) * 0.7
+def _step(table: CostTable, fraction: float, plan: Plan, seen: Seen, caution: float) -> tuple[Plan, float, float]:
+    """The cheapest plan as seen from another one, the KL that it promises, and the caution that made it: more, where
+    less promises what no model has, a KL below zero."""
+    while True:
+        there = table.seen_from(plan, seen.changes, caution)
+        towards = there.plan(fraction)
+        if not (promised := seen.kl + there.cost(towards)) < 0:
+            return towards, promised, caution
+        caution *= 2.5
+
+
+Level = tuple[int, Tensor, Tensor]  # removed units, columns that are left, and the output weight on them
+
+
+def look(trial: Trial, table: CostTable, plan: Plan, scoring: Tensor) -> tuple[float, list]:
+    """Carry a plan out in the dense model's shape; `Seen`, as JSON can say it."""
+    weights, values, changes = {}, [], [[[], []] for _ in plan.groups]
+    ingredients = dataclasses.replace(trial.ingredients, newton_rounds=0)
+    model = trial(plan, ingredients=ingredients, mending=partial(_at_levels, weights, table))
+
+    def divergence(logits: Tensor, input_ids: Tensor) -> Tensor:
+        found = kl_of_tokens(trial.model, logits, input_ids)
+        values.append(found.detach().double().flatten())
+        return found
+
+    def take(layer: int, half: int, gradient: Tensor) -> None:
+        levels = weights.pop((layer, half))
+        sums = [(gradient[:, columns].cpu() * weight).sum(dtype=torch.float64).item() for _, columns, weight in levels]
+        removed = [count for count, *_ in levels]
+        here = sums[removed.index((plan.groups, plan.channels)[half][layer])]
+        changes[layer][half] = [[count, value - here] for count, value in zip(removed, sums, strict=True)]
+
+    output_gradients(model, scoring, divergence, take)
+    return torch.cat(values).mean().item(), changes
+
+
+def _at_levels(
+    weights: dict[tuple[int, int], list[Level]], table: CostTable, sublayer: Sublayer, num_removed: int, windows: Tensor,
+    wanted: Tensor, current: Tensor, goal: Tensor, *how: Any,
+) -> dict[str, Tensor]:  # fmt: skip
+    """`refit.mend` without surgery: the output projection is zero where units went; `weights` notes what it would be at
+    other levels."""
+    index, half, output = sublayer.index, sublayer.half, sublayer.output
+    now, target = refit.ready(sublayer, windows, wanted, current, goal, how[0])
+    moments, _ = refit.output_moments(sublayer, now, target)
+    counts = _levels(table.widths[index][half] - (table.multiple if half else 1), num_removed)
+    noted = weights[index, half] = []
+    for count, (kept, weight) in zip(counts, refit.cuts(sublayer, moments, counts, *how), strict=True):
+        noted.append((count, rows_of_heads(kept, sublayer.unit), weight.to(sublayer.model.dtype).cpu()))
+    _, columns, weight = noted[counts.index(num_removed)]
+    replace_weight(
+        output,
+        torch.zeros_like(output.weight).index_copy(1, columns.to(output.weight.device), weight.to(output.weight)),
+    )
+    return sublayer.module.state_dict()
+
+
+def _levels(most: int, own: int, parts: int = 8) -> list[int]:
+    """Removed units at which a module is looked at: in eighths of what may go, and as the plan has it."""
+    return sorted({own, *np.linspace(0, most, parts + 1).round().astype(int).tolist()})
+
+
+# ---------------------------------------------------------------- the largest cut within a perplexity
 
 
 @in_steps("trials")
-def prune_to(trial: Trial, table: CostTable, scoring: torch.Tensor, limit: float, trials: int = 7) -> pd.DataFrame:
+def prune_to(trial: Trial, table: CostTable, scoring: Tensor, limit: float, trials: int = 7) -> pd.DataFrame:
     """Prune `trial.model` in place as far as a perplexity allows, by the cheapest plan and the whole sweep; a step for
     each of the `trials` that narrow the fraction down.
 
@@ -128,7 +197,7 @@ def prune_to(trial: Trial, table: CostTable, scoring: torch.Tensor, limit: float
     return pd.DataFrame(rows)
 
 
-def _reached(trial: Trial, table: CostTable, fraction: float, scoring: torch.Tensor) -> float:
+def _reached(trial: Trial, table: CostTable, fraction: float, scoring: Tensor) -> float:
     """The perplexity with this fraction removed; infinity if the layers cannot lose as much."""
     try:
         plan = table.plan(fraction)

@@ -107,7 +107,7 @@ class Search:
     """From the cost table to rates that were tried out."""
 
     fraction: Fraction  # of the backbone removed
-    candidates: PositiveInt  # each is one sweep
+    candidates: PositiveInt  # sweeps at most
     scoring: Sample  # training text apart from the calibration text, on which candidates are compared
     trials: PositiveInt  # sweeps to find the rates for a target perplexity
     steps: PositiveInt  # cuts of iterative pruning
