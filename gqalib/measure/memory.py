@@ -148,7 +148,7 @@ def _terms(c: _Sizes, settings: Recovery | Distillation | None) -> dict[str, Ter
             "weights before the cut": c.in_host * c.layers * s,
         },
         "context": {  # of a plan, after its sweep
-            **backward(c.streams or c.B < c.n, 0, L, 0), "divergence": 24 * c.B * V,
+            **backward(c.streams or c.B < c.n, L, 0, 0), "divergence": 24 * c.B * V,
             "levels": c.in_host * 5 * s * L * d * (c.q + f),
         },
         "LoRA": {  # logits nine times in float32: loss, entropy and accuracy, as trl takes them
