@@ -179,11 +179,11 @@ def test_a_table_seen_from_a_plan(table):
     table = dataclasses.replace(table, layers=None)
     plan = table.plan(0.4)
     changes = [([(0, 0.0), (3, 0.0)], [(0, 0.0), (23, 0.0)])] * 3
-    there = table.seen_from(plan, changes, 1.0)
+    there = search.as_seen(table, plan, search.Seen(0.0, changes), 1.0)
     assert there.cost(plan) == 0 < there.cost(table.plan(0.5)) and there.plan(0.4) == plan
     helped = [([(0, 0.0), (3, 0.0)], [(0, 0.0), (23, -5.0)]), *changes[1:]]
-    assert table.seen_from(plan, helped, 1.0).plan(0.4).channels[0] == 23 > plan.channels[0]
-    assert table.seen_from(plan, helped, 1e9).plan(0.4) == plan
+    assert search.as_seen(table, plan, search.Seen(0.0, helped), 1.0).plan(0.4).channels[0] == 23 > plan.channels[0]
+    assert search.as_seen(table, plan, search.Seen(0.0, helped), 1e9).plan(0.4) == plan
 
 
 def test_prune_to_perplexity(trial, table, windows, tmp_path):

@@ -30,7 +30,6 @@ from gqalib.steps import in_steps
 from gqalib.stream import at_work
 
 Covariances = Sequence[tuple[Tensor, Tensor]]
-Changes = Sequence[tuple[int, float]]  # of a module: removed units, ascending, and nats per token
 
 
 @dataclass(frozen=True)
@@ -59,27 +58,16 @@ class CostTable:
         """
         return dataclasses.replace(self, layers=(1 + removal / dense).log().clamp(min=0).numpy())
 
-    def seen_from(self, plan: Plan, changes: Sequence[tuple[Changes, Changes]], caution: float) -> "CostTable":
-        """A table of what it adds to a plan's model, or saves, that a module goes from the plan's level to another;
-        whole layers stay.
-
-        Args:
-            changes: of each layer's attention and MLP, to first order.
-            caution: times what this table has between the two levels is added: far away, first order says little.
-        """
-        rows = []
-        for layer, removed in enumerate(zip(plan.groups, plan.channels, strict=True)):
-            for half, costs in enumerate((self.groups[layer], self.channels[layer])):
-                units = self._removed(layer) if half else np.arange(len(costs))
-                distance = np.abs(costs - np.interp(removed[half], units, costs))
-                rows.append(np.interp(units, *np.transpose(changes[layer][half])) + caution * distance)
-        return dataclasses.replace(self, groups=rows[::2], channels=rows[1::2], layers=None)
-
     def cost(self, plan: Plan) -> float:
         """What the table says of a plan without whole layers: the costs of its modules, added up, in nats per token."""
-        channels = zip(plan.channels, map(self._removed, range(len(self.steps))), self.channels, strict=True)
-        groups = sum(costs[removed] for costs, removed in zip(self.groups, plan.groups, strict=True))
-        return float(groups + sum(np.interp(*row) for row in channels))
+        lost = zip(plan.groups, plan.channels, strict=True)
+        return float(sum(np.interp(*row) for i, counts in enumerate(lost) for row in zip(counts, *self.rows(i))))
+
+    def rows(self, layer: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Removed units of a layer's attention and of its MLP, and what their removal costs."""
+        groups, channels = self.groups[layer], self.channels[layer]
+        removed = np.minimum(np.arange(len(channels)) * self.steps[layer], self.widths[layer][1] - 1)
+        return [np.arange(len(groups)), removed], [groups, channels]
 
     def plan(self, fraction: float) -> Plan:
         """The cheapest plan that removes `fraction` of the backbone, met within one unit (or one multiple of channels).
@@ -105,7 +93,7 @@ class CostTable:
         """Costs and sizes [options] and removed units [options, 2] of every pair of levels, and of the whole layer."""
         groups, most = self.groups[layer], self.widths[layer][1] - self.multiple
         gone = np.append(np.arange(self._first[layer], most, self.steps[layer]), most)
-        mlp_costs = np.interp(gone, self._removed(layer), self.channels[layer])
+        mlp_costs = np.interp(gone, *(both[1] for both in self.rows(layer)))
         costs = (groups[:, None] + mlp_costs).ravel()
         levels = np.stack(np.broadcast_arrays(np.arange(len(groups))[:, None], gone), -1).reshape(-1, 2)
         sizes = (levels * self.prices[layer]).sum(1)
@@ -119,10 +107,6 @@ class CostTable:
         """Channels of each layer that go in any case, so that a multiple is left."""
         return beyond_multiples(np.array(self.widths)[:, 1], self.multiple)
 
-    def _removed(self, layer: int) -> np.ndarray:
-        """How many channels have gone at each of the layer's costs."""
-        return np.minimum(np.arange(len(self.channels[layer])) * self.steps[layer], self.widths[layer][1] - 1)
-
     def _give_back(self, removed: np.ndarray, excess: int) -> None:
         """Levels are coarse: channels that went beyond the target come back, where the last ones cost most."""
         for layer in sorted(range(len(removed)), key=lambda i: self._last_cost(i, removed[i, 1]), reverse=True):
@@ -134,7 +118,7 @@ class CostTable:
 
     def _last_cost(self, layer: int, channels: int) -> float:
         """Cost per parameter of the last level of channels that went."""
-        removed, costs = self._removed(layer), self.channels[layer]
+        (_, removed), (_, costs) = self.rows(layer)
         level = min(int(np.searchsorted(removed, channels)), len(costs) - 1)
         size = (removed[level] - removed[level - 1]) * self.prices[layer][1]
         return float(costs[level] - costs[level - 1]) / size if level else 0.0

@@ -78,13 +78,12 @@ def mend(
     now, target = ready(sublayer, windows, wanted, current, goal, ingredients)
     kept, weight = cut(sublayer, output_moments(sublayer, now, target)[0], num_removed, ingredients, scores, covariance)
     sublayer.keep(kept)
-    output = sublayer.output
-    replace_weight(output, weight)
+    replace_weight(sublayer.output, weight)
     inner, damping = (ingredients.part(count, windows.numel()) for count in (current.shape[-1], sublayer.widest))
     for _ in range(ingredients.newton_rounds if sublayer.half in ingredients.newton_halves else 0):
         steps = ingredients.newton_steps, inner, ingredients.newton_share
         moments = refit_together(sublayer, now, target, *steps)
-        replace_weight(output, solve(output.weight, moments.gram, moments.cross, damping))
+        replace_weight(sublayer.output, solve(sublayer.output.weight, moments.gram, moments.cross, damping))
     return sublayer.module.state_dict()
 
 
@@ -94,9 +93,8 @@ def ready(
     """Refit the inputs, before the cut; the batches, and what the output is to be on them. Arguments as in `mend`."""
     now, target = list(sublayer.calls(current, windows)), empty_like(goal)
     if ingredients.input_refit:
-        refit_inputs(
-            sublayer, sublayer.calls(wanted, windows), now, ingredients.part(current.shape[-1], windows.numel())
-        )
+        damping = ingredients.part(current.shape[-1], windows.numel())
+        refit_inputs(sublayer, sublayer.calls(wanted, windows), now, damping)
     if ingredients.residual_target:
         torch.sub(goal, current, out=target)
     else:
@@ -303,5 +301,4 @@ def check_tokens(model: nn.Module, windows: Tensor) -> None:
     """Raises InputError if there are fewer calibration tokens than unknowns in a row of the widest projection."""
     widest = max(m.in_features for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear))
     if windows.numel() < widest:
-        few = f"{windows.numel()} calibration tokens are too few for a least-squares fit"
-        raise InputError(f"{few}: give at least {widest}")
+        raise InputError(f"{windows.numel()} calibration tokens are too few for a fit: give at least {widest}")

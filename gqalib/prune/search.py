@@ -24,7 +24,7 @@ from gqalib.errors import InputError, OutOfReach
 from gqalib.measure.perplexity import kl_of_tokens, perplexity
 from gqalib.model.surgery import replace_weight, rows_of_heads, take_layers
 from gqalib.prune import refit
-from gqalib.prune.allocate import Changes, CostTable, Covariances
+from gqalib.prune.allocate import CostTable, Covariances
 from gqalib.prune.plans import Plan, uniform_plan
 from gqalib.prune.scores import output_gradients
 from gqalib.prune.sublayers import Sublayer
@@ -59,6 +59,9 @@ class Trial:
 # ---------------------------------------------------------------- a plan in its own context
 
 
+Changes = Sequence[tuple[int, float]]  # of a module: removed units, ascending, and nats per token
+
+
 @dataclass(frozen=True)
 class Seen:
     """A plan that was carried out: KL to the dense model in nats per token, and what other levels would change."""
@@ -74,7 +77,7 @@ def in_context(trial: Trial, table: CostTable, fraction: float, scoring: Tensor,
 
     The first two are the uniform plan and the table's; the steps begin from the uniform one, from where they came
     further (LOG.md), and go on from the best so far. A step that does not help makes the next one 2.5 times as cautious
-    (`CostTable.seen_from`). Where no other plan is expected to be better, the search ends. Sweeps are without
+    (`as_seen`). Where no other plan is expected to be better, the search ends. Sweeps are without
     Gauss–Newton.
 
     Args:
@@ -105,11 +108,22 @@ def _step(table: CostTable, fraction: float, plan: Plan, seen: Seen, caution: fl
     """The cheapest plan as seen from another one, the KL that it promises, and the caution that made it: more, where
     less promises what no model has, a KL below zero."""
     while True:
-        there = table.seen_from(plan, seen.changes, caution)
+        there = as_seen(table, plan, seen, caution)
         towards = there.plan(fraction)
         if not (promised := seen.kl + there.cost(towards)) < 0:
             return towards, promised, caution
         caution *= 2.5
+
+
+def as_seen(table: CostTable, plan: Plan, seen: Seen, caution: float) -> CostTable:
+    """A table of what it adds to a plan's model, or saves, that a module goes from the plan's level to another:
+    first order, and `caution` times what the table has between the two, because far away first order says little."""
+    rows = []
+    for layer, lost in enumerate(zip(plan.groups, plan.channels, strict=True)):
+        for removed, changes, units, costs in zip(lost, seen.changes[layer], *table.rows(layer), strict=True):
+            distance = np.abs(costs - np.interp(removed, units, costs))
+            rows.append(np.interp(units, *np.transpose(changes)) + caution * distance)
+    return dataclasses.replace(table, groups=rows[::2], channels=rows[1::2])
 
 
 Level = tuple[int, Tensor, Tensor]  # removed units, columns that are left, and the output weight on them
@@ -151,10 +165,9 @@ def _at_levels(
     for count, (kept, weight) in zip(counts, refit.cuts(sublayer, moments, counts, *how), strict=True):
         noted.append((count, rows_of_heads(kept, sublayer.unit), weight.to(sublayer.model.dtype).cpu()))
     _, columns, weight = noted[counts.index(num_removed)]
-    replace_weight(
-        output,
-        torch.zeros_like(output.weight).index_copy(1, columns.to(output.weight.device), weight.to(output.weight)),
-    )
+    whole = torch.zeros_like(output.weight)
+    whole[:, columns] = weight.to(whole)
+    replace_weight(output, whole)
     return sublayer.module.state_dict()
 
 
