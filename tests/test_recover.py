@@ -17,12 +17,11 @@ import torch
 import trl
 from accelerate import PartialState
 from accelerate.commands import launch
-from conftest import small_model
+from conftest import kl_to, small_model
 
 from gqalib import InputError
 from gqalib.device import is_one_of_several
 from gqalib.measure import memory
-from gqalib.measure.perplexity import kl_to
 from gqalib.model import surgery
 from gqalib.model.load import REPOSITORY, load_model, load_tokenizer, save_model
 from gqalib.recover import lora, trainer

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from conftest import kv_heads, small_model
+from conftest import kl_to, kv_heads, small_model
 
 from gqalib import InputError
-from gqalib.measure.perplexity import kl_to, window_losses
+from gqalib.measure.perplexity import window_losses
 from gqalib.model import surgery
 from gqalib.model.modeling_gqa_llama import GqaLlamaForCausalLM
 from gqalib.model.shapes import count_parameters, layer_shapes

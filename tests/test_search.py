@@ -6,10 +6,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import biased_model
+from conftest import biased_model, kl_to
 
 from gqalib import InputError
-from gqalib.measure.perplexity import kl_to, perplexity
+from gqalib.measure.perplexity import perplexity
 from gqalib.model.shapes import count_parameters, layer_shapes
 from gqalib.prune import allocate, founding, plans, refit, scores, search
 
@@ -156,7 +156,9 @@ def test_search_stays_in_the_budget_and_never_gets_worse(trial, table, windows, 
 
 def test_changes_are_the_derivative_towards_another_level(trial, table, windows):
     """Moved a little from a plan's weight towards another level's, a module changes the divergence by as much."""
-    plan, weights = plans.uniform_plan(trial.model, 0.4), {}
+    plan, weights, nothing = plans.uniform_plan(trial.model, 0.4), {}, plans.Plan([0.0] * 3, [0] * 3, [0] * 3)
+    without = dataclasses.replace(trial, ingredients=dataclasses.replace(QUICK, refit=False, input_refit=False))
+    assert search.look(without, table, nothing, windows)[0] == 0
     kl, changes = search.look(trial, table, plan, windows)
     model = trial(plan, mending=partial(search._at_levels, weights, table))
     assert kl == pytest.approx(kl_to(trial.model, trial(plan), windows), rel=1e-4)  # zeros are as good as surgery

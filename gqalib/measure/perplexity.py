@@ -103,20 +103,8 @@ def kl_divergence(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (p * (log_p - log_q) - p + q).sum(-1)
 
 
-@torch.no_grad()
-def kl_to(dense: nn.Module, model: nn.Module, windows: torch.Tensor) -> float:
-    """KL(dense || model) of the next token, in nats, mean over the predicted tokens of windows [count, length]."""
-    total = 0.0
-    for rows in batches(windows, min(tokens_at_once(model), tokens_at_once(dense))):
-        input_ids = windows[rows].to(model.device)
-        with in_products(model):
-            logits = model(input_ids=input_ids, use_cache=False).logits
-        total += kl_of_tokens(dense, logits, input_ids).double().sum().item()
-    return total / windows[:, 1:].numel()
-
-
 def kl_of_tokens(dense: nn.Module, logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """KL(dense || ·) of some windows' `logits` [count, length, vocabulary], in nats, [count, length − 1]."""
-    with torch.no_grad(), in_products(dense):
+    with torch.no_grad():
         target = dense(input_ids=input_ids.to(dense.device), use_cache=False).logits[:, :-1].float()
     return kl_divergence(logits[:, :-1].float(), target.to(logits.device))
