@@ -1,5 +1,6 @@
 """The cost table, plans against their budget, the search and the targets against their promises."""
 
+import copy
 import dataclasses
 from functools import partial
 
@@ -12,6 +13,7 @@ from gqalib import InputError
 from gqalib.measure.perplexity import perplexity
 from gqalib.model.shapes import count_parameters, layer_shapes
 from gqalib.prune import allocate, founding, plans, refit, scores, search
+from gqalib.stream import streamed
 
 QUICK = refit.Ingredients(newton_rounds=0)
 
@@ -174,6 +176,17 @@ def test_changes_are_the_derivative_towards_another_level(trial, table, windows)
             expected = dict(map(tuple, changes[index][half]))
             assert expected[level[0]] == pytest.approx((found[0] - found[1]) / 0.04, rel=0.02, abs=1e-5)
             assert expected[(plan.groups, plan.channels)[half][index]] == 0
+
+
+def test_layers_in_host_memory_change_nothing(trial, table, windows):
+    plan = plans.uniform_plan(trial.model, 0.4)
+    expected = search.look(trial, table, plan, windows)
+    apart = dataclasses.replace(trial, model=streamed(copy.deepcopy(trial.model), "cpu"))
+    kl, changes = search.look(apart, table, plan, windows)
+    assert kl == pytest.approx(expected[0], rel=1e-6)
+    for found, right in zip(changes, expected[1], strict=True):
+        for half in (0, 1):
+            assert np.allclose(found[half], right[half], rtol=1e-3, atol=1e-7)
 
 
 def test_a_table_seen_from_a_plan(table):
