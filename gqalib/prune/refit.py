@@ -28,7 +28,7 @@ from gqalib.prune.least_squares import (
     Moments, at_least_float32, cholesky, conjugate_gradients, damped, removal_order, ridge, solve,
 )  # fmt: skip
 from gqalib.prune.plans import Plan, check_plan
-from gqalib.prune.scores import gradient_covariances
+from gqalib.prune.scores import gradient_covariances, largest
 from gqalib.prune.sublayers import Call, Sublayer, empty_like, sublayers
 from gqalib.steps import in_steps
 from gqalib.stream import advance, at_work, is_streamed
@@ -151,15 +151,16 @@ def cuts(
     """
     weight, gram, cross = sublayer.output.weight, moments.gram, moments.cross
     damping = ingredients.part(sublayer.widest, moments.tokens)
-    if scores is not None:
-        order = scores.argsort(descending=True, stable=True).flip(0).tolist()  # of equal ones the lower index stays
-    else:
+    if scores is None:
         best = solve(weight, gram, cross, damping)
         output = None if covariance is None else metric(covariance.to(weight.device), ingredients.output_damping)
         per_step = max(1, sublayer.num_units // ingredients.cuts)
         order, _ = removal_order(best, gram, max(counts), sublayer.unit, output, damping, per_step)
     for count in counts:
-        kept = sorted(set(range(sublayer.num_units)) - set(order[:count]))
+        if scores is None:
+            kept = sorted(set(range(sublayer.num_units)) - set(order[:count]))
+        else:
+            kept = largest(scores, sublayer.num_units - count)
         columns = rows_of_heads(kept, sublayer.unit).to(weight.device)
         yield kept, solve(weight, gram, cross, damping, columns) if ingredients.refit else weight[:, columns]
 

@@ -51,8 +51,7 @@ class Trial:
     def __call__(self, plan: Plan, **options) -> nn.Module:
         """The model that the sweep makes of a copy; `options`: of the sweep."""
         pruned = copy.deepcopy(self.model)
-        how = {"ingredients": self.ingredients, "covariances": self.covariances} | options
-        refit.sweep(pruned, plan, self.windows, **how)
+        refit.sweep(pruned, plan, self.windows, self.ingredients, covariances=self.covariances, **options)
         return pruned
 
 
@@ -75,10 +74,9 @@ def in_context(trial: Trial, table: CostTable, fraction: float, scoring: Tensor,
     """Improve the uniform plan until its model is as near to the dense one as `candidates` sweeps bring it; a step for
     each, so that a run with more of them goes on.
 
-    The first two are the uniform plan and the table's; the steps begin from the uniform one, from where they came
-    further (LOG.md), and go on from the best so far. A step that does not help makes the next one 2.5 times as cautious
-    (`as_seen`). Where no other plan is expected to be better, the search ends. Sweeps are without
-    Gauss–Newton.
+    The first two are the uniform plan and the table's; the first step begins from the uniform one, the others from the
+    best so far. A step that does not help makes the next one 2.5 times as cautious (`as_seen`). Where no other plan is
+    expected to be better, the search ends. Sweeps are without Gauss–Newton.
 
     Args:
         scoring: windows [count, length] apart from the calibration text. candidates: sweeps in all, at least two.
@@ -132,8 +130,8 @@ Level = tuple[int, Tensor, Tensor]  # removed units, columns that are left, and 
 def look(trial: Trial, table: CostTable, plan: Plan, scoring: Tensor) -> tuple[float, list]:
     """Carry a plan out in the dense model's shape; `Seen`, as JSON can say it."""
     weights, values, changes = {}, [], [[[], []] for _ in plan.groups]
-    ingredients = dataclasses.replace(trial.ingredients, newton_rounds=0)
-    model = trial(plan, ingredients=ingredients, mending=partial(_at_levels, weights, table))
+    shorter = dataclasses.replace(trial, ingredients=dataclasses.replace(trial.ingredients, newton_rounds=0))
+    model = shorter(plan, mending=partial(_at_levels, weights, table))
 
     def divergence(logits: Tensor, input_ids: Tensor) -> Tensor:
         found = kl_of_tokens(trial.model, logits, input_ids)
@@ -152,8 +150,8 @@ def look(trial: Trial, table: CostTable, plan: Plan, scoring: Tensor) -> tuple[f
 
 
 def _at_levels(
-    weights: dict[tuple[int, int], list[Level]], table: CostTable, sublayer: Sublayer, num_removed: int, windows: Tensor,
-    wanted: Tensor, current: Tensor, goal: Tensor, *how: Any,
+    weights: dict[tuple[int, int], list[Level]], table: CostTable, sublayer: Sublayer, num_removed: int,
+    windows: Tensor, wanted: Tensor, current: Tensor, goal: Tensor, *how: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
     """`refit.mend` without surgery: the output projection is zero where units went; `weights` notes what it would be at
     other levels."""
