@@ -21,7 +21,7 @@ def test_series_on_stories260k(tmp_path: Path, capsys):
         "evaluation.num_tokens=8192",
         "distillation.num_tokens=8192",
     ]
-    settings += ["budgets.compare=2048", "budgets.curve=[2048, 4096]", "budgets.iterative=4096", "search.candidates=4"]
+    settings += ["budgets.compare=2048", "budgets.curve=[2048, 4096]", "search.tokens=4096", "search.candidates=4"]
     arguments = [
         x for pair in [f"model={SHARED / 'stories260K'}", f"corpus=file:{corpus}", *settings] for x in ("--set", pair)
     ]

@@ -111,6 +111,7 @@ class Search:
     scoring: Sample  # training text apart from the calibration text, on which candidates are compared
     trials: PositiveInt  # sweeps to find the rates for a target perplexity
     steps: PositiveInt  # cuts of iterative pruning
+    tokens: PositiveInt  # of distillation, after one cut or shared by several
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,6 @@ class Budgets:
     compare: PositiveInt  # each way of recovering, at the middle fraction, 12
     curve: Counts  # how many tokens buy back how much, at every fraction, 12
     literal: PositiveInt  # 84.64 % of all parameters removed, 12
-    iterative: PositiveInt  # one cut against several, 11
 
     @property
     def middle(self) -> float:
