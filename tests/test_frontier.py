@@ -84,7 +84,7 @@ def test_widths_are_multiples(text, windows, monkeypatch):
     monkeypatch.setattr(frontier, "measured_on", lambda model: nullcontext(frontier.Used()))
     names = [name for name in frontier.METHODS if name not in frontier.NO_MULTIPLE]
     rows = frontier.frontier(small_model(), [text], windows, [0.25], names, multiple=5)
-    assert len(names) == 12 and (rows["note"] == "").all()
+    assert len(names) == 13 and (rows["note"] == "").all()
     assert all(width in (5, 10, 15, 20) for widths in rows["widths"] for width in widths)
 
 

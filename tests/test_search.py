@@ -178,6 +178,31 @@ def test_changes_are_the_derivative_towards_another_level(trial, table, windows)
             assert expected[(plan.groups, plan.channels)[half][index]] == 0
 
 
+def test_steps_begin_from_the_best_plan_and_learn_caution(trial, table, windows, monkeypatch):
+    """2.5 times as much after a step that did not help, half after one that kept most of its promise."""
+    tried = [plans.uniform_plan(trial.model, fraction) for fraction in (0.1, 0.2, 0.3)]
+    reached, promised = iter([1.0, 0.9, 0.95, 0.82, 0.81]), iter([0.7, 0.8, 0.4])
+    monkeypatch.setattr(search, "look", lambda *_: (next(reached), []))
+    asked, new = [], iter(tried)
+
+    def step(table, fraction, plan, seen, caution, tried):
+        asked.append((plan, caution))
+        return next(new), next(promised), caution
+
+    monkeypatch.setattr(search, "_step", step)
+    found = search.in_context(trial, table, 0.4, windows, candidates=5)
+    cheapest = dataclasses.replace(table, layers=None).plan(0.4)
+    assert asked == [(cheapest, 1.0), (cheapest, 2.5), (tried[1], 1.25)] and found.plan == tried[2]
+
+
+def test_a_search_ends_where_nothing_is_promised(trial, table, windows, monkeypatch):
+    """Where the better of the first two is where all distances lead back to."""
+    nothing, reached = [([(0, 0.0), (3, 0.0)], [(0, 0.0), (23, 0.0)])] * 3, iter([1.0, 0.9])
+    monkeypatch.setattr(search, "look", lambda *_: (next(reached), nothing))
+    history = search.in_context(trial, table, 0.4, windows, candidates=9).history
+    assert history["candidate"].tolist() == ["uniform", "cheapest"]
+
+
 def test_layers_in_host_memory_change_nothing(trial, table, windows):
     plan = plans.uniform_plan(trial.model, 0.4)
     expected = search.look(trial, table, plan, windows)

@@ -25,7 +25,7 @@ from gqalib.measure.memory import measured_on
 from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, size_of
 from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, two_ssp, wanda_sp
-from gqalib.prune import allocate, founding, plans, refit, scores
+from gqalib.prune import allocate, founding, plans, refit, scores, search
 from gqalib.run.presets import DEPTH, NO_MULTIPLE, PEERS, Pruning  # noqa: F401 notebooks read PEERS here
 from gqalib.run.resume import NOT_KEPT, Progress
 
@@ -58,6 +58,24 @@ def refit_allocated(
     refit.sweep(model, table.plan(fraction), windows, covariances=covariances)
 
 
+def refit_in_context(
+    model: nn.Module, windows: torch.Tensor, fraction: float, prepared: tuple | None = None, multiple: int = 1
+) -> None:
+    """The sweep by a plan that `search.in_context` finds with that table; every fourth window judges its candidates,
+    which are fitted to the others.
+
+    Raises:
+        InputError: fewer than four windows.
+    """
+    if len(windows) < 4:
+        raise InputError(f"{len(windows)} calibration windows are too few to keep every fourth apart: give at least 4")
+    covariances, table = prepared or covariances_and_table(model, windows, multiple)
+    judges = torch.arange(len(windows)) % 4 == 3
+    trial = search.Trial(model, windows[~judges], covariances)
+    found = search.in_context(trial, table, fraction, windows[judges], CANDIDATES)
+    refit.sweep(model, found.plan, windows, covariances=covariances)
+
+
 def covariances_and_table(
     model: nn.Module, windows: torch.Tensor, multiple: int = 1, progress: Progress = NOT_KEPT
 ) -> tuple[allocate.Covariances, allocate.CostTable]:
@@ -66,7 +84,8 @@ def covariances_and_table(
     return covariances, progress.run(allocate.cost_table, model, windows, covariances, multiple=multiple)
 
 
-OWN = "refit, allocated"
+OWN, IN_CONTEXT = "refit, allocated", "refit, in context"
+CANDIDATES = 5  # of the search in context: about as many sweeps
 METHODS: dict[str, Callable[..., object]] = {
     "random": controls.random,
     "magnitude": controls.magnitude,
@@ -84,6 +103,7 @@ METHODS: dict[str, Callable[..., object]] = {
     "founding Taylor, one shot": partial(founding_taylor, sequential=False),
     "refit, uniform": refit_uniform,
     OWN: refit_allocated,
+    IN_CONTEXT: refit_in_context,
 }
 PREPARATIONS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {  # the fourth argument
     "layer removal": founding.removal_importance,
@@ -91,8 +111,9 @@ PREPARATIONS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {  # the 
     "founding Taylor, one shot": founding.removal_importance,
     "refit, uniform": scores.gradient_covariances,
     OWN: covariances_and_table,
+    IN_CONTEXT: covariances_and_table,
 }
-STAGES = "all gradients", "gradient covariances", "sweep"  # of `memory`: what the methods need most for
+STAGES = "all gradients", "gradient covariances", "sweep", "context"  # of `memory`: what the methods need most for
 MEASURED = "seconds peak_mib parameters_kept_percent backbone_removed_percent perplexity ratio error".split()
 IMPOSSIBLE = (InputError, torch.OutOfMemoryError)
 CLOSE = 2.0  # percentage points of the backbone: what is nearer than this to the fraction asked counts as met
@@ -113,7 +134,8 @@ def prepare(name: str, dense: nn.Module, windows: torch.Tensor, multiple: int = 
     model = copy.deepcopy(dense)
     try:
         with measured_on(dense) as used:
-            found = PREPARATIONS[name](model, windows, **({"multiple": multiple} if name == OWN else {}))
+            options = {"multiple": multiple} if PREPARATIONS[name] is covariances_and_table else {}
+            found = PREPARATIONS[name](model, windows, **options)
     except IMPOSSIBLE:  # the method will run into it again, and its row will say so
         return None
     return Prepared(found, used)

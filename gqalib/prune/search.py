@@ -10,7 +10,7 @@ a module adds or saves there; the cheapest plan for these costs is tried next.
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,12 +71,12 @@ class Seen:
 
 @in_steps("candidates")
 def in_context(trial: Trial, table: CostTable, fraction: float, scoring: Tensor, candidates: int = 8) -> Found:
-    """Improve the uniform plan until its model is as near to the dense one as `candidates` sweeps bring it; a step for
-    each, so that a run with more of them goes on.
+    """Improve a plan until its model is as near to the dense one as `candidates` sweeps bring it; a step for each, so
+    that a run with more of them goes on.
 
-    The first two are the uniform plan and the table's; the first step begins from the uniform one, the others from the
-    best so far. A step that does not help makes the next one 2.5 times as cautious (`as_seen`). Where no other plan is
-    expected to be better, the search ends. Sweeps are without Gauss–Newton.
+    The first two are the uniform plan and the table's; each step begins from the best so far. One that does not help
+    makes the next 2.5 times as cautious (`as_seen`), one that keeps more than half of its promise half as cautious.
+    Where they lead to no new plan, the search ends. Sweeps are without Gauss–Newton.
 
     Args:
         scoring: windows [count, length] apart from the calibration text. candidates: sweeps in all, at least two.
@@ -86,31 +86,35 @@ def in_context(trial: Trial, table: CostTable, fraction: float, scoring: Tensor,
     """
     table = dataclasses.replace(table, layers=None)  # the shape is kept
     plans = {"uniform": uniform_plan(trial.model, fraction, multiple=table.multiple), "cheapest": table.plan(fraction)}
-    seen, expected, caution, centre = {}, dict.fromkeys(plans, math.nan), 1.0, "uniform"
+    seen, expected, caution = {}, dict.fromkeys(plans, math.nan), 1.0
     for name in plans:
         seen[name] = Seen(*(yield name, partial(look, trial, table, plans[name], scoring)))
     for number in range(1, candidates - 1):
-        name, (plan, promised, caution) = f"step {number}", _step(table, fraction, plans[centre], seen[centre], caution)
-        if plan in plans.values():
+        centre = min(seen, key=lambda name: seen[name].kl)
+        step = _step(table, fraction, plans[centre], seen[centre], caution, plans.values())
+        if step is None:
             break
+        name, (plan, promised, caution) = f"step {number}", step
         plans[name], expected[name] = plan, promised
         seen[name] = Seen(*(yield name, partial(look, trial, table, plan, scoring)))
-        caution *= 2.5 if seen[name].kl > seen[centre].kl else 1
-        centre = min(seen, key=lambda name: seen[name].kl)
+        saved, hoped = (seen[centre].kl - after for after in (seen[name].kl, promised))
+        caution *= 2.5 if saved <= 0 else 0.5 if saved > hoped / 2 else 1
     history = pd.DataFrame({"expected": expected, "kl": {name: found.kl for name, found in seen.items()}})
     best = plans[history["kl"].idxmin()]
     return Found(best, history.assign(best=history["kl"].cummin()).reset_index(names="candidate"))
 
 
-def _step(table: CostTable, fraction: float, plan: Plan, seen: Seen, caution: float) -> tuple[Plan, float, float]:
+def _step(
+    table: CostTable, fraction: float, plan: Plan, seen: Seen, caution: float, tried: Collection[Plan]
+) -> tuple[Plan, float, float] | None:
     """The cheapest plan as seen from another one, the KL that it promises, and the caution that made it: more, where
-    less promises what no model has, a KL below zero."""
-    while True:
-        there = as_seen(table, plan, seen, caution)
+    less promises what no model has, a KL below zero; less, where this much leads to no new plan. None: nothing does."""
+    for power in (*range(7), -1, -2):
+        there = as_seen(table, plan, seen, 2.5**power * caution)
         towards = there.plan(fraction)
-        if not (promised := seen.kl + there.cost(towards)) < 0:
-            return towards, promised, caution
-        caution *= 2.5
+        if 0 <= (promised := seen.kl + there.cost(towards)) < seen.kl and towards not in tried:
+            return towards, promised, 2.5**power * caution
+    return None
 
 
 def as_seen(table: CostTable, plan: Plan, seen: Seen, caution: float) -> CostTable:

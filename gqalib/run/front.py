@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from gqalib.errors import InputError
 from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
-from gqalib.measure.frontier import METHODS, OWN, STAGES, covariances_and_table
+from gqalib.measure.frontier import IN_CONTEXT, METHODS, OWN, STAGES, covariances_and_table
 from gqalib.measure.perplexity import perplexity as perplexity_of
 from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.shapes import count_parameters, size_of
@@ -16,7 +16,7 @@ from gqalib.run.checks import check_positive
 from gqalib.run.corpora import evaluation_windows
 from gqalib.run.presets import PEERS, Cut, check_cut
 
-NAMES = {"refit": OWN, "founding": "founding Taylor"} | {name: name for name in PEERS}
+NAMES = {"refit": OWN, "context": IN_CONTEXT, "founding": "founding Taylor"} | {name: name for name in PEERS}
 PROTOCOLS = (128, 2048)  # tokens of a window: the founding document's and the literature's
 
 
@@ -37,7 +37,8 @@ def prune_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **how) -> 
     """
     cut, counts = check_cut(**how), count_parameters(model)
     windows = _windows(cut, model, tokenizer)
-    with memory.stage("pruning", memory.expected(STAGES, model, *windows.shape), model):
+    stages = [name for name in STAGES if name != "context" or cut.method == "context"]
+    with memory.stage("pruning", memory.expected(stages, model, *windows.shape), model):
         if cut.perplexity:
             _prune_to(model, windows, _windows(cut, model, tokenizer, other=1), cut)
         else:

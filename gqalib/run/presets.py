@@ -200,7 +200,9 @@ class Cut:
     perplexity: Annotated[
         Annotated[float, Field(gt=1)] | None, "or the most it may become, relative to dense; refit alone"
     ] = None
-    method: Annotated[str, f"refit, founding or a peer: {'; '.join(PEERS)}"] = "refit"
+    method: Annotated[
+        str, f"refit, context (the same by a better plan, in more time), founding or a peer: {'; '.join(PEERS)}"
+    ] = "refit"
     corpus: str = "python-docs"  # its training text is for calibration
     examples: Annotated[PositiveInt, "of the calibration text"] = 32
     length: Annotated[AtLeastTwo, "tokens of an example; capped by the model"] = 512
@@ -215,7 +217,7 @@ def check_cut(**how) -> Cut:
         InputError: not one target, an unknown method or one that cannot do it, or a value that cannot be.
     """
     cut = checked(Cut, how)
-    check_name(cut.method, ["refit", "founding", *PEERS], "method")
+    check_name(cut.method, ["refit", "context", "founding", *PEERS], "method")
     if [cut.remove, cut.kept, cut.perplexity].count(None) != 2:
         raise InputError("a model is pruned to one target: give either remove, kept or perplexity")
     if cut.perplexity and cut.method != "refit":
