@@ -1,7 +1,7 @@
 """A model walked layer by layer: batches, the residual stream from any layer on, layers that wait in host memory.
 
 `streamed`, device `offload`, is for models that are larger than a card, on forward passes and on the methods that go
-layer by layer (`refit.sweep`, `allocate.cost_table`, the gradients of `scores`). Device `all` is the other way: more
+layer by layer (`refit.sweep`, `allocate.cost_table`, `gradients`). Device `all` is the other way: more
 than one card, every layer stays.
 """
 

@@ -7,8 +7,8 @@ from gqalib.errors import OutOfReach
 from gqalib.model.shapes import count_parameters, decoder_layers
 from gqalib.model.surgery import add_output_bias
 from gqalib.peers.common import MeanVariance, feed, peer
+from gqalib.prune.gradients import finite
 from gqalib.prune.plans import unit_costs
-from gqalib.prune.scores import finite
 from gqalib.prune.sublayers import sublayers
 
 

@@ -8,8 +8,9 @@ from gqalib.measure.perplexity import in_products, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, has_attention
 from gqalib.model.surgery import drop_attention, keep_channels, without_attention
 from gqalib.peers.common import feed, peer
+from gqalib.prune.gradients import finite
 from gqalib.prune.plans import beyond_multiples, spread_channels, units
-from gqalib.prune.scores import finite, largest
+from gqalib.prune.scores import largest
 from gqalib.prune.sublayers import Sublayer
 from gqalib.stream import advance
 
