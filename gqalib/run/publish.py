@@ -256,7 +256,7 @@ def _named(heading: str, record: dict[str, Any]) -> str:
     p, commit = record["parameters"], record["git_commit"]
     code = f"code of `{commit[:7]}{commit[40:]}`" if commit else "code outside of a repository"
     said = f"of preset `{record['preset']}` ({p['model']}, text `{p['corpus']}`), {code}"
-    said += "" if record["preset"] == "tiny" else "; as it stands, the page runs `tiny`, which is small"
+    said += "" if record["preset"] == "tiny" else "; run without changes, the page uses `tiny`, which is small"
     heading = re.sub(r"\| \*\*Outputs\*\* .*\n", "", heading)
     return re.sub(r"(\| \*\*Reads\*\* )", lambda found: f"| **Outputs** | {said} |\n{found[0]}", heading, count=1)
 
