@@ -37,8 +37,8 @@ def read_text(path: Path, what: str) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
 
 
-def new_folder(out: Path) -> Path:
-    """A folder that is to be made, or is empty, as an absolute path.
+def new_place(out: Path) -> Path:
+    """A file or folder that is to be made, or a folder that is empty, as an absolute path.
 
     Raises:
         InputError: something is there, or its parent is not.

@@ -22,7 +22,7 @@ SMALL = {
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "fused", partial(speed.fused, backend="eager"))
-    monkeypatch.setattr(at_size, "copy_bandwidth", lambda device, size=2**20: 1e9)
+    monkeypatch.setattr(at_size, "copy_bandwidth", lambda device: 1e9)
 
     def measure(step, **options):
         at_size.at_size("llama3-8b-shape", SMALL, tmp_path, [step], **options)
@@ -70,7 +70,7 @@ def test_pruning_and_refit(measured):
     assert stages == ["layer removal", "sequential Taylor"]
     record = measured("refit", num_layers=2)
     assert [row["stage"] for row in record["tables"]["stages"]] == ["gradient covariances", "cost table", "sweep"]
-    assert len(record["tables"]["sweep_seconds"]) == record["metrics"]["layers"]["value"] == 2
+    assert record["metrics"]["layers"]["value"] == 2
 
 
 RECOVERED = {

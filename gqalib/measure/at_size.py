@@ -16,11 +16,9 @@ nothing:
 import contextlib
 import itertools
 import math
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -143,8 +141,9 @@ def inside(model: nn.Module, config: GqaLlamaConfig) -> nn.Module:
     return small
 
 
-def copy_bandwidth(device: str, size: int = 2**30) -> float:
+def copy_bandwidth(device: str) -> float:
     """Bytes per second that a large copy on the device reads and writes: what reading weights is to be held against."""
+    size = 2**30
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = source.clone()  # its memory is there before the clock runs
     times = speed._time_ms(lambda: target.copy_(source), torch.device(device), 0.2)
@@ -176,11 +175,9 @@ def measure_refit(nb: Notebook, config: GqaLlamaConfig) -> None:
         table = allocate.cost_table(model, windows, covariances)
     halves = [[units // 2 for units in column] for column in zip(*table.widths, strict=True)]
     nb.save()
-    plan, ends = plans.Plan([0.5] * len(table.widths), *halves), [time.perf_counter()]
+    plan = plans.Plan([0.5] * len(table.widths), *halves)
     with nb.stage("sweep", model, **how):
-        after = lambda _: ends.append(time.perf_counter())  # noqa: E731
-        refit.sweep(model, plan, windows, covariances=covariances, after_layer=after)
-    nb.table("sweep_seconds", pd.DataFrame({"layer": range(len(ends) - 1), "seconds": np.diff(ends)}))
+        refit.sweep(model, plan, windows, covariances=covariances)
 
 
 def random_windows(config: GqaLlamaConfig, sample: Sample) -> torch.Tensor:

@@ -23,12 +23,12 @@ REFUSED = (
 NOT_IMPORTED = {"_ctypes", "_posixsubprocess", "_socket"}
 
 
-def run_program(program: str, seconds: float = SECONDS, megabytes: int = MEGABYTES) -> str:
+def run_program(program: str, seconds: float = SECONDS) -> str:
     """`passed` if a program ran to its end, `timed out`, or `failed: ` and why."""
     import subprocess  # the process itself may not have it
 
     with tempfile.TemporaryDirectory(prefix="generated-") as folder:
-        command = [sys.executable, "-IB", str(Path(__file__).absolute()), str(seconds), str(megabytes)]
+        command = [sys.executable, "-IB", str(Path(__file__).absolute()), str(seconds), str(MEGABYTES)]
         apart = {"cwd": folder, "env": {"HOME": folder, "TMPDIR": folder}, "start_new_session": True}
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
         try:

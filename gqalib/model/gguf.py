@@ -10,9 +10,9 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from gqalib.errors import InputError, one_sentence
+from gqalib.errors import one_sentence
 from gqalib.model import deci
-from gqalib.model.names import REPOSITORY
+from gqalib.model.names import REPOSITORY, check_config
 
 MODELS = REPOSITORY / "models"  # ignored by git
 CONVERSION = b"2"  # another one makes another folder
@@ -60,10 +60,7 @@ def _convert_plain(file: Path, folder: Path) -> None:
     conversion of a tokenizer knows one rule to cut words by, GPT-2's."""
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    if not isinstance(loaded, LlamaForCausalLM):
-        raise InputError(
-            f"{file} is a {loaded.config.model_type!r} model, no Llama: only Llama models can be pruned here"
-        )
+    check_config(file, {"model_type": loaded.config.model_type})
     config = loaded.config
     del config.quantization_config
     plain = LlamaForCausalLM(config)

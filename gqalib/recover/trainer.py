@@ -11,9 +11,10 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -25,7 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from gqalib.device import is_one_of_several
-from gqalib.errors import InputError, new_folder
+from gqalib.errors import InputError, new_place
 from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.run.resume import Progress, replacing
 
@@ -166,24 +167,20 @@ def put(weights: Weights, model: nn.Module) -> None:
 def quiet(*configs: object) -> Iterator[None]:
     """Without a warning of trl's and peft's about transformers. Afterwards the configurations are as they came:
     trainers write into them, and transformers saves odd ones only if nobody has."""
-    before = [dict(vars(config)) for config in configs]
-    with warnings.catch_warnings():
+    with ExitStack() as stack, warnings.catch_warnings():
+        for config in configs:
+            stack.enter_context(patch.dict(vars(config)))
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-        try:
-            yield
-        finally:
-            for config, values in zip(configs, before, strict=True):
-                vars(config).clear()
-                vars(config).update(values)
+        yield
 
 
 def place_of(out: Path) -> Path:
     """Where a training lives that ends as a model in `out`: a folder beside it.
 
     Raises:
-        InputError: as `new_folder`.
+        InputError: as `new_place`.
     """
-    out = new_folder(out)
+    out = new_place(out)
     return out.with_name(f"{out.name}.training")
 
 
@@ -201,7 +198,7 @@ def finish(out: Path, source: str, settings: Any, log: pd.DataFrame, dtype: str,
     training, tokenizer = place_of(out), load_tokenizer(source)
     model = adapted(load_model(source, dtype, "cpu"), settings.lora_r, settings.lora_alpha)
     put(load_file(training / "weights.safetensors"), model)
-    with replacing(new_folder(out)) as folder:
+    with replacing(new_place(out)) as folder:
         save_model(merge(model).to(getattr(torch, saved)), tokenizer, folder)
     shutil.rmtree(training)
     first, last = log["loss"].iloc[[0, -1]]

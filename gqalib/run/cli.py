@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from gqalib.errors import InputError, new_folder, one_sentence
+from gqalib.errors import InputError, new_place, one_sentence
 from gqalib.model.names import check_model
 from gqalib.run.checks import (
     NOTEBOOKS, STEPS, check_grid, check_positive, check_preset, fetch_packages, read_grid, selected,
@@ -109,7 +109,7 @@ def report(options: Namespace) -> None:
 def prune(options: Namespace) -> None:
     """Make a model smaller: any Llama, from folder or hub into a folder, without a preset."""
     _check(options.corpus, "train", options.model)
-    out = new_folder(options.out)
+    out = new_place(options.out)
     cut = {field.name: vars(options)[field.name] for field in fields(Cut)}
     cut |= {name: _value(text) for name, text in cut.items() if isinstance(text, str) and name != "corpus"}
     check_cut(**cut)

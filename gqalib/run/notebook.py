@@ -19,6 +19,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import quote
 
 import datasets
@@ -238,13 +239,13 @@ class Notebook:
                 fitting_record(folder / f"{notebook}.json", self.parameters, self.seed)
                 if (folder / "models" / model).is_dir():
                     return folder / "models" / model
-        from gqalib.run.series import KERNEL_ENVIRONMENT, Series, environment
+        from gqalib.run.series import KERNEL_ENVIRONMENT, Series
 
         seconds = committed_seconds(notebook, self.parameters["name"])
         takes = f", in about {seconds:.0f} s" if seconds else ""
         print(f"models/{model} is missing: {notebook} makes it{takes}", flush=True)
         job = Series(self.parameters["name"], self.overrides, self.run_dir, self.seed, only=notebook[:2])
-        with environment(KERNEL_ENVIRONMENT | {HELD: str(self.run_dir)}):
+        with patch.dict(os.environ, KERNEL_ENVIRONMENT | {HELD: str(self.run_dir)}):
             job.execute(job.paths[0])
         return self.run_dir / "models" / model
 

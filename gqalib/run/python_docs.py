@@ -35,12 +35,12 @@ def source_files() -> tuple[tuple[str, Path], ...]:
             parts = path.relative_to(root).parts
             if not SKIPPED_FOLDERS.intersection(parts):
                 names["/".join((package, *parts))] = path
-    return tuple(sorted(names.items(), key=lambda item: _digest(item[0])))
+    return tuple(sorted(names.items(), key=lambda item: digest(item[0])))
 
 
-def split_of(name: str) -> str:
-    """The split that a module belongs to: decided by a hash of its name, so it never moves."""
-    bucket = int(_digest(name)[-8:], 16) % HELD_OUT_ONE_IN
+def split_of(name: str, one_in: int = HELD_OUT_ONE_IN) -> str:
+    """The split that a module or a document belongs to: decided by a hash of its name, so it never moves."""
+    bucket = int(digest(name)[-8:], 16) % one_in
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
@@ -115,9 +115,8 @@ def _entries(path: Path) -> list[tuple[str, str]]:
 
 
 def _seen_before(paragraph: str, seen: set[str]) -> bool:
-    digest = _digest(paragraph.strip())
-    known = digest in seen
-    seen.add(digest)
+    known = (mark := digest(paragraph.strip())) in seen
+    seen.add(mark)
     return known
 
 
@@ -125,14 +124,14 @@ def _seen_before(paragraph: str, seen: set[str]) -> bool:
 def _held_out(files: tuple[tuple[str, Path], ...]) -> frozenset[str]:
     """Digests of the paragraphs of the files that are not training text."""
     entries = (entry for name, path in files if split_of(name) != "train" for entry in _entries(path))
-    return frozenset(_digest(paragraph.strip()) for _, doc in entries for paragraph in doc.split("\n\n"))
+    return frozenset(digest(paragraph.strip()) for _, doc in entries for paragraph in doc.split("\n\n"))
 
 
 def _dotted(name: str) -> str:
     return name.removesuffix(".py").removesuffix("/__init__").removeprefix("python/").replace("/", ".")
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

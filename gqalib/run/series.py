@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
@@ -82,7 +83,7 @@ class Series:
             share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
         started, running = time.monotonic(), {}
         waiting = self._most_urgent_first() if at_once > 1 else list(self.paths)
-        with locked(self.run_dir), environment(share):
+        with locked(self.run_dir), patch.dict(os.environ, share):  # kernels inherit it
             if force:
                 shutil.rmtree(progress_dir(self.run_dir, SHARED), ignore_errors=True)
             with ThreadPoolExecutor(at_once) as pool, _stopped_on_error():
@@ -194,18 +195,6 @@ class Series:
         lines += [""] * bool(lines)
         lines += [f"notebooks  {self.run_dir / path.name}" for path in self.paths]
         return "\n".join([*lines, f"figures    {self.run_dir / 'figures'}"])
-
-
-@contextlib.contextmanager
-def environment(changes: dict[str, str]) -> Iterator[None]:
-    """Inside, these variables are set, which kernels inherit; afterwards they are as before."""
-    before = dict(os.environ)
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @contextlib.contextmanager

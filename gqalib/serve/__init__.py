@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 from urllib.request import ProxyHandler, build_opener
 
-from gqalib.errors import InputError, reason
+from gqalib.errors import InputError, new_place, reason
 from gqalib.model.names import GGUF
 
 TYPES = ("f32", "f16", "q8_0", "q5_0", "q4_0")  # of the weights of a .gguf file, the largest first
@@ -27,13 +27,9 @@ def check_export(out: Path, kind: str) -> Path:
     out = Path(out).absolute()
     if kind not in TYPES:
         raise InputError(f"unknown type {kind!r}: use one of {', '.join(TYPES)}")
-    if out.suffix != GGUF:
+    if out.suffix != GGUF or out.is_dir():
         raise InputError(f"{out} is no {GGUF} file: give --out a name that ends in {GGUF}")
-    if out.exists():
-        raise InputError(f"{out} exists: give another --out, or remove it")
-    if not out.parent.is_dir():
-        raise InputError(f"folder {out.parent} does not exist: make it, or give another --out")
-    return out
+    return new_place(out)
 
 
 def check_serve(file: str | Path, port: int = 0, context: int | None = None, parallel: int = 1) -> tuple[Path, int]:

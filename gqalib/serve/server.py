@@ -39,19 +39,16 @@ class Server:
         port: where it listens; 0 takes a free one.
         context: tokens of a request with its answer; by default 2048, or fewer if the model was trained for fewer.
         parallel: requests that are answered at a time, each with a KV cache of its own; others wait.
-        threads: by default OMP_NUM_THREADS, or one for each core.
 
     Raises:
         InputError: as `check_serve`; or the server does not come up, with its first error.
     """
 
-    def __init__(
-        self, file: str | Path, port: int = 0, context: int | None = None, parallel: int = 1, threads: int | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, file: str | Path, port: int = 0, context: int | None = None, parallel: int = 1) -> None:
         self.file, context = check_serve(file, port, context, parallel)
         self.options = {
             "model": str(self.file), "port": port, "context": context * parallel, "parallel": parallel,
-            "threads": threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+            "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
         }  # fmt: skip
         self.url, self._process = "", None
 

@@ -108,18 +108,18 @@ def draw(axes: Sequence[plt.Axes], samples: pd.DataFrame) -> None:
 # ---------------------------------------------------------------- the rules
 
 
-def read_rules(file: Path = RULES) -> list[dict[str, Any]]:
-    """The alerting rules of a Prometheus file, of all its groups."""
-    return [rule for group in yaml.safe_load(file.read_text(encoding="utf-8"))["groups"] for rule in group["rules"]]
+def read_rules() -> list[dict[str, Any]]:
+    """The alerting rules of `RULES`, of all its groups."""
+    return [rule for group in yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"] for rule in group["rules"]]
 
 
-def alerts(samples: pd.DataFrame, rules: Sequence[dict[str, Any]] | None = None) -> pd.DataFrame:
-    """Whether each rule (a column) fires at each sample (a row).
+def alerts(samples: pd.DataFrame) -> pd.DataFrame:
+    """Whether each rule of `RULES` (a column) fires at each sample (a row).
 
     Of PromQL this knows names, `rate`, arithmetic, comparisons with numbers, `and` and `or`; a server's samples are one
     job, so labels are not looked at.
     """
-    return pd.DataFrame({rule["alert"]: _fires(samples, **rule) for rule in rules or read_rules()})
+    return pd.DataFrame({rule["alert"]: _fires(samples, **rule) for rule in read_rules()})
 
 
 def _fires(samples: pd.DataFrame, expr: str, **rule: Any) -> pd.Series:
