@@ -21,14 +21,7 @@ from torch import nn
 from gqalib.errors import InputError
 from gqalib.model.shapes import attention_of, decoder_layers, layer_shape
 from gqalib.prune.gradients import (
-    Loss,
-    Piece,
-    as_they_come,
-    asking,
-    differentiate,
-    finite,
-    one_layer_at_a_time,
-    summed_in_float32,
+    Loss, Piece, as_they_come, asking, differentiate, finite, one_layer_at_a_time, summed_in_float32,
 )  # fmt: skip
 from gqalib.steps import in_steps
 from gqalib.stream import advance
