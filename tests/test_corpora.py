@@ -22,7 +22,10 @@ class Words:
 
 
 def test_docstrings_with_their_signatures():
-    source = '"""Top."""\nclass A:\n    """About A."""\n    def f(self, x, *, y=1):\n        """Do f.\n\n        More.\n        """\ndef g(): pass\n'
+    source = (
+        '"""Top."""\nclass A:\n    """About A."""\n    def f(self, x, *, y=1):\n        """Do f.\n\n        More.\n'
+        '        """\ndef g(): pass\n'
+    )
     assert list(python_docs.docstrings(source)) == [
         ("", "Top."),
         ("class A", "About A."),
@@ -50,7 +53,10 @@ def test_no_test_paragraph_is_in_the_training_text(monkeypatch):
     assert len(test) > 50 and len(train) > 500
     assert not test.intersection(train)
     docstrings = [
-        p for d in python_docs.python_docs("train") if d not in set(python_docs.language_reference()) for p in d.split("\n\n")
+        p
+        for d in python_docs.python_docs("train")
+        if d not in set(python_docs.language_reference())
+        for p in d.split("\n\n")
     ]
     assert len([p for p in docstrings if len(p) > 200]) == len({p for p in docstrings if len(p) > 200})
 

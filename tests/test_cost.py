@@ -103,7 +103,8 @@ print(used.peak_bytes / cost.prefill_bytes(model, 16, 512))
     ],
 )
 def test_prefill_bytes_is_the_peak(widths):
-    """Wide in the MLP, or in attention: the estimate is within a third of what a process of its own took, which has no heap to reuse."""
+    """Wide in the MLP, or in attention: the estimate is within a third of what a process of its own took, which has
+    no heap to reuse."""
     command = [sys.executable, "-c", PREFILL, json.dumps(widths)]
     finished = subprocess.run(command, env=MEASURED, capture_output=True, text=True, check=True, timeout=300)
     assert float(finished.stdout.splitlines()[-1]) == pytest.approx(1, rel=0.34)

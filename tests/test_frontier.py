@@ -26,7 +26,8 @@ def rows_of(method, fraction, ratios, **more):
     """Made-up results, one row per sample; four windows, each as bad as the others."""
     return [
         {
-            "method": method, "fraction": fraction, "sample": sample, "note": "", "ratio": ratio, "losses": [math.log(ratio)] * 4,
+            "method": method, "fraction": fraction, "sample": sample, "note": "", "ratio": ratio,
+            "losses": [math.log(ratio)] * 4,
             "backbone_removed_percent": 100 * fraction, **more,
         }
         for sample, ratio in enumerate(ratios)

@@ -1,4 +1,5 @@
-"""A grid is checked before anything starts; its runs survive a killed worker; one that fails does not stop the others."""
+"""A grid is checked before anything starts; its runs survive a killed worker; one that fails does not stop the
+others."""
 
 import contextlib
 import dataclasses
@@ -31,7 +32,8 @@ overrides:
   model: [{model}]
   pruning.mean_rate: [0.2, 0.25, 0.3]
 """
-STAND_IN = """  # instead of `python -m gqalib run`, which takes ten seconds to load: the same arguments, files and exit status
+STAND_IN = """
+# instead of `python -m gqalib run`, which takes ten seconds to load: the same arguments, files and exit status
 import json, os, pathlib, shutil, sys, time
 place, ready = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1]), pathlib.Path(sys.argv[0]).parent / "ready"
 (place / "environment.json").write_text(json.dumps(os.environ | {"nice": os.nice(0)}))
@@ -100,8 +102,14 @@ def perplexity(job):
             "pruning.mean_rate = 0.3 cannot be: it should be a list",
         ),
         ("overrides: {{pruning.mean_rate: []}}", r"pruning.mean_rate = \[\] cannot be: it should have at least 1 item"),
-        ("overrides: {{pruning.mean_rate: [0.3, 0.2, 0.3]}}", "pruning.mean_rate = .* cannot be: it should have 0.3 once: seeds make repetitions"),
-        ("overrides: {{recovery.learning_rate: [1e-4, 1.0e-4]}}", "recovery.learning_rate = .* should have 0.0001 once"),
+        (
+            "overrides: {{pruning.mean_rate: [0.3, 0.2, 0.3]}}",
+            "pruning.mean_rate = .* cannot be: it should have 0.3 once: seeds make repetitions",
+        ),
+        (
+            "overrides: {{recovery.learning_rate: [1e-4, 1.0e-4]}}",
+            "recovery.learning_rate = .* should have 0.0001 once",
+        ),
         ("overrides: {{pruning.mean_rate: [0.3, 1.5]}}", "pruning.mean_rate = 1.5 cannot be"),
         ("overrides: {{pruning.mean_rate: [much]}}", "pruning.mean_rate = 'much' cannot be"),
         ("overrides: [pruning.mean_rate]", r"overrides = .* cannot be: it should be names with values"),
@@ -357,7 +365,8 @@ def test_more_than_any_machine_has():
 def ray(tmp_path, monkeypatch):
     """Started once for all that a test runs: it takes longer than they do.
 
-    Most of it, in each of its processes, is a grammar that jsonschema compiles if it is there, and that nothing here needs.
+    Most of it, in each of its processes, is a grammar that jsonschema compiles if it is there, and that nothing here
+    needs.
     """
     (tmp_path / "rfc3987_syntax.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
@@ -368,7 +377,8 @@ def ray(tmp_path, monkeypatch):
 
 @pytest.fixture
 def stand_in(jobs, tmp_path, monkeypatch):
-    """Makes runs light: `finish` has prepared what each leaves behind; the named ones hang at first, fail, or are killed each time."""
+    """Makes runs light: `finish` has prepared what each leaves behind; the named ones hang at first, fail, or are
+    killed each time."""
     for job in jobs:
         finish(job, tmp_path / "ready" / job.run_dir.name, perplexity_v3=perplexity(job))
 
@@ -396,7 +406,8 @@ def here(jobs, grid, address):
 
 
 def test_six_runs_with_a_worker_killed(jobs, grid, command, stand_in, tmp_path, ray, monkeypatch, capsys):
-    """The worker of one is killed, one fails by itself, one's process is killed every time; a second start does what is left."""
+    """The worker of one is killed, one fails by itself, one's process is killed every time; a second start does what
+    is left."""
     grid("max_retries: 1" + GRID)
     failing, dying, slow = (job.run_dir.name for job in jobs[:3])
     stand_in(failing=failing, dying=dying, slow=slow)

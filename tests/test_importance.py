@@ -76,7 +76,8 @@ def test_a_unit_is_all_that_surgery_removes(clone, statistic):
 
 
 def test_misaligned_fold_is_caught(windows):
-    """On a layer where one group is worthless the aligned fold finds it; LLM-Pruner's gives most of its worthlessness to others."""
+    """On a layer where one group is worthless the aligned fold finds it; LLM-Pruner's gives most of its
+    worthlessness to others."""
     model = small_model(num_attention_heads=8, num_key_value_heads=2)
     attention = model.model.layers[1].self_attn
     with torch.no_grad():

@@ -227,7 +227,8 @@ def test_flap_bias_is_the_mean_of_what_went(model, clone, windows):
 
 
 def test_flap_of_constant_features_is_exact(clone, windows, logits_of):
-    """Groups and channels that give the same for every token fluctuate least, go first, and their bias replaces them whole."""
+    """Groups and channels that give the same for every token fluctuate least, go first, and their bias replaces them
+    whole."""
     model = small_model(attention_bias=True, mlp_bias=True)
     for name, parameter in model.named_parameters():
         parameter.data.normal_() if name.endswith("bias") else None
@@ -416,7 +417,8 @@ def test_osscar_with_nothing_removed_is_the_identity(model, clone, logits_of, wi
 
 
 def test_osscar_refit_beats_cutting(model, clone, windows):
-    """Of the first o_proj, whose inputs no cut has touched: the refit's error against the dense output, and the plain cut's."""
+    """Of the first o_proj, whose inputs no cut has touched: the refit's error against the dense output, and the
+    plain cut's."""
     dense = clone(model)
     osscar.osscar(model, windows, 0.4)
     old, new = dense.model.layers[0].self_attn, model.model.layers[0].self_attn

@@ -298,9 +298,11 @@ def rows_with(model, text, progress, test=4, fractions=(0.3,), flipped=False, me
 
 
 ARGUMENTS = {
-    prune_with: [{}, {"plan": OTHER_PLAN}, {"include_o_proj": True}, *({"group_statistic": "random", "seed": seed} for seed in (0, 1))],
+    prune_with: [{}, {"plan": OTHER_PLAN}, {"include_o_proj": True},
+        *({"group_statistic": "random", "seed": seed} for seed in (0, 1))],
     sweep_with: [
-        {}, {"plan": OTHER_PLAN}, {"ingredients": QUICK}, {"scored": True}, {"weight": torch.eye(32).double()}, {"weight": torch.arange(32.0).double().diag()},
+        {}, {"plan": OTHER_PLAN}, {"ingredients": QUICK}, {"scored": True}, {"weight": torch.eye(32).double()},
+        {"weight": torch.arange(32.0).double().diag()},
     ],
     search_with: [{}, {"fraction": 0.3}, {"scored": 5}, {"times": 5}],
     targets_with: [{}, {"times": 1.05}, {"scored": 4}],
@@ -451,8 +453,10 @@ def test_digest_tells_things_apart():
     eager = small_model()
     eager.set_attn_implementation("eager")
     things = [
-        model, other, theta, eager, [], [[]], None, 0, 0.0, False, "0", [1, 23], [12, 3], ["a", "b"], ["ab"], {"a": 1}, {"b": 1},
-        torch.zeros(2), torch.zeros(2, 1), torch.zeros(2).double(), torch.zeros(()), QUICK, UNTRIED, np.zeros(3), np.ones(3),
+        model, other, theta, eager, [], [[]], None, 0, 0.0, False, "0", [1, 23], [12, 3], ["a", "b"], ["ab"],
+        {"a": 1}, {"b": 1},
+        torch.zeros(2), torch.zeros(2, 1), torch.zeros(2).double(), torch.zeros(()), QUICK, UNTRIED,
+        np.zeros(3), np.ones(3),
     ]  # fmt: skip
     digests = [digest(thing) for thing in things]
     assert len(set(digests)) == len(things) and digests == [digest(copy.deepcopy(thing)) for thing in things]

@@ -39,7 +39,8 @@ def test_budget_with_biases(windows, rate):
 
 
 def test_first_layer_is_scored_alike(model, clone, windows):
-    """Before anything is cut, sequential and one-shot scores are the same; so the first layer must come out the same."""
+    """Before anything is cut, sequential and one-shot scores are the same; so the first layer must come out the
+    same."""
     plan = plans.Plan([0.4, 0.0, 0.0], [kv_heads(model) // 2, 0, 0], [9, 0, 0])
     one_shot = clone(model)
     founding.prune(model, plan, windows)
@@ -153,7 +154,8 @@ def test_graph_removes_the_query_heads_of_the_same_number(windows, clone):
 
 
 def test_pairing_says_what_attention_does():
-    """The map of the notebook against the attention itself: give each KV head its own number as value and read it off."""
+    """The map of the notebook against the attention itself: give each KV head its own number as value and read it
+    off."""
     model = llama_like()
     attention = model.model.layers[0].self_attn
     kept_kv, kept_q = [0, 2, 3, 4, 6, 7], v2.heads_left(32, [1, 5])

@@ -61,7 +61,8 @@ def test_a_loss_that_is_not_finite(tokenizer, settings, tmp_path):
 
 
 def test_the_loss_is_on_the_completion_only(tokenizer, settings, tmp_path):
-    """Random prompts, one completion. With the prompts in it the loss could not fall below 7 · log 59 / 12 = 2.38 nats."""
+    """Random prompts, one completion. With the prompts in it the loss could not fall below 7 · log 59 / 12 = 2.38
+    nats."""
     generator = torch.Generator().manual_seed(0)
     rows = [
         {

@@ -61,7 +61,8 @@ def test_damping_knows_no_units():
 
 
 def test_few_tokens_are_believed_less():
-    """The recipe's damping against hardly any, on other tokens: better where they are few, as good where they are many."""
+    """The recipe's damping against hardly any, on other tokens: better where they are few, as good where they are
+    many."""
     draw = torch.Generator().manual_seed(0)
     truth, weight = (torch.randn(8, 40, generator=draw, dtype=torch.float64) for _ in range(2))
     truth = weight + 0.3 * truth
@@ -89,7 +90,8 @@ def test_solve_with_everything_kept_is_the_identity():
 @pytest.mark.parametrize("unit", [1, 3])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_choose_is_the_greedy_choice(unit, weighted):
-    """One unit per step: each time the unit goes without which the best weight on the rest loses least (regularised, weighted)."""
+    """One unit per step: each time the unit goes without which the best weight on the rest loses least (regularised,
+    weighted)."""
     weight, inputs, wanted = random_problem()
     root = torch.randn(5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     output = root @ root.T if weighted else None
@@ -261,7 +263,8 @@ def test_prune_by_fisher(model, windows, clone, sequential):
 
 
 def reconstruction_error(model, dense, index, half, windows):
-    """Squared error of the stream after one sublayer, against the dense model's, both from the dense stream before it."""
+    """Squared error of the stream after one sublayer, against the dense model's, both from the dense stream before
+    it."""
     streams = []
     for m in (model, dense):
         stream = hidden_states_before(dense, windows, index)
@@ -308,7 +311,8 @@ def test_conjugate_gradients_solve():
 @pytest.mark.parametrize("biases", [False, True])
 @torch.no_grad()
 def test_refit_together_is_gauss_newton(windows, half, biases):
-    """Against lstsq on the whole Jacobian of a small sublayer, in float64; so near the target that no step is halved."""
+    """Against lstsq on the whole Jacobian of a small sublayer, in float64; so near the target that no step is
+    halved."""
     model = small_model(attention_bias=biases, mlp_bias=biases, hidden_size=8, intermediate_size=5, head_dim=2).double()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

@@ -1,4 +1,5 @@
-"""What is committed: notebooks executed once and in order, README equal to the records, nothing of anybody's machine."""
+"""What is committed: notebooks executed once and in order, README equal to the records, nothing of anybody's
+machine."""
 
 import ast
 import json

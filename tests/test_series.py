@@ -229,7 +229,8 @@ def test_words_change_no_code(tmp_path):
     source = "from gqalib.prune.plans import whole_units"
     assert resume.code_hash(source) == resume.code_hash("import torch\n" + source)
     assert resume.code_hash(source) != resume.code_hash("from gqalib.prune import search")
-    frame, numbers = "from gqalib.run.notebook import Notebook\n", source + "\nfrom gqalib import figures\nfrom gqalib.run.play import play"
+    frame = "from gqalib.run.notebook import Notebook\n"
+    numbers = source + "\nfrom gqalib import figures\nfrom gqalib.run.play import play"
     assert resume.code_hash(frame + numbers, resume.FRAME) == resume.code_hash(source, resume.FRAME)
     assert resume.code_hash(frame + numbers) != resume.code_hash(source)
     assert all((resume.PACKAGE / f"{name.replace('.', '/')}.py").is_file() for name in resume.FRAME)

@@ -29,7 +29,8 @@ parser.add_argument("--enforce-eager", action="store_true", required=True)
 parser.add_argument("--fail")
 parser.add_argument("--refuse")
 options = parser.parse_args()
-print("(APIServer pid=1) WARNING 11-27 01:08:08 [a.py:255] this can cause errors like `OSError: [Errno 24]`", flush=True)
+warning = "WARNING 11-27 01:08:08 [a.py:255] this can cause errors like `OSError: [Errno 24]`"
+print("(APIServer pid=1)", warning, flush=True)
 open(os.environ["PID"], "w").write(str(os.getpid()))
 if options.fail:
     raise ValueError(options.fail)
