@@ -275,6 +275,8 @@ def test_types_and_names_of_files(place):
     refused(place, small_model(**SHAPE), "is no .gguf file", out="a.bin")
     refused(place, small_model(**SHAPE), "exists: give another --out", out="there.gguf")
     refused(place, small_model(**SHAPE), "folder .* does not exist", out="nowhere/a.gguf")
+    (place / "folder.gguf").mkdir()
+    refused(place, small_model(**SHAPE), "folder.gguf is a folder: give another --out", out="folder.gguf")
     assert (place / "there.gguf").read_text() == "mine"
 
 

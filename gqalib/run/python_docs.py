@@ -132,6 +132,7 @@ def _dotted(name: str) -> str:
 
 
 def digest(text: str) -> str:
+    """The first 16 hexadecimal digits of a text's SHA-256: its place in the order, and its split."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -27,7 +27,9 @@ def check_export(out: Path, kind: str) -> Path:
     out = Path(out).absolute()
     if kind not in TYPES:
         raise InputError(f"unknown type {kind!r}: use one of {', '.join(TYPES)}")
-    if out.suffix != GGUF or out.is_dir():
+    if out.is_dir():
+        raise InputError(f"{out} is a folder: give another --out")
+    if out.suffix != GGUF:
         raise InputError(f"{out} is no {GGUF} file: give --out a name that ends in {GGUF}")
     return new_place(out)
 
