@@ -17,7 +17,7 @@ from gqalib.model import deci, surgery
 from gqalib.model import gguf as gguf_files
 from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.run.cli import main
-from gqalib.serve import export, vocabulary
+from gqalib.serve import check_export, export, vocabulary
 
 SHAPE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 4}
 LLAMA_3 = {
@@ -275,9 +275,13 @@ def test_types_and_names_of_files(place):
     refused(place, small_model(**SHAPE), "is no .gguf file", out="a.bin")
     refused(place, small_model(**SHAPE), "exists: give another --out", out="there.gguf")
     refused(place, small_model(**SHAPE), "folder .* does not exist", out="nowhere/a.gguf")
-    (place / "folder.gguf").mkdir()
-    refused(place, small_model(**SHAPE), "folder.gguf is a folder: give another --out", out="folder.gguf")
     assert (place / "there.gguf").read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_the_file(tmp_path):
+    (tmp_path / "model.gguf").mkdir()
+    with pytest.raises(InputError, match="model.gguf is a folder: give another --out"):
+        check_export(tmp_path / "model.gguf", "f16")
 
 
 def test_tokenizers_that_llama_cpp_does_not_know(place, tokenizer):
