@@ -181,10 +181,10 @@ def _levels(most: int, own: int, parts: int = 8) -> list[int]:
 # ---------------------------------------------------------------- the largest cut within a perplexity
 
 
-@in_steps("trials")
+@in_steps("limit", "trials")
 def prune_to(trial: Trial, table: CostTable, scoring: Tensor, limit: float, trials: int = 7) -> pd.DataFrame:
     """Prune `trial.model` in place as far as a perplexity allows, by the cheapest plan and the whole sweep; a step for
-    each of the `trials` that narrow the fraction down.
+    each of the `trials` that narrow the fraction down, which other limits may share.
 
     Args:
         scoring: windows [count, length] for the perplexities, apart from the calibration text. limit: of them.
@@ -202,9 +202,9 @@ def prune_to(trial: Trial, table: CostTable, scoring: Tensor, limit: float, tria
             f"a perplexity of {limit:.4g} is not above the dense model's {dense:.4g}: give a higher target"
         )
     low, high, rows = (0.0, dense), (1.0, math.inf), []
-    for number in range(trials):
+    for _ in range(trials):
         fraction = _between(low, high, dense, limit)
-        reached = yield f"trial-{number}", partial(_reached, trial, table, fraction, scoring)
+        reached = yield f"without-{fraction}", partial(_reached, trial, table, fraction, scoring)
         rows.append({"fraction": fraction, "perplexity": reached})
         low, high = ((fraction, reached), high) if reached <= limit else (low, (fraction, reached))
     if low[0]:  # made again, because to keep the best one meanwhile takes the memory of another model

@@ -272,15 +272,15 @@ class Notebook:
         self.stages.append({"stage": name, **asdict(peak), "seconds": peak.seconds + earlier})
 
     def time_taken(self) -> str:
-        """What to promise a reader: how long the committed run of this preset took, on what machine; or that there is
-        none."""
+        """What to promise a reader: how long the committed run of this preset took, on what machine; or where to
+        find it once there is one."""
         preset = self.parameters["name"]
         with contextlib.suppress(InputError):
             record = read_record(COMMITTED / preset / f"{self.name}.json")
             seconds = record["seconds"]
             took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
             return f"the committed run of preset {preset} took {took} ({record['machine']})"
-        return f"no committed run of preset {preset} says how long this takes"
+        return f"no committed run of preset {preset} yet: the last output of this page will say how long this run took"
 
     def metric(self, name: str, value: float, unit: str) -> None:
         """A number for the record; it must be finite."""
