@@ -90,7 +90,8 @@ def test_prune_or_quantise():
         "no rival",
     ]
     assert found["times rival"][0] == pytest.approx(math.exp(-0.1)) and found["± error"][0] > 0
-    assert quantised.verdict(found)[-1].endswith("prune as well where that wins (pruned f16, pruned q8_0)")
+    advice = "prune where that wins (pruned f16, pruned q8_0), else quantise alone; only pruning as well makes files"
+    assert quantised.verdict(found)[-1] == f"for the same file size: {advice} of 0.0 MB and less"
     worse = quantised.prune_or_quantise(made_rows(dense_q8_0=0.01, dense_q4_0=0.02, pruned_f16=0.1, pruned_q4_0=1))
     assert (
         "1 files pruned only, each beside the best dense file that is no larger: 1 worse" in quantised.verdict(worse)[0]
@@ -98,6 +99,8 @@ def test_prune_or_quantise():
     assert quantised.verdict(worse)[-1].endswith(
         "quantise, do not prune; only pruning as well makes files of 0.0 MB and less"
     )
+    mixed = quantised.prune_or_quantise(made_rows(dense_q4_0=0.1, pruned_f16=0.1, pruned_q8_0=0.2))
+    assert quantised.verdict(mixed)[-1].endswith("quantise, do not prune (pruned f16: not told apart)")
     same = quantised.prune_or_quantise(made_rows(dense_q4_0=0.1, pruned_f16=0.1))
     assert same["verdict"].tolist() == ["not told apart"]
     assert quantised.verdict(same)[-1] == "for the same file size: pruning and quantising are not told apart"
@@ -112,11 +115,22 @@ def test_table_and_figure():
     table = quantised.table(rows, rows[0]["losses"])
     assert table["times dense"].tolist() == pytest.approx(np.exp([0, 0.2, 0.1, 0.5]))
     assert table["front"].tolist() == [True, True, True, True]
-    fig, ax = plt.subplots()
-    figures.size_dots(ax, table)
+    fig, axes = plt.subplots(1, 2)
+    for ax, across in zip(axes, figures.FILE_AXES, strict=True):
+        figures.file_dots(ax, table.assign(**{"tokens/s": [10.0, 20.0, 15.0, 30.0]}), across)
+        assert ax.get_legend_handles_labels()[1] == ["dense", "v3", "f16", "q4_0"]
+        assert ax.get_xlabel() == figures.FILE_AXES[across][0]
     fig.canvas.draw()
-    shown = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert shown == ["dense", "v3", "f16", "q4_0"]
+    plt.close(fig)
+
+
+def test_two_models_of_a_kind_are_told_apart_in_the_figure():
+    table = quantised.table(made_rows(dense_f16=0, **{"refitted-25_f16": 0.1, "refitted-50_f16": 0.5}), torch.zeros(4))
+    fig, ax = plt.subplots()
+    figures.file_dots(ax, table, "bytes")
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    first, second = handles["refitted-25"], handles["refitted-50"]
+    assert first.get_color() == second.get_color() and first.get_markerfacecolor() != second.get_markerfacecolor()
     plt.close(fig)
 
 
