@@ -184,8 +184,8 @@ def verdict(rows: Rows) -> list[str]:
         errors.append(error)
     if errors:
         widest = pd.concat(errors, axis=1).max(axis=1)
-        least = f"{widest.iloc[:-1].max():.1f} points of every task, {widest.iloc[-1]:.1f} of the mean"
-        lines.append(f"smallest difference that this table can show: {least}")
+        least = f"up to {widest.iloc[:-1].max():.1f} points on a single task, {widest.iloc[-1]:.1f} for the mean"
+        lines.append(f"two standard errors of a difference: {least}")
     return lines
 
 
