@@ -190,27 +190,32 @@ def task_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def size_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
-    """Perplexity over size, a colour per model, a marker per type, two standard errors, and the front as a line;
-    `table` is of `quantised.table`."""
-    kinds = table["type"].unique()
+FILE_AXES = {"bytes": ("file (MB)", 1e6), "tokens/s": ("tokens per second, one sequence", 1)}
+
+
+def file_dots(ax: plt.Axes, table: pd.DataFrame, across: str) -> None:
+    """Perplexity over one of `FILE_AXES`, a colour per model, a marker per type, two standard errors, and over size the
+    front as a line; `table` is of `quantised.table`, the legend is left to the caller."""
+    kinds, seen, (label, unit) = table["type"].unique(), [], FILE_AXES[across]
     for index, (name, rows) in enumerate(table.groupby("model", sort=False)):
-        color = COLORS[_role_of(name)]
+        style = {"color": COLORS[role := _role_of(name)], "mfc": "white" if role in seen else COLORS[role]}
         for marker, kind in zip("osD^v", kinds, strict=False):
             part = rows[rows["type"] == kind]
-            x, y = part["bytes"] / 1e6 * 1.01**index, part["times dense"]  # models of one size stand beside each other
-            ax.errorbar(x, y, 2 * part["± standard error"], color=color, marker=marker, ls="", capsize=2, lw=1)
-        ax.plot([], [], "o", color=color, label=name)
+            x, y = part[across] / unit * 1.01**index, part["times dense"]  # models of one size stand beside each other
+            ax.errorbar(x, y, 2 * part["± standard error"], marker=marker, ls="", capsize=2, lw=1, **style)
+        ax.plot([], [], "o", label=name, **style)
+        seen.append(role)
     for marker, kind in zip("osD^v", kinds, strict=False):
         ax.plot([], [], marker, color="none", mec=COLORS["dense"], label=kind)
-    front = table[table["front"]].sort_values("bytes")
-    ax.step(front["bytes"] / 1e6, front["times dense"], where="post", color=COLORS["other"], lw=1, zorder=0)
-    ax.set(xlabel="file (MB)", ylabel="perplexity (× dense, ± 2 standard errors)", yscale="log")
+    if across == "bytes":
+        front = table[table["front"]].sort_values("bytes")
+        ax.step(front["bytes"] / 1e6, front["times dense"], where="post", color=COLORS["other"], lw=1, zorder=0)
+        ax.set(ylabel="perplexity (× dense, ± 2 standard errors)")
+    ax.set(xlabel=label, yscale="log")
     high = (table["times dense"] + 2 * table["± standard error"]).max()
     # steps within a power of ten: 9.8 and 9.9 are 0.98 and 0.99, in the one below
     small = (1, 1.02, 1.05, 1.1, 1.2, 1.5) if high > 1.05 else (1, 1.01, 1.02, 1.03, 1.04, 9.8, 9.9)
     readable_log_axis(ax.yaxis, (1, 1.2, 1.5, 2, 3, 5) if high > 1.5 else small)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def names_at_the_edge(ax: plt.Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:

@@ -135,13 +135,16 @@ def verdict(beside: pd.DataFrame) -> list[str]:
 
 
 def _advice(beside: pd.DataFrame) -> str:
-    won = beside[beside["verdict"] == "better"]
-    alone = beside[beside["verdict"] == "no rival"]
-    if len(won):
-        return f"quantise, and prune as well where that wins ({', '.join(won['file'])})"
-    below = f"; only pruning as well makes files of {alone['bytes'].max() / 1e6:.1f} MB and less" if len(alone) else ""
-    lost = (beside["verdict"] == "worse").any()
-    return ("quantise, do not prune" if lost else "pruning and quantising are not told apart") + below
+    files = {verdict: rows["file"].tolist() for verdict, rows in beside.groupby("verdict")}
+    lost, open_ = files.get("worse", []), files.get("not told apart", [])
+    if won := files.get("better"):
+        said = f"prune where that wins ({', '.join(won)}), else quantise alone"
+    elif lost:
+        said = "quantise, do not prune" + (f" ({', '.join(open_)}: not told apart)" if open_ else "")
+    else:
+        said = "pruning and quantising are not told apart"
+    alone = beside.loc[beside["verdict"] == "no rival", "bytes"]
+    return said + (f"; only pruning as well makes files of {alone.max() / 1e6:.1f} MB and less" if len(alone) else "")
 
 
 # ---------------------------------------------------------------- widths
