@@ -218,3 +218,24 @@ def test_three_lines_of_python(folder, tokenizer):
         gqalib.prune_model(model, tokenizer, removed=0.3)
     with pytest.raises(AttributeError, match="no attribute 'prunes'"):
         gqalib.prunes
+
+
+def test_a_terminated_command_leaves_nothing_half_written(tmp_path):
+    script = f"""
+import pathlib, runpy
+from gqalib.run import cli, resume
+
+def main():
+    with resume.replacing(pathlib.Path({str(tmp_path / "out")!r})) as file:
+        file.write_text("half")
+        print(flush=True)
+        input()
+
+cli.main = main
+runpy.run_module("gqalib", run_name="__main__")"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes, cwd=REPOSITORY) as command:
+        command.stdout.readline()
+        assert len(list(tmp_path.iterdir())) == 1
+        command.terminate()
+        assert command.wait(10) == 143 and not list(tmp_path.iterdir())

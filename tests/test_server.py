@@ -22,7 +22,7 @@ from conftest import is_running, small_model
 from gguf import GGUFReader
 from matplotlib.figure import Figure
 from openai import OpenAI
-from test_export import SHAPE, byte_tokenizer, piece_tokenizer, uneven
+from test_export import MODELS, SHAPE, byte_tokenizer, piece_tokenizer, uneven
 
 from gqalib.errors import InputError
 from gqalib.model import deci
@@ -75,8 +75,8 @@ def is_gone(process_id: int, seconds: float = 10) -> bool:
 # ---------------------------------------------------------------- answers
 
 
-def test_log_probabilities_are_those_of_transformers(folder, client):
-    """Of all 300 tokens, after prompts of several lengths; weights and products are in f16 there."""
+def assert_says_the_same(client, folder, atol):
+    """The log-probabilities of all 300 tokens, after prompts of several lengths, are transformers'."""
     model, tokenizer = load_model(str(folder), device="cpu"), load_tokenizer(str(folder))
     for length in (1, 4, 33):
         prompt = TEXT[:length]
@@ -85,7 +85,22 @@ def test_log_probabilities_are_those_of_transformers(folder, client):
         answer = client.completions.create(model="any", prompt=prompt, max_tokens=1, logprobs=300, extra_body=READABLE)
         theirs = {each["id"]: each["logprob"] for each in answer.choices[0].logprobs.content[0]["top_logprobs"]}
         assert theirs.keys() == set(range(300)) and ours.max() - ours.min() > 2
-        torch.testing.assert_close(torch.tensor([theirs[i] for i in range(300)]), ours, atol=0.005, rtol=0)
+        torch.testing.assert_close(torch.tensor([theirs[i] for i in range(300)]), ours, atol=atol, rtol=0)
+
+
+def test_log_probabilities_are_those_of_transformers(folder, client):
+    """Weights and products are in f16 there."""
+    assert_says_the_same(client, folder, atol=0.005)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model_runs_there(name, tmp_path, monkeypatch):
+    """Uneven layers, untied embeddings, biases, layers without attention, Llama 3's rope; in f32, but for its KV cache."""
+    monkeypatch.setattr(vocabulary, "read_corpus", lambda *_: iter([TEXT]))
+    save_model(MODELS[name](), byte_tokenizer(), tmp_path / "model")
+    export.export(str(tmp_path / "model"), tmp_path / "a.gguf", "f32")
+    with Server(tmp_path / "a.gguf") as server, OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        assert_says_the_same(client, tmp_path / "model", atol=0.002)
 
 
 @pytest.mark.parametrize("kind", [*deci.PRE_TOKENIZERS, "pieces"])
@@ -117,7 +132,7 @@ def test_a_completion_and_a_streamed_chat(server, client):
 
 
 def test_what_is_served(server, file):
-    """As many parameters as the file has, the embeddings once; and a page to chat on."""
+    """As many parameters as the file has, the embeddings once; and a call that works as it stands."""
     count = sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
     greeting = server.greeting()
     assert f"a.gguf: {count:,} parameters" in greeting and "2 requests at a time, of 256 tokens each" in greeting
@@ -154,6 +169,15 @@ def test_a_server_that_ends_by_itself(command):
     process, _, server = command
     os.kill(server, signal.SIGKILL)
     assert process.wait(10) == 2
+
+
+def test_a_server_that_says_nothing(file, tmp_path, monkeypatch):
+    """Killed for memory, say: then its exit status is all that is known."""
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 7\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("gqalib.serve.server.sys.executable", str(tmp_path / "python"))
+    with pytest.raises(InputError, match="it ended with status 7 and said nothing"), Server(file):
+        pass
 
 
 def test_with_ends_the_server(file):

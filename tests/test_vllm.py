@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -149,6 +150,20 @@ def test_a_check_that_is_ended_ends_the_server(folder, stand_in, monkeypatch):
     assert ended(stand_in)
 
 
-def test_a_folder_that_is_no_model(capsys):
+def test_a_check_that_is_killed_ends_the_server(folder, stand_in):
+    script = f"from gqalib.serve import vllm; vllm.served = lambda *_: print(1, flush=True) or input(); vllm.main([{folder!r}])"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as check:
+        assert check.stdout.readline() and not ended(stand_in)
+        check.kill()
+    deadline = time.monotonic() + 10
+    while not ended(stand_in) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ended(stand_in)
+
+
+def test_what_is_no_folder_of_a_model(capsys, tmp_path):
     assert vllm.main(["nowhere"]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
+    assert vllm.main(["shape:tiny"]) == 2
+    assert "shape:tiny is no folder of a model" in capsys.readouterr().err

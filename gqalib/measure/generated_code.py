@@ -27,17 +27,19 @@ def run_program(program: str, seconds: float = SECONDS) -> str:
     """`passed` if a program ran to its end, `timed out`, or `failed: ` and why."""
     import subprocess  # the process itself may not have it
 
-    with tempfile.TemporaryDirectory(prefix="generated-") as folder:
+    # errors go to a file, where what a program may write has a limit; a pipe would be read into memory without one
+    with tempfile.TemporaryDirectory(prefix="generated-") as folder, tempfile.TemporaryFile() as errors:
         command = [sys.executable, "-IB", str(Path(__file__).absolute()), str(seconds), str(MEGABYTES)]
         apart = {"cwd": folder, "env": {"HOME": folder, "TMPDIR": folder}, "start_new_session": True}
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+        pipes = {"input": program.encode(), "stdout": subprocess.DEVNULL, "stderr": errors}
         try:
-            found = subprocess.run(command, input=program, timeout=seconds + 1, **apart, **pipes)
+            found = subprocess.run(command, timeout=seconds + 1, **apart, **pipes)
         except subprocess.TimeoutExpired:
             return "timed out"
-    last = (found.stderr.splitlines() or [f"exit status {found.returncode}"])[-1]
-    said = {PASSED: "passed", -signal.SIGXCPU: "timed out"}
-    return said.get(found.returncode, f"failed: {last}")
+        errors.seek(0)
+        last = (errors.read().decode(errors="replace").splitlines() or [f"exit status {found.returncode}"])[-1]
+    known = {PASSED: "passed", -signal.SIGXCPU: "timed out"}
+    return known.get(found.returncode, f"failed: {last}")
 
 
 class CodeEval:

@@ -139,7 +139,7 @@ def serve(options: Namespace) -> None:
     from gqalib.serve import server
 
     job = server.Server(options.model, options.port, options.ctx, options.parallel)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that `with` ends what it began
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # this is how a server ends
     with job as running:
         print(running.greeting(), flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -86,7 +86,8 @@ def _check_port(port: int) -> None:
 
 
 def cause(log: IO[bytes], error: re.Pattern) -> str:
-    """Why a server has ended, by its log: the first error, which later ones follow from, or else the last line.
+    """Why a server has ended, by its log: the first error, which later ones follow from, or else the last line; empty
+    where it said nothing.
 
     Args:
         error: finds an error in a line; its first group is what is said.
@@ -94,4 +95,4 @@ def cause(log: IO[bytes], error: re.Pattern) -> str:
     log.seek(0)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [found[1] for line in lines if (found := error.search(line))]
-    return (errors or lines[-1:] or ["it said nothing"])[0].strip()
+    return (errors or lines[-1:] or [""])[0].strip()

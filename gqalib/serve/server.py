@@ -15,7 +15,7 @@ from typing import IO, Any, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, one_sentence
 from gqalib.serve import HOST, OPENER, cause, check_serve
 
 GREETING = """\
@@ -67,9 +67,11 @@ class Server:
     def _wait_until_it_answers(self, log: IO[bytes]) -> None:
         self.url = self._process.stdout.readline().strip()  # when the model is loaded, or the process has ended
         if not self.url:
-            raise InputError(f"{self.file} is not served ({cause(log, ERROR)}): give a file that "
-                             "`python -m gqalib export` wrote, or less --ctx or --parallel")  # fmt: skip
-        _get(f"{self.url}/health")
+            why = cause(log, ERROR) or f"it ended with status {self._process.wait()} and said nothing"
+            raise InputError(f"{self.file} is not served ({why}): give a file that `python -m gqalib export` wrote, or "
+                             "less --ctx or --parallel")  # fmt: skip
+        with one_sentence(f"{self.url} does not answer", "see what else this machine is doing, and try again"):
+            _get(f"{self.url}/health")
 
     def __exit__(self, *_: object) -> None:
         self.stop()

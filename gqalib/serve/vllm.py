@@ -7,6 +7,7 @@ transformers'. Of gqalib it needs the model's own file only: vLLM pins other ver
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from statistics import fmean
 from typing import IO
 from urllib.request import Request
@@ -31,6 +33,7 @@ TOLERANCE = 1e-4  # nats, of the mean difference in float32; rounding to dtype c
 ERROR = re.compile(
     r"^(?:\(.+?\) )?(?:ERROR .+?\] |\s*)(\w+Error: .+|Value error, .+)"
 )  # in vLLM's log; the second is pydantic's
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that follows the end of the parent
 START, PATIENCE = 600, 30  # seconds that the server may take to come up, and for an answer or its end
 
 
@@ -58,7 +61,7 @@ def server(folder: str, dtype: str, options: list[str]) -> Iterator[str]:
             _wait(process, url)
             yield url
         except OSError as error:  # urllib's, too: no answer, or one that says no
-            why = f"vLLM does not serve {folder} ({cause(log, ERROR)})"
+            why = f"vLLM does not serve {folder} ({cause(log, ERROR) or 'it said nothing'})"
             raise InputError(f"{why}: see the limits in README, Serve with vLLM") from error
         finally:
             _end(process)
@@ -70,8 +73,13 @@ def _start(folder: str, dtype: str, options: list[str], log: IO[bytes]) -> tuple
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", dtype]
     command += ["--enforce-eager", *options, "--host", HOST, "--port", str(port)]
     environment = {"TORCHDYNAMO_DISABLE": "1"} | os.environ  # compiling what reads log-probabilities takes minutes
-    pipes = {"stdout": log, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, env=environment, **pipes, start_new_session=True), f"http://{HOST}:{port}"
+    how = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True, "preexec_fn": _end_with_parent}
+    return subprocess.Popen(command, env=environment, **how), f"http://{HOST}:{port}"
+
+
+def _end_with_parent() -> None:
+    """vLLM, which runs on Linux alone, is told to end when this process is gone, however it went."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(process: subprocess.Popen, url: str) -> None:
@@ -150,6 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without the server's end
     try:
         folder = check_model(asked.folder)
+        if not Path(folder, "config.json").is_file():
+            raise InputError(f"{folder} is no folder of a model: save it to one first, vLLM is checked on that")
         tokens, exact, rounding = expected(folder, asked.dtype)
         with server(folder, asked.dtype, options) as url:
             equal, line = compare(served(url, folder, tokens), exact, rounding)
