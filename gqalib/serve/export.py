@@ -6,6 +6,7 @@ whose columns are no multiple of 32 stays f16. Embeddings are q8_0 at least. Nor
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,12 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
+        """In the file."""
         block, size = GGML_QUANT_SIZES[self.kind]
         return self.values.numel() // block * size
 
     def data(self, head_dim: int) -> np.ndarray:
+        """The values as the file has them, rows of q and k in llama.cpp's order."""
         return gguf.quants.quantize(deci.neighbours(self.name, self.values, head_dim).float().numpy(), self.kind)
 
 
@@ -56,13 +59,15 @@ def export(source: str, out: Path, kind: str = "f16") -> str:
         llama.cpp reads text after a special token otherwise, that.
 
     Raises:
-        InputError: as `check_export`; the model cannot be had, or llama.cpp cannot hold it or its tokenizer.
+        InputError: as `check_export`; the model cannot be had, llama.cpp cannot hold it or its tokenizer, or most of it
+            cannot take the type.
     """
     out = check_export(out, kind)
     tokenizer = load_tokenizer(source)
     vocabulary = tokenizer_fields(tokenizer, tokenizer.num_rows)
     model = load_model(source, "auto", "cpu")
     check_config(model.config)
+    check_type(stored(model, kind).values(), kind)
     with one_sentence(f"{out} cannot be written", "give a folder with room"), replacing(out) as file:
         tensors = write_model(file, model, kind, {"name": out.stem} | vocabulary)
         check_tokens(tokenizer, there := deci.read_tokenizer(file))
@@ -81,6 +86,15 @@ def check_config(config: GqaLlamaConfig) -> None:
         raise InputError(f"rope of type {rope!r} cannot be exported: give a model whose type is {' or '.join(ROPES)}")
     if not first.num_attention_heads:  # whose heads decide whether it turns any
         raise InputError("llama.cpp needs attention in the first layer, which has none: give a model that has it there")
+
+
+def check_type(tensors: Collection[Stored], kind: str) -> None:
+    """Raises InputError where most of a model cannot take the type: the file would have its name and not its size."""
+    wide = kept_f16(tensors, kind)
+    if 2 * sum(tensor.num_bytes for tensor in wide) > sum(tensor.num_bytes for tensor in tensors):
+        columns = " or ".join(str(width) for width in sorted({tensor.values.shape[1] for tensor in wide}))
+        why = f"most of its weights are in matrices of {columns} columns, no multiple of {BLOCK}"
+        raise InputError(f"the model cannot be had in {kind}: {why}; use --type f16")
 
 
 def stored(model: GqaLlamaForCausalLM, kind: str) -> dict[str, Stored]:
@@ -111,17 +125,14 @@ def frequencies(model: GqaLlamaForCausalLM) -> torch.Tensor:
     return 1 / config.rope_parameters["rope_theta"] ** steps / turned.float()
 
 
-def _file_type(kind: str) -> LlamaFileType:
-    return LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
-
-
 # ---------------------------------------------------------------- the file
 
 
 def write_model(file: Path, model: GqaLlamaForCausalLM, kind: str, fields: dict[str, Any]) -> dict[str, Stored]:
     """A model in one type, `fields` are name and vocabulary; the tensors as they were stored."""
     tensors = stored(model, kind)
-    write(file, tensors, model.config, {"file_type": _file_type(kind)} | fields)
+    file_type = LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
+    write(file, tensors, model.config, {"file_type": file_type} | fields)
     return tensors
 
 
@@ -160,13 +171,18 @@ def _shape(config: GqaLlamaConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------- what it came to
 
 
+def kept_f16(tensors: Collection[Stored], kind: str) -> list[Stored]:
+    """The matrices that could not take a type because of their width."""
+    return [tensor for tensor in tensors if not kind.startswith("f") and tensor.kind == GGMLQuantizationType.F16]
+
+
 def summary(tensors: list[Stored], kind: str) -> str:
     """How many bytes are in which type, and which matrices stayed larger than the type that was asked for."""
     count = Counter()
     for tensor in tensors:
         count[tensor.kind.name.lower()] += tensor.num_bytes
     said = ", ".join(f"{size:,} bytes in {name}" for name, size in count.most_common())
-    wide = [tensor.name for tensor in tensors if not kind.startswith("f") and tensor.kind == GGMLQuantizationType.F16]
-    remedies = Counter(REMEDIES.get(name.split(".")[-2], "hidden_size sets them") for name in wide)
+    wide = kept_f16(tensors, kind)
+    remedies = Counter(REMEDIES[tensor.name.split(".")[-2]] for tensor in wide)
     which = f"of {sum(tensor.values.ndim > 1 for tensor in tensors)} matrices, whose columns are no multiple of {BLOCK}"
     return "\n".join([said, *(f"kept as f16: {number} {which}; {remedy}" for remedy, number in remedies.items())])

@@ -60,12 +60,12 @@ def rows_of(
     Args:
         model: on the CPU. fields: of `vocabulary`. device: where the losses are computed.
     """
+    export.check_config(model.config)
     rows = []
     for kind in KINDS:
         kept = progress.of(model, kind, fields, windows)
         file = kept.folder / f"{name}-{kind}.gguf"
         if not file.exists():
-            export.check_config(model.config)
             with replacing(file) as unfinished:
                 export.write_model(unfinished, model, kind, {"name": file.stem} | fields)
         row = kept.once("row", partial(_measured, file, windows, device))
@@ -155,10 +155,8 @@ def weight(model: GqaLlamaForCausalLM, kind: str) -> dict[str, int]:
     the model may be on `meta`."""
     tensors = export.stored(model, kind).values()
     matrices = [tensor for tensor in tensors if tensor.values.ndim > 1]
-    wide = [tensor for tensor in matrices if tensor.kind == gguf.GGMLQuantizationType.F16 and kind != "f16"]
-    return {
-        "matrices": len(matrices), "kept f16": len(wide), "bytes": sum(tensor.num_bytes for tensor in tensors),
-    }  # fmt: skip
+    size = sum(tensor.num_bytes for tensor in tensors)
+    return {"matrices": len(matrices), "kept f16": len(export.kept_f16(tensors, kind)), "bytes": size}
 
 
 def cut_shape(config: GqaLlamaConfig, fraction: float, multiple: int) -> GqaLlamaForCausalLM:
