@@ -9,6 +9,7 @@ from gqalib.prune import founding
 from gqalib.run import presets
 from gqalib.run.cli import overrides
 from gqalib.run.presets import FOLDER, dotted_names, load_preset, preset_names
+from gqalib.serve import BLOCK
 
 
 def test_every_preset_loads():
@@ -40,6 +41,11 @@ def test_the_founding_documents_numbers_of_llama3_8b():
     assert (p.model, p.pruning.strategy) == ("meta-llama/Meta-Llama-3-8B-Instruct", "inverse")
     assert (p.evaluation.short_window, p.evaluation.long_window) == (128, 2048)
     assert (p.cost.batch_sizes, p.cost.contexts) == ([1, 8, 32], [128, 2048, 8192])
+
+
+def test_what_is_pruned_can_be_quantised():
+    """Blocks of a .gguf file, and groups of kernels, are multiples of 32 columns."""
+    assert not [name for name in preset_names() if load_preset(name).pruning.channel_multiple % BLOCK]
 
 
 def test_the_shape_differs_from_llama3_8b_in_weights_and_words_alone():
