@@ -203,7 +203,10 @@ def test_another_text_at_both_windows_named_without_its_path(tmp_path, tokenizer
         open_notebook(tmp_path, other_text=f"folder:{folder}"),
         {"dense": small_model(), "other": small_model(1)},
     )
-    table = report_card.other_text(nb, models, tokenizer)
+    table = report_card.other_text(nb, models, tokenizer, {"other": "dense"})
+    ratio, error = table.loc[1, ["ratio", "ratio_error"]]
+    said = f"other against dense, windows of 16: {ratio:.3f} ± {error:.3f} times its perplexity, "
+    assert said + report_card.told_apart(ratio, error) in capsys.readouterr().out.splitlines()
     assert table[["text", "window", "model"]].to_numpy().tolist() == [
         ["a text", length, name] for length in (16, 64) for name in models
     ]
@@ -213,6 +216,11 @@ def test_another_text_at_both_windows_named_without_its_path(tmp_path, tokenizer
         window_losses(models["other"], windows).mean().exp().item(), abs=1e-3
     )
     assert str(tmp_path) not in str(nb.tables)
+
+
+@pytest.mark.parametrize(("ratio", "word"), [(0.9, "better"), (0.97, "not told apart"), (1.1, "worse")])
+def test_told_apart_from_two_errors_on(ratio, word):
+    assert report_card.told_apart(ratio, 0.02) == word
 
 
 # ---------------------------------------------------------------- what they write
