@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -261,9 +262,14 @@ def goes_first(table: pd.DataFrame, model: str) -> str:
 # ---------------------------------------------------------------- another text
 
 
-def other_text(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame | None:
+def other_text(
+    nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase, starts: Mapping[str, str] = MappingProxyType({})
+) -> pd.DataFrame | None:
     """Perplexity on the test split of `answers.other_text`, at both windows of `evaluation`; None where none is asked,
     or where its files are missing.
+
+    Args:
+        starts: what some models were trained from; how each stands against its start is printed.
 
     Returns:
         A row per model and window, recorded as table `other_text`: `perplexity` with the standard error over windows,
@@ -274,17 +280,27 @@ def other_text(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase)
     if not corpus or missing:
         print(f"{corpus} is not here: {HOW_TO_GET}" if missing else "this preset reads no other text")
         return None
-    kept, reference, rows = nb.shared_progress("other text", CODE), {}, []
+    kept, seen, rows = nb.shared_progress("other text", CODE), {}, []
     for name, model in _each(nb, models):
         longest = model.config.max_position_embeddings
         for length in sorted({min(ev.short_window, longest), min(ev.long_window, longest)}):
             windows = evaluation_windows(corpus, "test", tokenizer, length, ev.num_tokens)
             losses = kept.of(model, windows).once("losses", partial(_losses, model, windows))["losses"]
             text = {"text": Path(corpus.split(":")[-1]).name, "window": length, "test_tokens": windows.numel()}
-            rows.append(text | {"model": name} | _quality(losses, reference.setdefault(length, losses)))
+            seen.setdefault(length, {})[name] = losses
+            rows.append(text | {"model": name} | _quality(losses, seen[length][next(iter(models))]))
     table = pd.DataFrame(rows).sort_values("window", kind="stable", ignore_index=True)
     nb.table("other_text", table)
+    for (length, losses), (name, start) in itertools.product(seen.items(), starts.items()):
+        ratio, error = ratio_with_error(losses[name], losses[start])
+        how = f"{ratio:.3f} ± {error:.3f} times its perplexity, {told_apart(ratio, error)}"
+        print(f"{name} against {start}, windows of {length}: {how}")
     return table.round(3)
+
+
+def told_apart(ratio: float, error: float) -> str:
+    """What a ratio of perplexities and its error show of the first model."""
+    return "not told apart" if abs(ratio - 1) <= SURE * error else "better" if ratio < 1 else "worse"
 
 
 def _losses(model: nn.Module, windows: torch.Tensor) -> dict[str, torch.Tensor]:
