@@ -1,4 +1,4 @@
-"""The one exception that means "your input, not our code", and the doors at which other exceptions become one."""
+"""The one exception that means "your input, not our code", and what turns other exceptions into it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""2SSP: channels of every MLP by the norm of what they give, then whole attentions, the least missed first."""
+"""2SSP: channels with the smallest output norm go from every MLP, then whole attentions, the least important first."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""The front door: prune a model, and say what it is worth, without a preset."""
+"""Prune a model, and say what it is worth, in one call each and without a preset: what `import gqalib` offers."""
 
 import torch
 from torch import nn
