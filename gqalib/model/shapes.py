@@ -1,4 +1,4 @@
-"""What a model's layers measure, and how many parameters stand where, read from the weights."""
+"""The shapes of a model's layers, and how many parameters stand where, read from the weights."""
 
 import pandas as pd
 from torch import nn

@@ -1,4 +1,4 @@
-"""What the peers share: a check of what is asked, and statistics at the features that pruning removes."""
+"""What the peers share: a check of what is asked, and statistics of the features that pruning removes."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
