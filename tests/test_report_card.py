@@ -257,3 +257,20 @@ def test_shared_progress_is_of_the_runs_model_and_the_code(tmp_path):
     paths[0].keep("part", 1)
     assert paths[1].load("part") == 1 and notebook.progress_dir(tmp_path / "run", "shared") / "x" == paths[1].folder
     assert open_notebook(tmp_path).shared_progress("x", "from gqalib import errors").load("part") is None
+
+
+def test_a_prompt_is_typed_where_somebody_is_there(tmp_path, tokenizer, monkeypatch, capsys):
+    """At the press of the button every model answers; an executed page has a line of text."""
+    nb, models, shown = open_notebook(tmp_path), {"dense": small_model(), "other": small_model(1)}, []
+    report_card.typed(nb, models, tokenizer, "w2 w3")
+    assert "when you run this page in Jupyter" in capsys.readouterr().out
+    monkeypatch.setattr(report_card, "is_live", lambda: True)
+    monkeypatch.setattr(report_card, "display", shown.append)
+    report_card.typed(nb, models, tokenizer, "w2 w3")
+    line, button, _ = shown[0].children
+    button.click()
+    said = report_card.continued(models["other"], tokenizer, "w2 w3", nb.preset.answers.num_new_tokens)
+    assert f"── other\n{said}\n" in capsys.readouterr().out
+    line.value = ""
+    button.click()
+    assert "──" not in capsys.readouterr().out
