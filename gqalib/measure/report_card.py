@@ -21,6 +21,8 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import display
+from ipywidgets import Button, Layout, Output, Text, VBox
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +32,7 @@ from gqalib.measure.perplexity import exponential, ratio_with_error, window_loss
 from gqalib.model.load import load_model
 from gqalib.run.corpora import corpus_path, evaluation_windows
 from gqalib.run.notebook import Notebook
+from gqalib.run.play import is_live
 
 Models = dict[str, "nn.Module | str | Path | Callable[[], nn.Module]"]
 Rows = dict[str, pd.DataFrame]  # of `tasks.score_tasks`, by model
@@ -345,3 +348,23 @@ def written(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) ->
     for prompt in asked.prompts:
         print(f"━━ {prompt}")
         print(*(f"── {row['model']}\n{row['text']}\n" for row in rows if row["prompt"] == prompt), sep="\n")
+
+
+def typed(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """A line to type a prompt in, which begins with `prompt`, and a button at which all models answer it, one in memory
+    at a time. A page that nobody holds open gets a line of text instead."""
+    if not is_live():
+        print("A line to type a prompt in appears here when you run this page in Jupyter.")
+        return
+    line, answers = Text(value=prompt, layout=Layout(width="90%")), Output()
+
+    def answer(_: Button) -> None:
+        answers.clear_output()
+        with answers:
+            for name, model in _each(nb, models) if line.value else ():
+                said = continued(model, tokenizer, line.value, nb.preset.answers.num_new_tokens)
+                print(f"── {name}\n{said}\n")
+
+    button = Button(description="continue")
+    button.on_click(answer)
+    display(VBox([line, button, answers]))
