@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from functools import partial
 
 import numpy as np
@@ -237,6 +238,24 @@ def test_prune_to_perplexity(trial, table, windows, tmp_path):
     trial.model.save_pretrained(tmp_path)
     again = type(trial.model).from_pretrained(tmp_path)
     assert perplexity(again, windows) == pytest.approx(perplexity(trial.model, windows), rel=1e-5)
+
+
+def test_trials_begin_where_the_table_expects_the_limit(trial, table, windows, monkeypatch):
+    """Twice as much damage as it says, and the second trial is where it says half of the limit's."""
+    wanted, tried = table.cost(table.plan(0.4)), []
+
+    def measured(model, text):
+        if model is trial.model:
+            return 10.0
+        fraction = 1 - count_parameters(model)["backbone"] / table.backbone
+        tried.append(table.cost(table.plan(fraction)))
+        return 10.0 * math.exp(2 * tried[-1])
+
+    monkeypatch.setattr(search, "perplexity", measured)
+    rows = search.prune_to(trial, table, windows, 10.0 * math.exp(wanted), trials=2)
+    promised = [[table.cost(table.plan(fraction + step)) for step in (-0.02, 0.02)] for fraction in rows["fraction"]]
+    assert promised[0][0] < wanted < promised[0][1] and promised[1][0] < wanted / 2 < promised[1][1]
+    assert promised[1][1] < promised[0][0] and len(tried) == 2
 
 
 def test_a_target_that_no_trial_meets_leaves_the_model_dense(trial, table, windows, logits_of, monkeypatch):

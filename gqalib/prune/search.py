@@ -184,7 +184,7 @@ def _levels(most: int, own: int, parts: int = 8) -> list[int]:
 @in_steps("limit", "trials")
 def prune_to(trial: Trial, table: CostTable, scoring: Tensor, limit: float, trials: int = 7) -> pd.DataFrame:
     """Prune `trial.model` in place as far as a perplexity allows, by the cheapest plan and the whole sweep; a step for
-    each of the `trials` that narrow the fraction down, which other limits may share.
+    each of the `trials` that narrow the fraction down, which other limits may share. The first is where the table expects it.
 
     Args:
         scoring: windows [count, length] for the perplexities, apart from the calibration text. limit: of them.
@@ -203,7 +203,7 @@ def prune_to(trial: Trial, table: CostTable, scoring: Tensor, limit: float, tria
         )
     low, high, rows = (0.0, dense), (1.0, math.inf), []
     for _ in range(trials):
-        fraction = _between(low, high, dense, limit)
+        fraction = _between(table, low, high, dense, limit)
         reached = yield f"without-{fraction}", partial(_reached, trial, table, fraction, scoring)
         rows.append({"fraction": fraction, "perplexity": reached})
         low, high = ((fraction, reached), high) if reached <= limit else (low, (fraction, reached))
@@ -214,21 +214,39 @@ def prune_to(trial: Trial, table: CostTable, scoring: Tensor, limit: float, tria
 
 def _reached(trial: Trial, table: CostTable, fraction: float, scoring: Tensor) -> float:
     """The perplexity with this fraction removed; infinity if the layers cannot lose as much."""
-    try:
-        plan = table.plan(fraction)
-    except OutOfReach:
-        return math.inf
-    return perplexity(trial(plan), scoring)
+    return math.inf if _promised(table, fraction) == math.inf else perplexity(trial(table.plan(fraction)), scoring)
 
 
-def _between(low: tuple[float, float], high: tuple[float, float], dense: float, limit: float) -> float:
+def _between(
+    table: CostTable, low: tuple[float, float], high: tuple[float, float], dense: float, limit: float
+) -> float:
     """The next fraction to try, given fractions and their perplexities on both sides of the limit.
 
     The logarithm of the damage in nats grows about linearly with the fraction, so it is interpolated, a tenth of the
-    way off the ends at least; half-way where an end has no damage or an infinite one.
+    way off the ends at least. Where an end has no damage or an infinite one, the table says how the damage grows, and
+    the other end, if it has one, how many times the table's estimate it is.
     """
     damages = [math.log(value / dense) for value in (low[1], limit, high[1])]
-    if damages[0] <= 0 or damages[2] == math.inf:
-        return (low[0] + high[0]) / 2
-    first, wanted, last = map(math.log, damages)
-    return low[0] + (high[0] - low[0]) * min(max((wanted - first) / (last - first), 0.1), 0.9)
+    if damages[0] > 0 and damages[2] < math.inf:
+        first, wanted, last = map(math.log, damages)
+        return low[0] + (high[0] - low[0]) * min(max((wanted - first) / (last - first), 0.1), 0.9)
+    times = 1.0
+    for (fraction, _), damage in ((low, damages[0]), (high, damages[2])):
+        if 0 < damage < math.inf and (promised := _promised(table, fraction)) > 0:
+            times = damage / promised
+    return _where(table, low[0], high[0], damages[1] / times)
+
+
+def _where(table: CostTable, low: float, high: float, damage: float) -> float:
+    """The fraction between two others whose cheapest plan costs so many nats per token by the table."""
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _promised(table, middle) < damage else (low, middle)
+    return (low + high) / 2
+
+
+def _promised(table: CostTable, fraction: float) -> float:
+    try:
+        return table.cost(table.plan(fraction))
+    except OutOfReach:
+        return math.inf
