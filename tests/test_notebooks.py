@@ -5,14 +5,13 @@ import json
 from collections import defaultdict
 from functools import partial
 
-import ipywidgets
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 from conftest import biased_model, small_model
 
-from gqalib.measure import frontier, report_card, tasks
+from gqalib.measure import frontier, tasks
 from gqalib.model import load, surgery
 from gqalib.model.shapes import layer_shapes
 from gqalib.run.notebook import NOTEBOOKS, Notebook
@@ -207,21 +206,3 @@ def test_the_stale_gradient_is_the_loss_own_and_costs_are_summed(run):
     single = sum(cost for name, cost in costs.items() if name.startswith("layer"))
     assert single == pytest.approx(costs["sum"], abs=1e-5)
     assert costs["sum"] - costs["all together"] == pytest.approx(nb.metrics["additivity_gap"]["value"], abs=1e-5)
-
-
-def test_every_model_continues_a_prompt_that_is_typed(tokenizer, tmp_path, monkeypatch, capsys):
-    """06: the button of the widget, pressed as a hand would."""
-    monkeypatch.setattr(builtins, "display", lambda *shown: None, raising=False)
-    load.save_model(small_model(num_hidden_layers=1), tokenizer, tmp_path / "model")
-    nb = Notebook("06_lora_recovery", "tiny", {}, tmp_path, 0, ("evaluation",))
-    names = {"nb": nb, "p": nb.preset, "tokenizer": tokenizer, "load": load, "report_card": report_card}
-    names |= {"widgets": ipywidgets, "start": torch.arange(8)[None], "num_new_tokens": 2}
-    names["folders"] = {"dense": tmp_path / "model", "v3": tmp_path / "model"}
-    cells = json.loads((NOTEBOOKS / "06_lora_recovery.ipynb").read_text(encoding="utf-8"))["cells"]
-    exec(next(source for cell in cells if "on_click" in (source := "".join(cell["source"]))), names)
-    names["prompt"].value = "w5 w6"
-    names["button"].click()
-    assert [line for line in capsys.readouterr().out.splitlines() if "──" in line] == ["── dense", "── v3"]
-    names["prompt"].value = ""
-    names["button"].click()
-    assert "──" not in capsys.readouterr().out
