@@ -1,6 +1,7 @@
 """The runner on small notebooks of its own: progress, resume, kill, torn records, bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -360,6 +361,12 @@ def test_notebook_without_a_parameter(job, notebooks):
     path.write_text(path.read_text().replace(json.dumps(PARAMETERS), json.dumps('preset = "tiny"')))
     with pytest.raises(InputError, match="no parameter overrides, run_dir, seed"):
         job().run()
+
+
+def test_a_metric_with_an_error_has_ends(tmp_path):
+    nb = Notebook("01_baseline", "tiny", {}, tmp_path)
+    nb.metric("x", 3.0, "u", 0.5), nb.metric("y", 2.0, "u", math.nan)  # a single window has no error
+    assert {name: found["value"] for name, found in nb.metrics.items()} == {"x": 3, "x_low": 2, "x_high": 4, "y": 2}
 
 
 def test_a_reader_is_promised_what_the_committed_run_took(tmp_path):

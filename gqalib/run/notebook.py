@@ -282,11 +282,15 @@ class Notebook:
             return f"the committed run of preset {preset} took {took} ({record['machine']})"
         return f"no committed run of preset {preset} yet: the last output of this page will say how long this run took"
 
-    def metric(self, name: str, value: float, unit: str) -> None:
-        """A number for the record; it must be finite."""
+    def metric(self, name: str, value: float, unit: str, error: float = math.nan) -> None:
+        """A number for the record; it must be finite. With a standard `error`, the metrics `name_low` and `name_high`
+        are two of them away."""
         if isinstance(value, bool) or not math.isfinite(value):
             raise InputError(f"metric {name} = {value} is not finite: see the cell that computes it")
         self.metrics[name] = {"value": value if isinstance(value, int) else float(value), "unit": unit}
+        if not math.isnan(error):
+            self.metric(f"{name}_low", value - 2 * error, unit)
+            self.metric(f"{name}_high", value + 2 * error, unit)
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """A table for the record, as a list of rows; what is not finite becomes null."""

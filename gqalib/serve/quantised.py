@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pandas as pd
 import torch
 from tokenizers import Tokenizer
