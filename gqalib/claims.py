@@ -58,12 +58,12 @@ class Claim:
 
 
 CLAIMS = (
-    Claim("v2: 19.66 → 718,107", "perplexity of v2", "v2", 10, math.inf, "× dense",
+    Claim("v2: 19.66 → 718,107", "perplexity of v2", "ratio_v2", 10, math.inf, "× dense",
           ("02_v2_failure", 'nb.table("controls"'),
           "The factor depends on the model; that v2 breaks it is what is tested. Section 4 of 02 separates the causes. "
           "One of them, the MLP by magnitude, is our assumption."),
-    Claim("v2 + LoRA: 159.85", "perplexity of v2 after v3's budget of LoRA", "v2_lora", 2, 159.85 / DENSE, "× dense",
-          ("06_lora_recovery", 'nb.metric(f"perplexity_{'),
+    Claim("v2 + LoRA: 159.85", "perplexity of v2 after v3's budget of LoRA", "ratio_v2_lora", 2, 159.85 / DENSE,
+          "× dense", ("06_lora_recovery", 'nb.metric(f"ratio_{'),
           "The result depends on how many tokens LoRA reads. A small preset gives it few, and v2 has far to go."),
     Claim("v3: 19.66 → 37.82", "perplexity, 84.64 % of all parameters kept, one shot",
           "ratio_kept_reading", 0, 37.82 / DENSE, "× dense", ("05_full_prune", 'nb.table("one_shot"'),
@@ -71,12 +71,12 @@ CLAIMS = (
     Claim("the same, read literally", "perplexity, 84.64 % of all parameters removed, one shot",
           "ratio_removed_reading", 0, 37.82 / DENSE, "× dense", ("05_full_prune", 'nb.table("one_shot"'),
           "8.03 billion parameters cut to 1.23 billion, as the document writes elsewhere, is this reading."),
-    Claim("20–25 after LoRA", "perplexity of v3 + LoRA", "v3_lora", 0, 25 / DENSE, "× dense",
-          ("06_lora_recovery", 'nb.metric(f"perplexity_{'),
+    Claim("20–25 after LoRA", "perplexity of v3 + LoRA", "ratio_v3_lora", 0, 25 / DENSE, "× dense",
+          ("06_lora_recovery", 'nb.metric(f"ratio_{'),
           "The document calls this expected in one place and reached in another. The v3 of this run removes the "
           "preset's mean rate of the backbone, which is far less than 84.64 %."),
     Claim("one layer: 19.66 → 19.62", "change, a middle layer, a quarter of its groups, at least one",
-          "change_single_layer", -math.inf, 1, "%", ("03_single_layer_gqa", 'nb.metric("perplexity_single_layer"'),
+          "change_single_layer", -math.inf, 1, "%", ("03_single_layer_gqa", 'nb.metric("change_single_layer"'),
           "A middle layer is easy: notebook 03 shows that a random group often costs as little, and that a layer near "
           "the front can cost far more."),
     Claim("five layers: 19.66 → 19.89", "change, a quarter of their groups, at least one of each",

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import quote
 
 import datasets
@@ -238,13 +239,13 @@ class Notebook:
                 fitting_record(folder / f"{notebook}.json", self.parameters, self.seed)
                 if (folder / "models" / model).is_dir():
                     return folder / "models" / model
-        from gqalib.run.series import KERNEL_ENVIRONMENT, Series, environment
+        from gqalib.run.series import KERNEL_ENVIRONMENT, Series
 
         seconds = committed_seconds(notebook, self.parameters["name"])
         takes = f", in about {seconds:.0f} s" if seconds else ""
         print(f"models/{model} is missing: {notebook} makes it{takes}", flush=True)
         job = Series(self.parameters["name"], self.overrides, self.run_dir, self.seed, only=notebook[:2])
-        with environment(KERNEL_ENVIRONMENT | {HELD: str(self.run_dir)}):
+        with patch.dict(os.environ, KERNEL_ENVIRONMENT | {HELD: str(self.run_dir)}):
             job.execute(job.paths[0])
         return self.run_dir / "models" / model
 
@@ -271,21 +272,25 @@ class Notebook:
         self.stages.append({"stage": name, **asdict(peak), "seconds": peak.seconds + earlier})
 
     def time_taken(self) -> str:
-        """What to promise a reader: how long the committed run of this preset took, on what machine; or that there is
-        none."""
+        """What to promise a reader: how long the committed run of this preset took, on what machine; or where to
+        find it once there is one."""
         preset = self.parameters["name"]
         with contextlib.suppress(InputError):
             record = read_record(COMMITTED / preset / f"{self.name}.json")
             seconds = record["seconds"]
             took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
             return f"the committed run of preset {preset} took {took} ({record['machine']})"
-        return f"no committed run of preset {preset} says how long this takes"
+        return f"no committed run of preset {preset} yet: the last output of this page will say how long this run took"
 
-    def metric(self, name: str, value: float, unit: str) -> None:
-        """A number for the record; it must be finite."""
+    def metric(self, name: str, value: float, unit: str, error: float = math.nan) -> None:
+        """A number for the record; it must be finite. With a standard `error`, the metrics `name_low` and `name_high`
+        are two of them away."""
         if isinstance(value, bool) or not math.isfinite(value):
             raise InputError(f"metric {name} = {value} is not finite: see the cell that computes it")
         self.metrics[name] = {"value": value if isinstance(value, int) else float(value), "unit": unit}
+        if not math.isnan(error):
+            self.metric(f"{name}_low", value - 2 * error, unit)
+            self.metric(f"{name}_high", value + 2 * error, unit)
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """A table for the record, as a list of rows; what is not finite becomes null."""
