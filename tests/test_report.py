@@ -115,3 +115,12 @@ def test_a_grid_has_a_page_across_its_runs(tmp_path, capsys):
     links = [unquote(unescape(link)) for link in re.findall(r'href="([^"]*)"', page)]
     assert links == [f"{run}/report.html" for run in runs[:2]] and all((tmp_path / link).exists() for link in links)
     assert "21.00 ± 1.41" in page and runs[2] in page and "a &lt;sad&gt; end" in page
+
+
+def test_the_index_has_the_table_of_all_methods(tmp_path):
+    row = {"method": "refit", "fraction": 0.25, "sample": 0, "ratio": 1.5, "backbone_removed_percent": 25.0, "note": ""}
+    finished(tmp_path, "10_frontier", "# 10 · Every method", {"frontier": row}, "dots")
+    main(["report", "--run-dir", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Perplexity over dense, by the part of the backbone removed</h2>" in page
+    assert "<td>refit</td>" in page and "<td>1.50</td>" in page and "<h2>Results</h2>" not in page

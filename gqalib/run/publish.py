@@ -40,6 +40,12 @@ def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
     return frontier.as_table(pd.DataFrame(record["tables"]["frontier"])).reset_index()
 
 
+MAIN_TABLES = {  # by the record that they are of
+    "07_cost_analysis": ("Results", results_table),
+    "10_frontier": ("Perplexity over dense, by the part of the backbone removed", frontier_table),
+}
+
+
 def cost_table(record: dict[str, Any]) -> pd.DataFrame:
     """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as `at_size`
     recorded it."""

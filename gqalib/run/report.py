@@ -14,7 +14,7 @@ import pandas as pd
 from gqalib.errors import InputError
 from gqalib.run.checks import numbered_notebooks
 from gqalib.run.notebook import read_record, write_atomically
-from gqalib.run.publish import results_table, title
+from gqalib.run.publish import MAIN_TABLES, title
 
 THUMBNAIL = 360, 360  # pixels
 FIGURE = "A panel for each perplexity over what the grid varies, as mean and standard deviation over seeds."
@@ -85,8 +85,8 @@ def _index(run_dir: Path, paths: list[Path], records: dict[str, dict[str, Any]])
     """What was run, the notebooks, the results, the verdicts, the figures."""
     parts = [_table(_what_was_run(list(records.values())), header=False)]
     parts += ["<h2>Notebooks</h2>", _contents(paths, records)]
-    if "07_cost_analysis" in records:
-        parts += ["<h2>Results</h2>", _table(results_table(records["07_cost_analysis"]))]
+    for name, (heading, table) in MAIN_TABLES.items():
+        parts += [f"<h2>{heading}</h2>", _table(table(records[name]))] if name in records else []
     if "08_claims" in records:
         claims = pd.DataFrame(records["08_claims"]["tables"]["claims"]).drop(columns="tested")
         parts += ["<h2>The founding document's claims</h2>", _table(claims)]

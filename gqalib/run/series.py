@@ -186,10 +186,10 @@ class Series:
 
     def summary(self) -> str:
         """The results table, the frontier and where everything lies."""
-        from gqalib.run.publish import frontier_table, results_table  # three seconds that a grid's runs do without
+        from gqalib.run.publish import MAIN_TABLES  # three seconds that a grid's runs do without
 
         lines = []
-        for name, table in (("07_cost_analysis", results_table), ("10_frontier", frontier_table)):
+        for name, (_, table) in MAIN_TABLES.items():
             with contextlib.suppress(InputError):
                 lines += ["", table(read_record(self.run_dir / f"{name}.json")).to_string(index=False)]
         lines += [""] * bool(lines)
