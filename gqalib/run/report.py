@@ -7,6 +7,7 @@ import re
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import quote, unquote
 
 import pandas as pd
@@ -18,7 +19,6 @@ from gqalib.run.publish import MAIN_TABLES, title
 
 THUMBNAIL = 360, 360  # pixels
 FIGURE = "A panel for each perplexity over what the grid varies, as mean and standard deviation over seeds."
-MATHJAX = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"  # formulas; without a network they stay as TeX
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 sans-serif; color: #222; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; } td, th { padding: 0.2rem 0.6rem; }
@@ -75,7 +75,7 @@ def _page(folder: Path, heading: str, *parts: str) -> Path:
 
     colours = HtmlFormatter(style="default").get_style_defs(".highlight")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(heading)}</title>'
-    head += f'<style>{STYLE}{colours}</style><script async src="{MATHJAX}"></script>'
+    head += f"<style>{STYLE}{colours}</style>"
     html = "\n".join([head, "<body>", f"<h1>{escape(heading)}</h1>", *parts, "</body></html>\n"])
     write_atomically(folder / "report.html", html)
     return folder / "report.html"
@@ -128,10 +128,15 @@ def _thumbnail(run_dir: Path, record: dict[str, Any], name: str) -> str:
 
 
 def _body(path: Path, records: dict[str, dict[str, Any]]) -> str:
-    """A notebook as HTML whose ids begin with its name, and whose links lead to places in the same file."""
+    """A notebook as HTML whose ids begin with its name, whose links lead to places in the same file, and whose formulas
+    are MathML, which browsers draw without the network."""
+    from latex2mathml.converter import convert
     from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import IPythonRenderer
 
-    html, _ = HTMLExporter(template_name="basic").from_filename(str(path))
+    inline, block = (lambda _, tex, display=display: convert(tex, display=display) for display in ("inline", "block"))
+    with patch.multiple(IPythonRenderer, inline_math=inline, block_math=block):
+        html, _ = HTMLExporter(template_name="basic").from_filename(str(path))
     captions = records[path.stem].get("captions", {})
     names = {caption: name for name, caption in captions.items()}
     html = re.sub(r'alt="([^"]*)"', lambda m: _id(path.stem, names.get(unescape(m[1]), "")) + m[0], html)
