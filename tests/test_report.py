@@ -80,7 +80,8 @@ def test_index_and_figures(page):
 
 
 def test_formulas_need_no_network(page):
-    assert "<mfrac><mrow><mn>1</mn></mrow><mrow><mn>2</mn></mrow></mfrac>" in page and "<mi>λ</mi>" in page and "<code>$5</code>" in page
+    for drawn in ("<mfrac><mrow><mn>1</mn></mrow><mrow><mn>2</mn></mrow></mfrac>", "<mi>λ</mi>", "<code>$5</code>"):
+        assert drawn in page
     assert 'display="block"' in page and "tfrac" not in page and "<script" not in page
 
 
