@@ -95,7 +95,7 @@ def test_log_probabilities_are_those_of_transformers(folder, client):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_of_model_runs_there(name, tmp_path, monkeypatch):
-    """Uneven layers, untied embeddings, biases, layers without attention, Llama 3's rope; in f32, but for its KV cache."""
+    """Uneven layers, untied embeddings, biases, layers without attention, Llama 3's rope; f32 but for the cache."""
     monkeypatch.setattr(vocabulary, "read_corpus", lambda *_: iter([TEXT]))
     save_model(MODELS[name](), byte_tokenizer(), tmp_path / "model")
     export.export(str(tmp_path / "model"), tmp_path / "a.gguf", "f32")

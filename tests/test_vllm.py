@@ -151,7 +151,8 @@ def test_a_check_that_is_ended_ends_the_server(folder, stand_in, monkeypatch):
 
 
 def test_a_check_that_is_killed_ends_the_server(folder, stand_in):
-    script = f"from gqalib.serve import vllm; vllm.served = lambda *_: print(1, flush=True) or input(); vllm.main([{folder!r}])"
+    script = "from gqalib.serve import vllm; vllm.served = lambda *_: print(1, flush=True) or input(); "
+    script += f"vllm.main([{folder!r}])"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", script], **pipes) as check:
         assert check.stdout.readline() and not ended(stand_in)

@@ -139,7 +139,7 @@ ELSEWHERE = {  # what they need, and what asks for it; MODEL is a folder that `g
     ),
     "alpaca_eval": (
         "another model as the judge, and is no task of lm-eval",
-        "alpaca_eval --model_outputs answers.json  # a list of {instruction, output, generator}, which MODEL has to write",
+        "alpaca_eval --model_outputs answers.json  # a list of {instruction, output, generator} that MODEL wrote",
     ),
 }
 

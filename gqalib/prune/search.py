@@ -184,7 +184,8 @@ def _levels(most: int, own: int, parts: int = 8) -> list[int]:
 @in_steps("limit", "trials")
 def prune_to(trial: Trial, table: CostTable, scoring: Tensor, limit: float, trials: int = 7) -> pd.DataFrame:
     """Prune `trial.model` in place as far as a perplexity allows, by the cheapest plan and the whole sweep; a step for
-    each of the `trials` that narrow the fraction down, which other limits may share. The first is where the table expects it.
+    each of the `trials` that narrow the fraction down, which other limits may share. The first is where the table
+    expects the limit.
 
     Args:
         scoring: windows [count, length] for the perplexities, apart from the calibration text. limit: of them.
