@@ -27,11 +27,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gqalib.device import bf16_is_fast
+from gqalib.errors import InputError
 from gqalib.measure import tasks
 from gqalib.measure.perplexity import exponential, ratio_with_error, window_losses
 from gqalib.model.load import load_model
 from gqalib.run.corpora import corpus_path, evaluation_windows
-from gqalib.run.notebook import Notebook
+from gqalib.run.notebook import COMMITTED, Notebook, read_record
 from gqalib.run.play import is_live
 
 Models = dict[str, "nn.Module | str | Path | Callable[[], nn.Module]"]
@@ -348,6 +349,15 @@ def written(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) ->
     for prompt in asked.prompts:
         print(f"━━ {prompt}")
         print(*(f"── {row['model']}\n{row['text']}\n" for row in rows if row["prompt"] == prompt), sep="\n")
+
+
+def kept_text(nb: Notebook, model: str) -> str:
+    """What a model of notebook 12 wrote to the prompts in the committed run of this preset; empty if none is kept."""
+    rows = []
+    with contextlib.suppress(InputError):
+        record = read_record(COMMITTED / nb.parameters["name"] / "12_distillation.json")
+        rows = record["tables"].get("written", [])
+    return "\n".join(f"━━ {row['prompt']}\n{row['text']}" for row in rows if row["model"] == model)
 
 
 def typed(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
