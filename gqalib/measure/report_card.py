@@ -273,7 +273,7 @@ def other_text(
     or where its files are missing.
 
     Args:
-        starts: what some models were trained from; how each stands against its start is printed.
+        starts: what some models were made from; how each stands against its start is printed.
 
     Returns:
         A row per model and window, recorded as table `other_text`: `perplexity` with the standard error over windows,
