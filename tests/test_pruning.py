@@ -33,7 +33,8 @@ def test_budget_with_biases(windows, rate):
     """The rate is one of the whole backbone: output biases count, and as they never go, channels go for them."""
     model = biased_model(num_hidden_layers=8)
     before = count_parameters(model)["backbone"]
-    plan = founding.make_plan(model, torch.arange(1.0, 9), load_preset("tiny").pruning, mean_rate=rate)
+    settings = load_preset("tiny", {"pruning.channel_multiple": 1}).pruning
+    plan = founding.make_plan(model, torch.arange(1.0, 9), settings, mean_rate=rate)
     founding.prune(model, plan, windows, group_statistic="magnitude", channel_statistic="magnitude")
     assert abs(before - count_parameters(model)["backbone"] - rate * before) <= 3 * 32 + 2  # one channel
 
@@ -80,7 +81,7 @@ def test_impossible_plan_leaves_the_model_alone(model, logits_of, windows):
 
 
 def test_make_plan_scales_the_bounds(model):
-    settings = load_preset("tiny").pruning
+    settings = load_preset("tiny", {"pruning.channel_multiple": 1}).pruning
     plan = founding.make_plan(model, torch.tensor([1.0, 2.0, 4.0]), settings, mean_rate=0.5)
     assert sum(plan.rates) / 3 == pytest.approx(0.5)
     assert min(plan.rates) >= 0.3 - 1e-9 and max(plan.rates) <= 0.75 + 1e-9
