@@ -18,6 +18,7 @@ from gqalib.device import in_bf16
 from gqalib.model.names import NO_LABEL
 from gqalib.stream import advance, batches, is_streamed, layers_between, tokens_at_once
 
+SURE = 2  # standard errors from which on a difference counts as shown
 _products = "float32"
 
 
@@ -81,6 +82,11 @@ def ratio_with_error(losses: torch.Tensor, reference: torch.Tensor) -> tuple[flo
     difference = losses - reference
     ratio, scatter = difference.mean().exp().item(), difference.std().item() if len(difference) > 1 else math.nan
     return ratio, ratio * scatter / len(difference) ** 0.5
+
+
+def told_apart(ratio: float, error: float) -> str:
+    """What a ratio of perplexities and its standard error show of the first model."""
+    return "not told apart" if abs(ratio - 1) <= SURE * error else "better" if ratio < 1 else "worse"
 
 
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:

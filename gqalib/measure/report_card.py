@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from gqalib.device import bf16_is_fast
 from gqalib.errors import InputError
 from gqalib.measure import tasks
-from gqalib.measure.perplexity import exponential, ratio_with_error, window_losses
+from gqalib.measure.perplexity import SURE, exponential, ratio_with_error, told_apart, window_losses
 from gqalib.model.load import load_model
 from gqalib.run.corpora import corpus_path, evaluation_windows
 from gqalib.run.notebook import COMMITTED, Notebook, read_record
@@ -39,7 +39,6 @@ Models = dict[str, "nn.Module | str | Path | Callable[[], nn.Module]"]
 Rows = dict[str, pd.DataFrame]  # of `tasks.score_tasks`, by model
 CODE = "from gqalib.measure import perplexity, tasks"  # what the numbers that are kept depend on
 HOW_TO_GET = "README says which files go there, and nothing else needs them"
-SURE = 2  # standard errors from which on a difference counts as shown
 
 
 def _each(nb: Notebook, models: Models) -> Iterator[tuple[str, nn.Module]]:
@@ -300,11 +299,6 @@ def other_text(
         how = f"{ratio:.3f} ± {error:.3f} times its perplexity, {told_apart(ratio, error)}"
         print(f"{name} against {start}, windows of {length}: {how}")
     return table.round(3)
-
-
-def told_apart(ratio: float, error: float) -> str:
-    """What a ratio of perplexities and its error show of the first model."""
-    return "not told apart" if abs(ratio - 1) <= SURE * error else "better" if ratio < 1 else "worse"
 
 
 def _losses(model: nn.Module, windows: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -215,7 +215,11 @@ def prune_to(trial: Trial, table: CostTable, scoring: Tensor, limit: float, tria
 
 def _reached(trial: Trial, table: CostTable, fraction: float, scoring: Tensor) -> float:
     """The perplexity with this fraction removed; infinity if the layers cannot lose as much."""
-    return math.inf if _promised(table, fraction) == math.inf else perplexity(trial(table.plan(fraction)), scoring)
+    try:
+        plan = table.plan(fraction)
+    except OutOfReach:
+        return math.inf
+    return perplexity(trial(plan), scoring)
 
 
 def _between(

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gqalib.errors import InputError
-from gqalib.measure.perplexity import ratio_with_error, window_losses
+from gqalib.measure.perplexity import ratio_with_error, told_apart, window_losses
 from gqalib.model import deci, surgery
 from gqalib.model.load import random_model, to_device
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
@@ -25,7 +25,6 @@ from gqalib.serve.vocabulary import tokenizer_fields
 
 KINDS = ("f16", "q8_0", "q5_0", "q4_0")
 CODE = "from gqalib.serve import quantised"  # what rows that are kept depend on
-SURE = 2  # standard errors from which on a difference counts as shown
 Rows = list[dict[str, Any]]
 
 
@@ -117,9 +116,8 @@ def _beside(row: dict, rival: dict | None) -> dict[str, Any]:
     if rival is None:
         return {"rival": None, "verdict": "no rival"}
     ratio, error = ratio_with_error(row["losses"], rival["losses"])
-    verdict = "not told apart" if abs(ratio - 1) <= SURE * error else "better" if ratio < 1 else "worse"
     shown = {"rival": f"{rival['model']} {rival['type']}", "rival bytes": rival["bytes"]}
-    return shown | {"times rival": ratio, "± error": error, "verdict": verdict}
+    return shown | {"times rival": ratio, "± error": error, "verdict": told_apart(ratio, error)}
 
 
 def verdict(beside: pd.DataFrame) -> list[str]:
