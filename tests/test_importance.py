@@ -7,6 +7,7 @@ from gqalib.measure import perplexity as measure
 from gqalib.measure.perplexity import perplexity, ratio_with_error, window_losses
 from gqalib.model import surgery
 from gqalib.peers.llm_pruner import misaligned_group_scores
+from gqalib.peers.two_ssp import least_missed
 from gqalib.prune.founding import removal_importance, taylor_scores
 from gqalib.prune.scores import (
     activation_importance,
@@ -188,10 +189,19 @@ def test_evaluations_round_products_if_told(dtype, fast, rounded, model, windows
     measure.evaluate_in(dtype)
     losses = window_losses(model, windows)
     assert torch.equal(losses, exact) != rounded and losses == pytest.approx(exact, abs=0.02)
+    assert torch.equal(window_losses(model, windows, exact=True), exact)
     with measure.in_products(model):
         stream = hidden_states_before(model, windows, 1)
     assert torch.equal(window_losses(model, windows, stream, 1), losses)
     assert window_losses(model.bfloat16(), windows).dtype == torch.float64  # its own products, whatever was said
+
+
+def test_what_a_perplexity_decides_is_the_same_whatever_evaluations_round(model, windows, monkeypatch):
+    importance, attention = removal_importance(model, windows), least_missed(model, windows)
+    monkeypatch.setattr("gqalib.device.bf16_is_fast", lambda device: True)
+    measure.evaluate_in("auto")
+    assert not torch.equal(window_losses(model, windows), window_losses(model, windows, exact=True))
+    assert torch.equal(removal_importance(model, windows), importance) and least_missed(model, windows) == attention
 
 
 def test_window_losses_and_their_ratio(model, clone, windows):

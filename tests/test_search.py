@@ -244,7 +244,7 @@ def test_trials_begin_where_the_table_expects_the_limit(trial, table, windows, m
     """Twice as much damage as it says, and the second trial is where it says half of the limit's."""
     wanted, tried = table.cost(table.plan(0.4)), []
 
-    def measured(model, text):
+    def measured(model, text, exact):
         if model is trial.model:
             return 10.0
         fraction = 1 - count_parameters(model)["backbone"] / table.backbone
@@ -260,7 +260,7 @@ def test_trials_begin_where_the_table_expects_the_limit(trial, table, windows, m
 
 def test_a_target_that_no_trial_meets_leaves_the_model_dense(trial, table, windows, logits_of, monkeypatch):
     before = logits_of(trial.model)
-    monkeypatch.setattr(search, "perplexity", lambda model, text: 2.0 if model is trial.model else 9.0)
+    monkeypatch.setattr(search, "perplexity", lambda model, text, exact: 2.0 if model is trial.model else 9.0)
     trials = search.prune_to(trial, table, windows, 2.1, trials=2)
     assert trials["perplexity"].tolist() == [9.0, 9.0] and trials["fraction"].gt(0).all()
     assert torch.equal(logits_of(trial.model), before)

@@ -9,6 +9,7 @@ that has instructions for them, and nearer to float32 than weights in bf16 (LOG.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -36,14 +37,15 @@ def in_products(model: nn.Module) -> torch.autocast:
 
 
 def perplexity(
-    model: nn.Module, windows: torch.Tensor, hidden_states: torch.Tensor | None = None, first_layer: int = 0
+    model: nn.Module,
+    windows: torch.Tensor,
+    hidden_states: torch.Tensor | None = None,
+    first_layer: int = 0,
+    exact: bool = False,
 ) -> float:
-    """Perplexity of windows of token ids [count, length].
-
-    With `hidden_states` [count, length, hidden], the stream before layer `first_layer`, only the layers from there on
-    are run. A model so broken that the exponential overflows has perplexity infinity.
-    """
-    return exponential(window_losses(model, windows, hidden_states, first_layer).mean().item())
+    """Perplexity of windows of token ids [count, length]; infinity for a model so broken that the exponential
+    overflows. The rest as for `window_losses`."""
+    return exponential(window_losses(model, windows, hidden_states, first_layer, exact).mean().item())
 
 
 def exponential(mean: float) -> float:
@@ -53,15 +55,24 @@ def exponential(mean: float) -> float:
 
 @torch.no_grad()
 def window_losses(
-    model: nn.Module, windows: torch.Tensor, hidden_states: torch.Tensor | None = None, first_layer: int = 0
+    model: nn.Module,
+    windows: torch.Tensor,
+    hidden_states: torch.Tensor | None = None,
+    first_layer: int = 0,
+    exact: bool = False,
 ) -> torch.Tensor:
-    """Mean −log p of the predicted tokens of each window, in nats, float64 [count] on the CPU, summed in float64."""
-    losses = []
-    with in_products(model):
+    """Mean −log p of the predicted tokens of each window, in nats, float64 [count] on the CPU, summed in float64.
+
+    With `hidden_states` [count, length, hidden], the stream before layer `first_layer`, only the layers from there on
+    are run. `exact`: products in the model's own dtype, for what is decided by a loss: with `evaluate_in`'s, another
+    processor prunes another model.
+    """
+    losses, products = [], nullcontext() if exact else in_products(model)
+    with products:
         if is_streamed(model):  # each layer is fetched once, not once per batch
             last = len(model.get_decoder().layers)
             hidden_states, first_layer = advance(model, hidden_states, windows, first_layer, last), last
-    with layers_between(model, first_layer), in_products(model):
+    with layers_between(model, first_layer), products:
         for rows in batches(windows, tokens_at_once(model)):
             input_ids = windows[rows].to(model.device)
             inputs = {"input_ids": input_ids}

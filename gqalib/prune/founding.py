@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gqalib.errors import InputError
-from gqalib.measure.perplexity import in_products, perplexity
+from gqalib.measure.perplexity import perplexity
 from gqalib.model.shapes import decoder_layers, layer_shapes
 from gqalib.model.surgery import keep_channels, keep_groups
 from gqalib.prune.plans import Plan, check_plan, layer_sizes
@@ -37,9 +37,9 @@ def removal_importance(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     """
     perplexities, stream = [], None
     for layer in range(len(decoder_layers(model)) + 1):  # the last one is the model itself, nothing left out
-        with in_products(model):
-            stream = advance(model, stream, windows, max(0, layer - 1), layer)
-        perplexities.append((yield f"layer-{layer}", partial(perplexity, model, windows, stream, layer + 1)))
+        stream = advance(model, stream, windows, max(0, layer - 1), layer)
+        without = partial(perplexity, model, windows, stream, layer + 1, exact=True)
+        perplexities.append((yield f"layer-{layer}", without))
     return torch.tensor(perplexities[:-1], dtype=torch.float64) - perplexities[-1]
 
 

@@ -197,7 +197,7 @@ def prune_to(trial: Trial, table: CostTable, scoring: Tensor, limit: float, tria
     Raises:
         InputError: a limit not above the dense perplexity, or as `refit.sweep`; the model is as before.
     """
-    dense = perplexity(trial.model, scoring)
+    dense = perplexity(trial.model, scoring, exact=True)
     if limit <= dense:
         raise InputError(
             f"a perplexity of {limit:.4g} is not above the dense model's {dense:.4g}: give a higher target"
@@ -219,7 +219,7 @@ def _reached(trial: Trial, table: CostTable, fraction: float, scoring: Tensor) -
         plan = table.plan(fraction)
     except OutOfReach:
         return math.inf
-    return perplexity(trial(plan), scoring)
+    return perplexity(trial(plan), scoring, exact=True)
 
 
 def _between(

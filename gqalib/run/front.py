@@ -50,7 +50,7 @@ def prune_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **how) -> 
 
 def _prune_to(model: nn.Module, windows: torch.Tensor, scoring: torch.Tensor, cut: Cut) -> None:
     covariances, table = covariances_and_table(model, windows, cut.multiple)
-    limit = cut.perplexity * perplexity_of(model, scoring)
+    limit = cut.perplexity * perplexity_of(model, scoring, exact=True)
     trials = search.prune_to(search.Trial(model, windows, covariances), table, scoring, limit)
     if not (trials["perplexity"] <= limit).any():
         most = f"perplexity more than {cut.perplexity} times the dense"
