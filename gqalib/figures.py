@@ -1,13 +1,16 @@
 """One style, and the drawings that more than one cell needs. Colours mean the same in every figure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.collections import Collection, PathCollection
 from matplotlib.colors import SymLogNorm
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -19,7 +22,7 @@ COLORS = {
     "dense": "#222222", "v2": "#b2182b", "v3": "#2166ac", "refit": "#762a83", "recovered": "#5aae61",
     "other": "#a0a0a0",
 }  # fmt: skip
-PAPER_WIDTH = 6.75  # inches, of the text on a page of two columns
+COLUMN_WIDTH, TEXT_WIDTH, LEAST_PANEL = 3.25, 6.75, 1.2  # inches; a page of two columns
 MARKERS = {"dense": "o", "v2": "X", "v3": "s", "refit": "P", "recovered": "^", "other": "D"}
 
 
@@ -35,16 +38,37 @@ def use_style() -> None:
 
 
 def save_for_paper(fig: plt.Figure, path: Path) -> None:
-    """A PDF as wide as a page's text, so that nobody has to scale it; of a wider figure letters shrink, too."""
-    size, letters = fig.get_size_inches(), {text: text.get_fontsize() for text in fig.findobj(Text)}
-    scale = PAPER_WIDTH / size[0]
-    fig.set_size_inches(size * scale)
-    for text, points in letters.items():
-        text.set_fontsize(points * min(1, scale))
-    fig.savefig(path)
-    fig.set_size_inches(size)
-    for text, points in letters.items():
-        text.set_fontsize(points)
+    """A PDF as wide as a column, with letters of 7 points, or, where a panel would be narrower than `LEAST_PANEL`, as a
+    page's text; nobody has to scale it."""
+    with _resized(fig, COLUMN_WIDTH, 0.7):
+        fig.draw_without_rendering()
+        if min(ax.get_window_extent().width for ax in fig.axes if ax.get_subplotspec()) > LEAST_PANEL * fig.dpi:
+            return fig.savefig(path)
+    with _resized(fig, TEXT_WIDTH, min(1, TEXT_WIDTH / fig.get_size_inches()[0])):
+        fig.savefig(path)
+
+
+@contextmanager
+def _resized(fig: plt.Figure, width: float, factor: float) -> Iterator[None]:
+    """Inside, a figure has this width in inches; its height, letters, lines and dots are `factor` times theirs."""
+    size, lines, groups = fig.get_size_inches(), fig.findobj(Line2D), fig.findobj(Collection)
+    sizes = [(text.set_fontsize, text.get_fontsize()) for text in fig.findobj(Text)]
+    sizes += [(artist.set_linewidth, artist.get_linewidth()) for artist in lines + groups]
+    sizes += [(line.set_markersize, line.get_markersize()) for line in lines]
+    sizes += [(dots.set_sizes, dots.get_sizes()) for dots in fig.findobj(PathCollection)]
+    fig.set_size_inches(width, size[1] * factor)
+    for ax in fig.axes:  # ticks that are only made when it is drawn
+        ax.tick_params(which="both", labelsize=plt.rcParams["font.size"] * factor)
+    for set_size, value in sizes:
+        set_size(np.multiply(value, factor))
+    try:
+        yield
+    finally:
+        fig.set_size_inches(size)
+        for ax in fig.axes:
+            ax.tick_params(which="both", labelsize=plt.rcParams["font.size"])
+        for set_size, value in sizes:
+            set_size(value)
 
 
 def draw_gqa_layout(ax: plt.Axes, num_attention_heads: int, num_key_value_heads: int) -> None:
