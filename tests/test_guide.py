@@ -25,10 +25,12 @@ RECORDS = {
     "12_distillation": {
         "starts": [START | {"start": "founding-50"}, START | {"start": "refitted-50"}],
         "tokens": [RUN | {"tokens": 100, "times dense": 1.9}, RUN | {"tokens": 1000}],
-        "stages": [{"stage": "starts", "peak_gb": 9.0}, {"stage": "more tokens", "peak_gb": 2.0}],
+        "stages": [{"stage": "starts", "expected_gb": 9.0}, {"stage": "more tokens", "expected_gb": 2.0}],
         "how_far": [{"target": 1.25, "recovery": way, "backbone_removed_percent": part}
                     for way, part in (("none", 25.0), ("logits of the dense model", 50.0))],
     },
+    "14_serving": {"prune_or_quantise": [{"file": "v3 q4_0", "way": "both", "verdict": "no rival", "bytes": 3e6}]},
+    "07_cost_analysis": {"speed": [{"model": "v3", "phase": "decode", "speedup": x, "ceiling": 1.5} for x in (1.1, 1.3)]},
 }  # fmt: skip
 
 
@@ -46,5 +48,7 @@ def test_guide(after, said, tmp_path, monkeypatch, capsys):
     assert f"remove 25 %: {OWN}, 1.10 × dense in 20 s; in a hurry FLAP, 1.12 × in 2.0 s\n" in out
     assert f"remove 50 %: {OWN}, 1.50 × dense in 20 s\n" in out  # nothing else is near
     assert f"then 1,000 tokens of the dense model's logits at 50 %: {said} (1.50 → {after:.2f} × dense, 9 s)" in out
-    assert "training took at most 2.00 GB" in out
+    assert "training needs 2.00 GB at most" in out
+    assert "; only pruning as well makes files of 3.0 MB and less\n" in out
+    assert "decode of v3: 1.10 to 1.30 times as fast as dense, where its size allows 1.50 to 1.50 (07)" in out
     assert names["nb"].metrics["removed_at_1.25"]["value"] == 50

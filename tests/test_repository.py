@@ -40,7 +40,7 @@ def test_heading_names_the_run_of_the_outputs(path):
     (preset,) = [name for name in (publish.REAL, publish.QUICK) if f"of preset `{name}`" in row]
     record = read_record(RESULTS.parent / preset / f"{path.stem}.json")
     assert f"of preset `{record['preset']}`" in row and f"code of `{record['git_commit'][:7]}" in row
-    assert publish._named(heading, record) == heading
+    assert publish.named(heading, record) == heading
 
 
 def test_no_error_output(notebook):

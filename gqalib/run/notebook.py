@@ -268,7 +268,8 @@ class Notebook:
         with memory.stage(name, terms, model, f"lower {knob}") as peak:
             yield peak
         if earlier := Progress.spared - before:
-            print(f"{name}: {earlier:.0f} s more in an earlier run, which this one went on from")
+            print(f"{name}: {earlier:.0f} s more in an earlier run, whose peak is not known")
+            peak.peak_gb = math.nan
         self.stages.append({"stage": name, **asdict(peak), "seconds": peak.seconds + earlier})
 
     def time_taken(self) -> str:

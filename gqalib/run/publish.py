@@ -16,7 +16,7 @@ from gqalib.figures import as_markdown
 from gqalib.measure import frontier
 from gqalib.model.names import REPOSITORY
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
-from gqalib.run.notebook import committed_seconds, read_record, sha256, write_atomically
+from gqalib.run.notebook import COMMITTED, committed_seconds, read_record, sha256, write_atomically
 
 QUICK = "tiny"  # the preset that a page which is opened runs
 REAL = "smollm2"  # the preset whose executed notebooks are committed; the quick look's where it has none yet
@@ -131,10 +131,11 @@ def recovery_block(results: Path) -> str:
 
 
 def publish(run_dir: Path, preset: str = QUICK, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
-    """Copy a finished run of a plain preset into the repository: records, figures and README's tables; of `smollm2` the
-    outputs of the notebooks, too, whose words may have changed since, and of `tiny` those that `smollm2` has none of.
+    """Copy a finished run of a plain preset into the repository: records, figures and README's tables.
 
-    Of `tiny` the whole series must be there, of another preset at least one notebook.
+    For `smollm2`, also copy the notebooks' outputs. For `tiny`, copy outputs only where `smollm2` has none. Words of a
+    page may have changed since its run, code may not. Of `tiny` the whole series must be there, of another preset at
+    least one notebook.
 
     Raises:
         InputError: a record is missing, or was made with overrides, another preset or, of a page, other code cells.
@@ -163,7 +164,7 @@ def _page_of(path: Path, run_dir: Path, record: dict[str, Any]) -> nbformat.Note
     if preset != REAL and (preset != QUICK or f"of preset `{REAL}`" in page.cells[0].source):
         return None
     page = _page(page, nbformat.read(run_dir / path.name, as_version=4))
-    page.cells[0].source = _named(page.cells[0].source, record)
+    page.cells[0].source = named(page.cells[0].source, record)
     return page
 
 
@@ -257,14 +258,19 @@ def title(path: Path) -> str:
     return first.removeprefix("# ") if first.startswith("# ") else path.stem
 
 
-def _named(heading: str, record: dict[str, Any]) -> str:
-    """A page's first cell, whose table says what run the outputs are of: a page that is opened runs `tiny`."""
+def named(heading: str, record: dict[str, Any], results: Path = COMMITTED) -> str:
+    """A page's first cell, whose table says what run the outputs are of and how long it took: a page that is opened
+    runs `tiny`."""
     p, commit = record["parameters"], record["git_commit"]
     code = f"code of `{commit[:7]}{commit[40:]}`" if commit else "code outside of a repository"
     said = f"of preset `{record['preset']}` ({p['model']}, text `{p['corpus']}`), {code}"
-    said += "" if record["preset"] == "tiny" else "; run without changes, the page uses `tiny`, which is small"
-    heading = re.sub(r"\| \*\*Outputs\*\* .*\n", "", heading)
-    return re.sub(r"(\| \*\*Reads\*\* )", lambda found: f"| **Outputs** | {said} |\n{found[0]}", heading, count=1)
+    took = f"{_minutes(record['seconds'])} minutes for these outputs ({record['machine']})"
+    if record["preset"] != QUICK:
+        said += f"; run without changes, the page uses `{QUICK}`, which is small"
+        took += f"; {_minutes(committed_seconds(record['notebook'], QUICK, results))} with `{QUICK}`"
+    heading = re.sub(r"\| \*\*(Time|Outputs)\*\* .*\n", "", heading)
+    rows = f"| **Time** | {took} |\n| **Outputs** | {said} |\n| **Reads** "
+    return heading.replace("| **Reads** ", rows, 1)
 
 
 def _page(notebook: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
