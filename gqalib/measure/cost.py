@@ -196,8 +196,8 @@ def old_objects_left_alone() -> Iterator[None]:
 
 
 class _GpuWatch:
-    """The bytes in use now, and the most since `begin`. A GPU has one peak for all blocks that are under way: whoever
-    begins or ends tells it to the others before it starts anew."""
+    """The bytes in use now, and the most since `begin`. A GPU has one peak for all blocks that are under way: a block
+    that begins or ends passes it on to the others, and then resets it."""
 
     under_way: ClassVar[list["_GpuWatch"]] = []
 

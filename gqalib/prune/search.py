@@ -108,7 +108,7 @@ def _step(
     table: CostTable, fraction: float, plan: Plan, seen: Seen, caution: float, tried: Collection[Plan]
 ) -> tuple[Plan, float, float] | None:
     """The cheapest plan as seen from another one, the KL that it promises, and the caution that made it: more, where
-    less promises what no model has, a KL below zero; less, where this much leads to no new plan. None: nothing does."""
+    less promises what no model has, a KL below zero; less, where this much leads to no new plan. None if none does."""
     for power in (*range(7), -1, -2):
         there = as_seen(table, plan, seen, 2.5**power * caution)
         towards = there.plan(fraction)

@@ -210,7 +210,7 @@ def attempts(job: Series) -> list[tuple[str, str]]:
 
 
 def _end(said: str) -> str:
-    """Of a run that failed by itself the sentence after `error:` or `failed:`; of a traceback the last line."""
+    """Why an attempt ended: the sentence after `error:` or `failed:`, or the last line of a traceback."""
     if not (exited := re.search(r"^exit status (-?\d+)\s*\Z", said, re.MULTILINE)):
         return "its worker died"
     if (status := int(exited[1])) == 0:

@@ -42,7 +42,7 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        """In the file."""
+        """Bytes that this matrix takes in the file."""
         block, size = GGML_QUANT_SIZES[self.kind]
         return self.values.numel() // block * size
 
