@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -266,6 +267,34 @@ def test_under_load_as_many_at_once_as_asked(asked):
 
 
 # ---------------------------------------------------------------- what it shows
+
+
+FAKE = """#!{python}
+import json, sys
+told = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+value = {{name: text.rpartition("=")[2] for name, text in told.items()}}
+rows = [json.loads(line) for line in open(value["--data"])]
+backend = json.loads(told["--backend"])
+assert backend["extras"]["body"] == {{"ignore_eos": True, "cache_prompt": False, "temperature": 0}}
+assert backend["target"] == "http://there" and value["--constraint"] == "2" and value["--profile"] == "4"
+print("guidellm:", rows[0]["prompt"])
+if rows[0]["prompt"] == "fail":
+    sys.exit("no such server")
+tokens = sum(row["output_tokens_count"] for row in rows)
+found = {{"output_tokens_per_second": {{"successful": {{"mean": tokens}}}}}}
+found |= {{f"{{name}}_ms": {{"successful": {{"median": 9}}}} for name in ("time_to_first_token", "inter_token_latency")}}
+json.dump({{"benchmarks": [{{"metrics": found}}]}}, open(value["--output"], "w"))
+"""
+
+
+def test_guidellm_is_asked_for_the_same_answers(tmp_path):
+    program = tmp_path / "guidellm"
+    program.write_text(FAKE.format(python=sys.executable))
+    program.chmod(0o755)
+    found = compare.guidellm(str(program), "http://there", byte_tokenizer(), ["one", "two"], 16, at_once=4)
+    assert found == {"tokens_per_s": 32, "first_ms": 9, "token_ms": 9}
+    with pytest.raises(InputError, match="guidellm ended without a result: no such server"):
+        compare.guidellm(str(program), "http://there", byte_tokenizer(), ["fail", "two"], 16, at_once=4)
 
 
 def test_paired_interval_is_that_of_the_differences():

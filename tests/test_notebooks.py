@@ -161,12 +161,14 @@ def test_tasks_in_depth_where_a_preset_asks_for_them(run, monkeypatch, tmp_path,
     also = {"mine": [str(tmp_path / "smaller"), "v3"]}
     tables = run("13_tasks", small_model(num_hidden_layers=2), also=also)["nb"].tables
     kept = pd.DataFrame(tables["groups_kept"]).set_index("model")
-    assert {"dense", "refitted-50", "distilled-50", "v3", "v3_lora", "mine"} == set(kept.index)
+    taught = {"taught-own", "taught-other"}
+    assert {"dense", "refitted-50", "distilled-50", "v3", "v3_lora", "mine", *taught} == set(kept.index)
     assert (kept["kept"].dropna() == 100).all() and set(kept["group"]) == {"facts", "reasoning", "form"}
     assert (kept.loc[["distilled-50", "v3_lora", "mine"], "back"].dropna() == 0).all() and kept.loc[
         "v3", "back"
     ].isna().all()
-    assert len(tables["squad"]) == 6 and "mine from v3, taught by data of your own" in capsys.readouterr().out
+    assert set(pd.DataFrame(tables["by_data"])["model"]) == {"dense", *taught}
+    assert len(tables["squad"]) == 8 and "mine from v3, taught by data of your own" in capsys.readouterr().out
 
 
 ASKED = {"tasks": ("01", "05", "10"), "other_text": ("01", "02", "05"), "written": ("05",)}

@@ -6,12 +6,15 @@ models are right about the same questions. Any OpenAI-compatible server will do.
 """
 
 import asyncio
+import json
 import random
+import subprocess
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest, ttest_rel
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from gqalib.errors import InputError, one_sentence
 from gqalib.serve.server import Server
@@ -28,6 +32,10 @@ CODE = "from gqalib.serve import compare"  # what speeds that are kept depend on
 PACKAGES = ("xllamacpp", "openai")  # of servers and their clients; files are written without them
 BACKGROUND = "A language model is"  # of a request that only the speed is wanted of
 ALL_WORK = {"ignore_eos": True, "cache_prompt": False}  # llama.cpp: no answer ends early, no prompt is remembered
+GUIDELLM = {  # what it calls our numbers
+    "tokens_per_s": ("output_tokens_per_second", "mean"), "first_ms": ("time_to_first_token_ms", "median"),
+    "token_ms": ("inter_token_latency_ms", "median"),
+}  # fmt: skip
 Urls = dict[str, str]  # of servers, without /v1, by name
 
 
@@ -114,6 +122,36 @@ async def _throughput(url: str, prompts: Sequence[str], num_new_tokens: int, at_
     start = time.perf_counter()
     tokens = await asyncio.gather(*map(one, prompts))
     return sum(tokens) / (time.perf_counter() - start)
+
+
+def guidellm(
+    program: str, url: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], num_new_tokens: int, at_once: int
+) -> dict[str, float]:
+    """What guidellm finds, which lives in an environment of its own, when it asks for the same answers, so many at a
+    time: `tokens_per_s` of all of them together, and medians over them, `first_ms` and `token_ms`.
+
+    Raises:
+        InputError: it ends without a result.
+    """
+    asked = [{"prompt": prompt, "output_tokens_count": num_new_tokens} for prompt in prompts]
+    body = ALL_WORK | {"temperature": 0}
+    backend = {"kind": "openai_http", "target": url, "request_format": "/v1/completions", "extras": {"body": body}}
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        data, out = Path(folder) / "prompts.jsonl", Path(folder) / "found.json"
+        data.write_text("".join(json.dumps(line) + "\n" for line in asked), encoding="utf-8")
+        command = [
+            program, "run", "--disable-console", "--backend", json.dumps(backend), "--profile",
+            f"kind=concurrent,streams={at_once}", "--constraint", f"kind=max_requests,count={len(asked)}", "--data",
+            f"kind=json_file,path={data}", "--tokenizer", f"kind=huggingface_auto,model={folder}", "--output",
+            f"kind=json,path={out}",
+        ]  # fmt: skip
+        ended = subprocess.run(command, capture_output=True, text=True)
+        if not out.exists():
+            last = (ended.stderr.strip() or ended.stdout.strip() or "nothing said").splitlines()[-1]
+            raise InputError(f"{program} ended without a result: {last}")
+        found = json.loads(out.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
+    return {name: found[of]["successful"][which] for name, (of, which) in GUIDELLM.items()}
 
 
 def decode_speed(file: Path, num_new_tokens: int = 32, repeats: int = 3) -> dict[str, float]:
