@@ -6,9 +6,9 @@ import re
 import matplotlib.pyplot as plt
 import pytest
 
-from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
+from gqalib.run.checks import NOTEBOOKS
 
-SOLUTIONS = NOTEBOOKS / "solutions"
+PAGES, SOLUTIONS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")), NOTEBOOKS / "solutions"
 
 
 def cells(path, kind="code"):
@@ -25,7 +25,7 @@ def checks(path):
     return {int(m[1]): source for source in cells(path) if (m := re.search(r"^attempt\((\d+), ", source, re.M))}
 
 
-CASES = [(path, number) for path in numbered_notebooks() for number in exercises(path)]
+CASES = [(path, number) for path in PAGES for number in exercises(path)]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -39,7 +39,7 @@ def test_a_solution_passes_and_a_stub_does_not(path, number, capsys):
     plt.close("all")
 
 
-@pytest.mark.parametrize("path", [path for path in numbered_notebooks() if exercises(path)], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_each_exercise_says_what_it_takes(path):
     numbers, text = list(exercises(path)), "\n".join(cells(path, "markdown"))
     assert 3 <= len(numbers) <= 5 and numbers == sorted(checks(path)) == sorted(exercises(SOLUTIONS / path.name))

@@ -14,6 +14,8 @@ from conftest import biased_model, small_model
 from gqalib.measure import frontier, tasks
 from gqalib.model import load, surgery
 from gqalib.model.shapes import layer_shapes
+from gqalib.reference import training
+from gqalib.run import corpora
 from gqalib.run.notebook import NOTEBOOKS, Notebook
 
 SMALL = {
@@ -177,6 +179,28 @@ ASKED = {"tasks": ("01", "05", "10"), "other_text": ("01", "02", "05"), "written
 def made_up_answers(model, tokenizer, names, limit, rows, run_code):
     seen = {"example": range(6), "right": [1, 1, 1, 1, 1, 0], "nats": -1.0}
     return pd.concat([pd.DataFrame(seen).assign(task=name) for name in names], ignore_index=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_how_the_reference_model_was_made(tmp_path, monkeypatch, capsys):
+    """00 from text to card, at an eighth of its depth, on a short text: its exercises are not tried, and its figure
+    has its caption as alt text."""
+    stage, shown, windows = training.Stage, [], torch.randint(1, 4096, (2, 16))
+    monkeypatch.setattr(training, "Stage", lambda depth, window, tokens: stage(depth // 8, 16, tokens // 2000))
+    monkeypatch.setattr(corpora, "python_docs", lambda split: ["Return the number of words. " * 2000])
+    monkeypatch.setattr(corpora, "evaluation_windows", lambda *_: windows)
+    monkeypatch.setattr("IPython.display.display", lambda what, **how: shown.append((what, how)))
+    names = {}
+    for cell in json.loads(next(NOTEBOOKS.glob("00_*.ipynb")).read_text(encoding="utf-8"))["cells"]:
+        exec("".join(cell["source"]) if cell["cell_type"] == "code" else "", names)
+        names |= {"folder": tmp_path} if "parameters" in cell["metadata"].get("tags", []) else {}
+    assert names["model"].config.num_hidden_layers == 4 and names["log"]["validation_loss"].notna().any()
+    (fig, how), (caption, _) = shown
+    assert fig.axes[0].get_xlabel() == "tokens seen (millions)" and not plt.get_fignums()
+    assert caption.data == f"**Figure 0.1.** {how['metadata']['image/png']['alt']}"
+    said = capsys.readouterr().out
+    assert [f"exercise {number}: not tried yet" in said for number in (1, 2, 3, 4)] == [True, True, True, False]
+    assert "4 layers, windows of 16" in said
 
 
 def test_a_trained_model_that_is_gone_is_trained_again(tmp_path):
