@@ -21,7 +21,10 @@ START = {"backbone_removed_percent": 50.0, "times dense": 1.5}
 RUN = {"start": "refitted-50", "times dense": 1.2, "± standard error": 0.1, "seconds": 9.0}
 RECORDS = {
     "10_frontier": {"frontier": FRONTIER, "other_text": [{"method": OWN, "times": 1.1}]},
-    "11_search": {"plans": [{"plan": "uniform", "times dense": 1.7}]},
+    "11_search": {
+        "plans": [{"plan": "uniform", "times dense": 1.7}],
+        "how_far": [{"target": target, "backbone_removed_percent": 31.0} for target in (1.25, 1.92)],
+    },
     "12_distillation": {
         "starts": [START | {"start": "founding-50"}, START | {"start": "refitted-50"}],
         "tokens": [RUN | {"tokens": 100, "times dense": 1.9}, RUN | {"tokens": 1000}],
@@ -52,3 +55,4 @@ def test_guide(after, said, tmp_path, monkeypatch, capsys):
     assert "; only pruning as well makes files of 3.0 MB and less\n" in out
     assert "decode of v3: 1.10 to 1.30 times as fast as dense, where its size allows 1.50 to 1.50 (07)" in out
     assert names["nb"].metrics["removed_at_1.25"]["value"] == 50
+    assert "by what a model learned from: 31 % (untrained), 50 % (logits of the dense model)\n" in out
