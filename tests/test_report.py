@@ -69,11 +69,22 @@ def test_every_link_leads_somewhere(page):
     assert "#07_cost_analysis" in links and "#07_cost_analysis--2.-Cost,-all" in links
     assert [link for link in links if link[0] != "#"] == ["https://example.org/a.ipynb"]
     assert "a gone one" in page and "gone.ipynb" not in page
+    assert '<a href="#solutions/08_claims">solutions</a>' in page and 'id="solutions/08_claims"' in page
+
+
+def test_a_solution_leads_back_and_has_ids_of_its_own(tmp_path):
+    """Cells of these two have the same ids."""
+    for name in ("11_search", "12_distillation"):
+        finished(tmp_path, name, f"# {name}", {"tokens": TOKENS}, "")
+    main(["report", "--run-dir", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids)) and '<a href="#12_distillation">' in page.partition('id="solutions/12_dist')[2]
 
 
 def test_index_and_figures(page):
     index, *sections = page.split("<section")
-    assert len(sections) == 2 and "Report of preset tiny" in index
+    assert len(sections) == 4 and "Report of preset tiny" in index
     for word in ("random-tokens", "<td>3</td>", "19.70", "v2 &lt;broke&gt;", "reproduced in form", "cores"):
         assert word in index
     assert "Figure 7.1. curve" in index and "Figure 8.1. A &quot;curve&quot; &amp; its model" in index

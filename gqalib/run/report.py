@@ -1,5 +1,5 @@
-"""A finished run as one HTML file, to be sent to a colleague: an index with the main results, then every notebook, its
-code behind a button. Of a grid, a page across its runs, which leads to theirs."""
+"""A finished run as one HTML file, to be sent to a colleague: an index with the main results, then every notebook and
+its solutions, code behind a button. Of a grid, a page across its runs, which leads to theirs."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 import pandas as pd
 
 from gqalib.errors import InputError
-from gqalib.run.checks import numbered_notebooks
+from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
 from gqalib.run.notebook import read_record, write_atomically
 from gqalib.run.publish import MAIN_TABLES, title
 
@@ -34,20 +34,21 @@ Show code</button>"""
 
 
 def report(run_dir: Path) -> Path:
-    """Write `report.html` into the folder of a run, of the notebooks that are finished there; into that of a grid, one
-    across its runs, and theirs.
+    """Write `report.html` for the finished notebooks of a run. For a grid, write one page that compares its runs, and a
+    report for each run.
 
     Raises:
-        InputError: none is.
+        InputError: no notebook is finished.
     """
     if (run_dir / "grid.csv").exists():
         return _across_runs(run_dir)
-    if not (paths := _finished(run_dir)):
+    if not (records := _records(run_dir)):
         raise InputError(f"{run_dir} holds no finished notebook: run the series first")
-    records = {path.stem: read_record(path.with_suffix(".json")) for path in paths}
-    sections = [f'<section id="{path.stem}">{_body(path, records)}</section>' for path in paths]
+    pages = {name: run_dir / f"{name}.ipynb" for name in records}
+    pages |= {f"solutions/{p.stem}": p for p in numbered_notebooks(NOTEBOOKS / "solutions") if p.stem in records}
+    sections = [f'<section id="{name}">{_body(name, pages, records)}</section>' for name in pages]
     first = next(iter(records.values()))
-    return _page(run_dir, f"Report of preset {first['preset']}", BUTTON, _index(run_dir, paths, records), *sections)
+    return _page(run_dir, f"Report of preset {first['preset']}", BUTTON, _index(run_dir, records), *sections)
 
 
 def _across_runs(folder: Path) -> Path:
@@ -56,7 +57,7 @@ def _across_runs(folder: Path) -> Path:
 
     table = pd.read_csv(folder / "grid.csv")
     links = [f'<a href="{quote(report(folder / run).relative_to(folder).as_posix())}">{escape(run)}</a>'
-             if _finished(folder / run) else escape(run) for run in table["run"]]  # fmt: skip
+             if _records(folder / run) else escape(run) for run in table["run"]]  # fmt: skip
     shown = table.dropna(axis=1, how="all").map(lambda value: "" if pd.isna(value) else escape(str(value)))
     parts = ["<h2>Means over seeds</h2>", _table(means(table).reset_index())]
     if (figure := folder / "grid.png").exists():
@@ -66,8 +67,10 @@ def _across_runs(folder: Path) -> Path:
     return _page(folder, f"Report of {folder.name}", *parts)
 
 
-def _finished(folder: Path) -> list[Path]:
-    return [path for path in numbered_notebooks(folder) if path.with_suffix(".json").exists()]
+def _records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of the finished notebooks, by their names."""
+    paths = {path.stem: path.with_suffix(".json") for path in numbered_notebooks(folder)}
+    return {name: read_record(path) for name, path in paths.items() if path.exists()}
 
 
 def _page(folder: Path, heading: str, *parts: str) -> Path:
@@ -81,10 +84,10 @@ def _page(folder: Path, heading: str, *parts: str) -> Path:
     return folder / "report.html"
 
 
-def _index(run_dir: Path, paths: list[Path], records: dict[str, dict[str, Any]]) -> str:
+def _index(run_dir: Path, records: dict[str, dict[str, Any]]) -> str:
     """What was run, the notebooks, the results, the verdicts, the figures."""
     parts = [_table(_what_was_run(list(records.values())), header=False)]
-    parts += ["<h2>Notebooks</h2>", _contents(paths, records)]
+    parts += ["<h2>Notebooks</h2>", _contents(run_dir, records)]
     for name, (heading, table) in MAIN_TABLES.items():
         parts += [f"<h2>{heading}</h2>", _table(table(records[name]))] if name in records else []
     if "08_claims" in records:
@@ -104,8 +107,9 @@ def _what_was_run(records: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows.items())
 
 
-def _contents(paths: list[Path], records: dict[str, dict[str, Any]]) -> str:
-    rows = [f'<li><a href="#{p.stem}">{escape(title(p))}</a>, {records[p.stem]["seconds"]:.0f} s</li>' for p in paths]
+def _contents(run_dir: Path, records: dict[str, dict[str, Any]]) -> str:
+    titles = {name: escape(title(run_dir / f"{name}.ipynb")) for name in records}
+    rows = [f'<li><a href="#{name}">{titles[name]}</a>, {records[name]["seconds"]:.0f} s</li>' for name in records]
     return f"<ul>{''.join(rows)}</ul>"
 
 
@@ -127,7 +131,7 @@ def _thumbnail(run_dir: Path, record: dict[str, Any], name: str) -> str:
     return f'<a href="#{record["notebook"]}--{name}">{image}<br>Figure {number}. {words}</a>'
 
 
-def _body(path: Path, records: dict[str, dict[str, Any]]) -> str:
+def _body(name: str, pages: dict[str, Path], records: dict[str, dict[str, Any]]) -> str:
     """A notebook as HTML whose ids begin with its name, whose links lead to places in the same file, and whose formulas
     are MathML, which browsers draw without the network."""
     from latex2mathml.converter import convert
@@ -136,14 +140,11 @@ def _body(path: Path, records: dict[str, dict[str, Any]]) -> str:
 
     inline, block = (lambda _, tex, display=display: convert(tex, display=display) for display in ("inline", "block"))
     with patch.multiple(IPythonRenderer, inline_math=inline, block_math=block):
-        html, _ = HTMLExporter(template_name="basic").from_filename(str(path))
-    captions = records[path.stem].get("captions", {})
-    names = {caption: name for name, caption in captions.items()}
-    html = re.sub(r'alt="([^"]*)"', lambda m: _id(path.stem, names.get(unescape(m[1]), "")) + m[0], html)
-    html = re.sub(r'(<h\d[^>]*) id="([^"]*)"', lambda m: f"{m[1]} {_id(path.stem, m[2])}", html)
-    return re.sub(
-        r'<a ([^>]*?)href="([^"]*)">(.*?)</a>', lambda link: _relinked(*link.groups(), path.stem, records), html
-    )
+        html, _ = HTMLExporter(template_name="basic").from_filename(str(pages[name]))
+    figures = {caption: figure for figure, caption in records.get(name, {}).get("captions", {}).items()}
+    html = re.sub(r'alt="([^"]*)"', lambda m: _id(name, figures.get(unescape(m[1]), "")) + m[0], html)
+    html = re.sub(r'(<(?:h\d|div)[^>]*) id="([^"]*)"', lambda m: f"{m[1]} {_id(name, m[2])}", html)
+    return re.sub(r'<a ([^>]*?)href="([^"]*)">(.*?)</a>', lambda link: _relinked(*link.groups(), name, pages), html)
 
 
 def _id(notebook: str, place: str) -> str:
@@ -155,10 +156,10 @@ def _place(notebook: str, place: str) -> str:
     return escape("--".join(filter(None, [notebook, unquote(unescape(place))])))
 
 
-def _relinked(others: str, target: str, words: str, name: str, records: dict[str, dict[str, Any]]) -> str:
+def _relinked(others: str, target: str, words: str, name: str, pages: dict[str, Path]) -> str:
     """A link of the notebook `name`, to a place in this file or to the net; its words alone where it leads nowhere."""
     page, _, place = target.partition("#")
-    stem = page.removesuffix(".ipynb") or name
+    stem = page.removeprefix("../").removesuffix(".ipynb") or name  # a solution leads back to its notebook
     if not target.startswith("http"):
         target = f"#{_place(stem, place)}"
-    return f'<a {others}href="{target}">{words}</a>' if stem in records or target.startswith("http") else words
+    return f'<a {others}href="{target}">{words}</a>' if stem in pages or target.startswith("http") else words
