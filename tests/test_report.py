@@ -2,6 +2,7 @@
 
 import base64
 import re
+import subprocess
 from html import unescape
 from urllib.parse import unquote
 
@@ -13,6 +14,7 @@ from latex2mathml.converter import convert
 from nbformat import read, v4, write
 
 from gqalib import figures
+from gqalib.model.names import REPOSITORY
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
 from gqalib.run.cli import main
 from gqalib.run.notebook import Notebook
@@ -174,3 +176,12 @@ def test_the_index_has_what_distillation_bought_back(tmp_path):
     index = (tmp_path / "report.html").read_text(encoding="utf-8").partition("<section")[0]
     assert all(f"<td>{cell}</td>" in index for cell in ("refitted-50", "50.0", "16,384", "2.225", "0.091", "–"))
     assert "steps" not in index
+
+
+def test_make_reports_a_run_or_a_grid():
+    def says(*arguments):
+        command = ["make", "--dry-run", "report", "PRESET=tiny", *arguments]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+
+    assert "gqalib report --preset tiny\n" in says("RUN=")
+    assert 'gqalib report --run-dir "runs/grid-a b"\n' in says("RUN=runs/grid-a b")
