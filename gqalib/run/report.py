@@ -4,6 +4,7 @@ its solutions, code behind a button. Of a grid, a page across its runs, which le
 import base64
 import io
 import re
+from collections import Counter
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ THUMBNAIL = 360, 360  # pixels
 FIGURE = "A panel for each perplexity over what the grid varies, as mean and standard deviation over seeds."
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 sans-serif; color: #222; }
-table { border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; } td, th { padding: 0.2rem 0.6rem; }
-tr { border-bottom: 1px solid #ddd; } th { text-align: left; } pre { font-size: 0.8rem; overflow-x: auto; }
-img { max-width: 100%; } section { border-top: 3px solid #222; margin-top: 4rem; }
-a.anchor-link, .prompt { display: none; }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; }
+td, th { padding: 0.2rem 0.6rem; } th { text-align: left; } tr { border-bottom: 1px solid #ddd; }
+pre { font-size: 0.8rem; overflow-x: auto; } section { border-top: 3px solid #222; margin-top: 4rem; }
+img { max-width: 100%; } a.anchor-link, .prompt { display: none; }
 .input { display: none; background: #f5f5f5; padding: 0 0.6rem; } body.code .input { display: block; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: 1rem; font-size: 0.8rem; }
 button { position: fixed; top: 1rem; right: 1rem; padding: 0.4rem 0.8rem; } @media print { button { display: none; } }
@@ -52,19 +53,34 @@ def report(run_dir: Path) -> Path:
 
 
 def _across_runs(folder: Path) -> Path:
-    """The settings of a grid side by side, its figure, and every run with a link to its own report."""
-    from gqalib.run.grid import means  # takes a second
+    """What was run, the settings of a grid side by side, and every run with a link to its own report."""
+    from gqalib.run.grid import means, per_run  # takes a second
 
     table = pd.read_csv(folder / "grid.csv")
-    links = [f'<a href="{quote(report(folder / run).relative_to(folder).as_posix())}">{escape(run)}</a>'
-             if _records(folder / run) else escape(run) for run in table["run"]]  # fmt: skip
-    shown = table.dropna(axis=1, how="all").map(lambda value: "" if pd.isna(value) else escape(str(value)))
-    parts = ["<h2>Means over seeds</h2>", _table(means(table).reset_index())]
+    records = {run: found for run in table["run"] if (found := _records(folder / run))}
+    links = {run: quote(report(folder / run).relative_to(folder).as_posix()) for run in records}
+    parts = [_table(_what_was_run([record for run in records.values() for record in run.values()]), header=False)]
+    parts += ["<h2>Means over seeds</h2>", _table(means(table).reset_index())]
     if (figure := folder / "grid.png").exists():
-        data = base64.b64encode(figure.read_bytes()).decode()
-        parts.append(f'<img src="data:image/png;base64,{data}" alt="{FIGURE}">')
-    parts += ["<h2>Runs</h2>", _table(shown.assign(run=links), escape=False)]
-    return _page(folder, f"Report of {folder.name}", *parts)
+        parts.append(f"{_image(figure.read_bytes(), FIGURE)}<p><b>Figure 1.</b> {FIGURE}</p>")
+    parts += ["<h2>Runs</h2>", _runs(per_run(table), links), *_verdicts(records)]
+    last = {run: figures[-1] for run, found in records.items() if (figures := _figures(found))}
+    pictures = [f"<div>{escape(run)}{_thumbnail(folder / run, *last[run], links[run])}</div>" for run in last]
+    return _page(folder, f"Report of {folder.name}", *parts, _gallery("The last figure of each run", pictures))
+
+
+def _runs(table: pd.DataFrame, links: dict[str, str]) -> str:
+    names = [f'<a href="{links[run]}">{escape(run)}</a>' if run in links else escape(run) for run in table["run"]]
+    shown = table.map(lambda value: "" if pd.isna(value) else escape(str(value)))
+    return _table(shown.assign(run=names), escape=False)
+
+
+def _verdicts(records: dict[str, dict[str, Any]]) -> list[str]:
+    """How often each verdict was given, a row per run that has judged the claims."""
+    claims = {run: found["08_claims"]["tables"]["claims"] for run, found in records.items() if "08_claims" in found}
+    counts = {run: Counter(row["verdict"].partition(":")[0] for row in rows) for run, rows in claims.items()}
+    table = pd.DataFrame(counts).T.fillna(0).astype(int).rename_axis("run").reset_index()
+    return ["<h2>Verdicts on the founding document's claims</h2>", _table(table)] if claims else []
 
 
 def _records(folder: Path) -> dict[str, dict[str, Any]]:
@@ -93,18 +109,18 @@ def _index(run_dir: Path, records: dict[str, dict[str, Any]]) -> str:
     if "08_claims" in records:
         claims = pd.DataFrame(records["08_claims"]["tables"]["claims"]).drop(columns="tested")
         parts += ["<h2>The founding document's claims</h2>", _table(claims)]
-    pictures = [_thumbnail(run_dir, record, name) for record in records.values() for name in record.get("captions", {})]
-    return "\n".join([*parts, "<h2>Figures</h2>", '<div class="gallery">', *pictures, "</div>"])
+    return "\n".join([*parts, _gallery("Figures", [_thumbnail(run_dir, *figure) for figure in _figures(records)])])
 
 
 def _what_was_run(records: list[dict[str, Any]]) -> pd.DataFrame:
-    def every(key: str) -> str:
-        return "; ".join(dict.fromkeys(str(record[key]) for record in records))
-
-    rows = {name: every(name) for name in ("preset", "overrides", "seed", "machine")}
-    rows |= {"commit": every("git_commit"), "seconds": f"{sum(record['seconds'] for record in records):,.0f}"}
-    rows |= {name: records[0]["parameters"][name] for name in ("model", "corpus")}
-    return pd.DataFrame(rows.items())
+    """Of one run or several; where they differ, every value once."""
+    names = dict.fromkeys(name for record in records for name in record["overrides"])
+    values = {name: [record[name] for record in records] for name in ("preset", "seed", "machine", "git_commit")}
+    values |= {name: [record["parameters"][name] for record in records] for name in ("model", "corpus")}
+    values |= {f"override {name}": [record["overrides"].get(name) for record in records] for name in names}
+    rows = {name.removeprefix("git_"): "; ".join(dict.fromkeys(map(str, found))) for name, found in values.items()}
+    rows |= {} if names else {"overrides": "none"}
+    return pd.DataFrame((rows | {"seconds": f"{sum(record['seconds'] for record in records):,.0f}"}).items())
 
 
 def _contents(run_dir: Path, records: dict[str, dict[str, Any]]) -> str:
@@ -117,18 +133,29 @@ def _table(table: pd.DataFrame, **options: Any) -> str:
     return table.to_html(index=False, border=0, **options)
 
 
-def _thumbnail(run_dir: Path, record: dict[str, Any], name: str) -> str:
-    """A small picture that leads to the figure in its notebook."""
+def _figures(records: dict[str, dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+    return [(record, name) for record in records.values() for name in record.get("captions", {})]
+
+
+def _gallery(heading: str, pictures: list[str]) -> str:
+    return "\n".join([f"<h2>{heading}</h2>", '<div class="gallery">', *pictures, "</div>"])
+
+
+def _image(png: bytes, alt: str = "") -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{alt}">'
+
+
+def _thumbnail(run_dir: Path, record: dict[str, Any], name: str, page: str = "") -> str:
+    """A small picture that leads to the figure in its notebook, on this page or another."""
     from PIL import Image
 
     number = f"{int(record['notebook'][:2])}.{list(record['captions']).index(name) + 1}"
     with Image.open(run_dir / "figures" / f"{record['notebook'][:2]}_{name}.png") as picture, io.BytesIO() as small:
         picture.thumbnail(THUMBNAIL)
         picture.save(small, "png")
-        data = base64.b64encode(small.getvalue()).decode()
-    image = f'<img src="data:image/png;base64,{data}" alt="">'
+        image = _image(small.getvalue())
     words = escape(record["captions"][name])
-    return f'<a href="#{record["notebook"]}--{name}">{image}<br>Figure {number}. {words}</a>'
+    return f'<a href="{page}#{record["notebook"]}--{name}">{image}<br>Figure {number}. {words}</a>'
 
 
 def _body(name: str, pages: dict[str, Path], records: dict[str, dict[str, Any]]) -> str:
