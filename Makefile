@@ -1,5 +1,6 @@
 PRESET ?= tiny
 SET ?=
+RUN ?=
 # the quick look runs two notebooks beside each other; where speed is measured in earnest, one at a time
 AT_ONCE ?= $(if $(filter tiny,$(PRESET)),2,1)
 PYTHON ?= python3
@@ -21,7 +22,7 @@ run: env
 	$(BIN)/python -m gqalib run --preset $(PRESET) --at-once $(AT_ONCE) $(foreach pair,$(SET),--set $(pair))
 
 report: env
-	$(BIN)/python -m gqalib report --preset $(PRESET)
+	$(BIN)/python -m gqalib report $(if $(RUN),--run-dir "$(RUN)",--preset $(PRESET))
 
 publish: env
 	$(BIN)/python -m gqalib publish --preset $(PRESET)

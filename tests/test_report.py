@@ -2,6 +2,7 @@
 
 import base64
 import re
+import subprocess
 from html import unescape
 from urllib.parse import unquote
 
@@ -13,12 +14,15 @@ from latex2mathml.converter import convert
 from nbformat import read, v4, write
 
 from gqalib import figures
+from gqalib.model.names import REPOSITORY
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
 from gqalib.run.cli import main
 from gqalib.run.notebook import Notebook
 
 RESULT = {"model": "dense", "parameters kept %": 100.0, "backbone removed %": 0.0, "perplexity": 19.7}
 RESULT |= {"speed-up": 1.0, "ceiling": 1.0}
+TOKENS = {"start": "refitted-50", "tokens": 16384, "backbone_removed_percent": 50.0, "times dense": 2.22455}
+TOKENS |= {"± standard error": 0.09065, "bought back %": None, "steps": 16}
 CLAIM = {
     "claim": "v2 <broke>",
     "tested": "x",
@@ -35,9 +39,9 @@ See [07](07_cost_analysis.ipynb), [its cost](07_cost_analysis.ipynb#2.-Cost%2C-a
 [solutions](solutions/08_claims.ipynb) and [the net](https://example.org/a.ipynb)."""
 
 
-def finished(run_dir, name, text, tables, caption):
+def finished(run_dir, name, text, tables, caption, seed=3):
     """Record, figure and executed notebook, as a runner leaves them."""
-    nb = Notebook(name, "tiny", {"corpus": "random-tokens"}, run_dir, 3)
+    nb = Notebook(name, "tiny", {"corpus": "random-tokens"}, run_dir, seed)
     for table, row in tables.items():
         nb.table(table, pd.DataFrame([row]))
     fig, ax = plt.subplots()
@@ -67,13 +71,25 @@ def test_every_link_leads_somewhere(page):
     assert "#07_cost_analysis" in links and "#07_cost_analysis--2.-Cost,-all" in links
     assert [link for link in links if link[0] != "#"] == ["https://example.org/a.ipynb"]
     assert "a gone one" in page and "gone.ipynb" not in page
+    assert '<a href="#solutions/08_claims">solutions</a>' in page and 'id="solutions/08_claims"' in page
+
+
+def test_a_solution_leads_back_and_has_ids_of_its_own(tmp_path):
+    """Cells of these two have the same ids."""
+    for name in ("11_search", "12_distillation"):
+        finished(tmp_path, name, f"# {name}", {"tokens": TOKENS}, "")
+    main(["report", "--run-dir", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids)) and '<a href="#12_distillation">' in page.partition('id="solutions/12_dist')[2]
 
 
 def test_index_and_figures(page):
     index, *sections = page.split("<section")
-    assert len(sections) == 2 and "Report of preset tiny" in index
+    assert len(sections) == 4 and "Report of preset tiny" in index
     for word in ("random-tokens", "<td>3</td>", "19.70", "v2 &lt;broke&gt;", "reproduced in form", "cores"):
         assert word in index
+    assert "<td>override corpus</td>" in index
     assert "Figure 7.1. curve" in index and "Figure 8.1. A &quot;curve&quot; &amp; its model" in index
     assert index.count("data:image/png;base64,") == index.count('--curve"') == 2
     assert 'id="08_claims--curve"' in sections[1] and "secret" in sections[1]
@@ -133,17 +149,27 @@ def test_nothing_to_report(tmp_path, capsys):
 
 def test_a_grid_has_a_page_across_its_runs(tmp_path, capsys):
     runs = ["tiny+seed=1", "tiny", "tiny+cost.min_run_s=2.0"]
-    for run in runs[:2]:
+    for run, seed in zip(runs[:2], (1, 0)):
         (tmp_path / run).mkdir()
-        finished(tmp_path / run, "08_claims", "# 08 · What's left?", {"claims": CLAIM}, "")
+        finished(tmp_path / run, "08_claims", "# 08 · What's left?", {"claims": CLAIM}, "dots", seed)
+    (tmp_path / "grid.png").write_bytes((tmp_path / "tiny" / "figures" / "08_curve.png").read_bytes())
     table = pd.DataFrame({"run": runs, "preset": "tiny", "seed": [1, 0, 0], "seconds": [3.0, 5.0, None]})
     table = table.assign(attempts=1, error=[None, None, "a <sad> end"], perplexity_v3=[20.0, 22.0, None])
+    table = table.assign(other=3.14159265)
     table.assign(**{"cost.min_run_s": [1.0, 1.0, 2.0]}).to_csv(tmp_path / "grid.csv", index=False)
     assert main(["report", "--run-dir", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     links = [unquote(unescape(link)) for link in re.findall(r'href="([^"]*)"', page)]
-    assert links == [f"{run}/report.html" for run in runs[:2]] and all((tmp_path / link).exists() for link in links)
+    reports = [f"{run}/report.html" for run in runs[:2]]
+    assert links == reports + [f"{link}#08_claims--curve" for link in reports]  # those of the gallery come last
+    assert all('id="08_claims--curve"' in (tmp_path / link).read_text(encoding="utf-8") for link in reports)
     assert "21.00 ± 1.41" in page and runs[2] in page and "a &lt;sad&gt; end" in page
+    assert "<td>20.00</td>" in page and "<td>2.0</td>" in page and "other" not in page and "3.14" not in page
+    assert "overflow-x: auto" in page and "<b>Figure 1.</b> A panel for each" in page and "Figure 8.1. dots" in page
+    index, _, counts = page.partition("<h2>Verdicts")
+    said = {"preset": "tiny", "seed": "1; 0", "override corpus": "random-tokens", "commit": "", "machine": ""}
+    assert all(re.search(rf"<td>{name}</td>\s*<td>{value}", index) for name, value in said.items())
+    assert re.search(r"(?s)<th>reproduced in form</th>.*<td>tiny</td>\s*<td>1</td>", counts)
 
 
 def test_the_index_has_the_table_of_all_methods(tmp_path):
@@ -153,3 +179,20 @@ def test_the_index_has_the_table_of_all_methods(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<h2>Perplexity over dense, by the part of the backbone removed</h2>" in page
     assert "<td>refit</td>" in page and "<td>1.50</td>" in page and "<h2>Results</h2>" not in page
+
+
+def test_the_index_has_what_distillation_bought_back(tmp_path):
+    finished(tmp_path, "12_distillation", "# 12 · Bought back", {"tokens": TOKENS}, "")
+    main(["report", "--run-dir", str(tmp_path)])
+    index = (tmp_path / "report.html").read_text(encoding="utf-8").partition("<section")[0]
+    assert all(f"<td>{cell}</td>" in index for cell in ("refitted-50", "50.0", "16,384", "2.225", "0.091", "–"))
+    assert "steps" not in index
+
+
+def test_make_reports_a_run_or_a_grid():
+    def says(*arguments):
+        command = ["make", "--dry-run", "report", "PRESET=tiny", *arguments]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+
+    assert "gqalib report --preset tiny\n" in says("RUN=")
+    assert 'gqalib report --run-dir "runs/grid-a b"\n' in says("RUN=runs/grid-a b")

@@ -295,6 +295,14 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def per_run(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per run: what it is, its settings, and what a researcher looks at first, rounded."""
+    numbers = [*_pick(table, SHOWN), "seconds"]
+    words = {name: [_plus_minus(value, 0, pd.notna(value)) for value in table[name]] for name in numbers}
+    kept = {*OF_THE_RUN, *dotted_names(), *numbers}
+    return table.assign(**words)[[name for name in table if name in kept and table[name].notna().any()]]
+
+
 def _plus_minus(mean: float, std: float, count: float) -> str:
     """Four digits, and the deviation to the same place."""
     if not count:

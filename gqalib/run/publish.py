@@ -23,15 +23,12 @@ REAL = "smollm2"  # the preset whose executed notebooks are committed; the quick
 AT_SIZE = "llama3-8b-shape"  # the preset that measures cost at real size
 RECOVERY = "smollm2-gpu"  # the preset that prunes and distils a real model on a GPU
 RESULTS = {"parameters kept %": 1, "backbone removed %": 1, "perplexity": 2, "speed-up": 2, "ceiling": 2}  # digits
+TOKENS = {"backbone removed %": 1, "tokens": 0, "times dense": 3, "± standard error": 3, "bought back %": 1}
 
 
 def results_table(record: dict[str, Any]) -> pd.DataFrame:
     """Dense / v2 / v3 / v3 + LoRA, as 07_cost_analysis recorded it, in readable numbers."""
-    table = pd.DataFrame(record["tables"]["results"])
-    for column, digits in RESULTS.items():
-        numbers = table[column].astype(float)  # a record has null for what there is not
-        table[column] = ["–" if math.isnan(value) else f"{value:,.{digits}f}" for value in numbers]
-    return table
+    return _rounded(pd.DataFrame(record["tables"]["results"]), RESULTS)
 
 
 def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
@@ -40,9 +37,22 @@ def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
     return frontier.as_table(pd.DataFrame(record["tables"]["frontier"])).reset_index()
 
 
+def tokens_table(record: dict[str, Any]) -> pd.DataFrame:
+    """What training with the dense model's logits buys back, by the tokens read, as 12_distillation recorded it."""
+    table = pd.DataFrame(record["tables"]["tokens"]).rename(columns={"backbone_removed_percent": "backbone removed %"})
+    return _rounded(table[["start", *TOKENS]], TOKENS)
+
+
+def _rounded(table: pd.DataFrame, digits: dict[str, int]) -> pd.DataFrame:
+    """Numbers as words, with so many digits behind the point; a record has null for what there is not."""
+    said = {n: ["–" if math.isnan(x) else f"{x:,.{d}f}" for x in table[n].astype(float)] for n, d in digits.items()}
+    return table.assign(**said)
+
+
 MAIN_TABLES = {  # by the record that they are of
     "07_cost_analysis": ("Results", results_table),
     "10_frontier": ("Perplexity over dense, by the part of the backbone removed", frontier_table),
+    "12_distillation": ("Perplexity over dense after distillation, by the tokens read", tokens_table),
 }
 
 
@@ -61,8 +71,7 @@ def stages_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """What each stage took, as `at_size` recorded it, beside what it was expected to need."""
     rows = [{"layers": r["metrics"]["layers"]["value"], **row} for r in records for row in r["tables"]["stages"]]
     table = pd.DataFrame(rows)[["stage", "layers", "seconds", "expected_gb", "peak_gb"]]
-    for column, digits in {"seconds": 0, "expected_gb": 1, "peak_gb": 1}.items():
-        table[column] = table[column].map(f"{{:.{digits}f}}".format)
+    table = _rounded(table, {"seconds": 0, "expected_gb": 1, "peak_gb": 1})
     return table.rename(columns={"expected_gb": "GB expected", "peak_gb": "GB at its peak"})
 
 

@@ -185,7 +185,7 @@ class Series:
         return f"about {_clock(sum(seconds) / at_once)} left" if all(seconds) else f"{len(paths)} left"
 
     def summary(self) -> str:
-        """The results table, the frontier and where everything lies."""
+        """The main tables and where everything lies."""
         from gqalib.run.publish import MAIN_TABLES  # three seconds that a grid's runs do without
 
         lines = []
