@@ -37,12 +37,9 @@ def in_products(model: nn.Module) -> torch.autocast:
 
 
 def perplexity(
-    model: nn.Module,
-    windows: torch.Tensor,
-    hidden_states: torch.Tensor | None = None,
-    first_layer: int = 0,
+    model: nn.Module, windows: torch.Tensor, hidden_states: torch.Tensor | None = None, first_layer: int = 0,
     exact: bool = False,
-) -> float:
+) -> float:  # fmt: skip
     """Perplexity of windows of token ids [count, length]; infinity for a model so broken that the exponential
     overflows. The rest as for `window_losses`."""
     return exponential(window_losses(model, windows, hidden_states, first_layer, exact).mean().item())
@@ -55,12 +52,9 @@ def exponential(mean: float) -> float:
 
 @torch.no_grad()
 def window_losses(
-    model: nn.Module,
-    windows: torch.Tensor,
-    hidden_states: torch.Tensor | None = None,
-    first_layer: int = 0,
+    model: nn.Module, windows: torch.Tensor, hidden_states: torch.Tensor | None = None, first_layer: int = 0,
     exact: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Mean −log p of the predicted tokens of each window, in nats, float64 [count] on the CPU, summed in float64.
 
     With `hidden_states` [count, length, hidden], the stream before layer `first_layer`, only the layers from there on
