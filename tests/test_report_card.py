@@ -171,12 +171,23 @@ def test_the_verdict_names_what_is_beyond_two_errors():
     lines = report_card.verdict({"dense": DENSE, "pruned": PRUNED, "broken": broken})
     assert lines[0] == "dense: above chance by more than 2 errors on piqa, arc_easy, mean"
     assert lines[1] == "pruned: below dense on mean; above it on nothing"
-    assert lines[2].startswith("    keeps 58 ± ") and "on 2 of 3 tasks; its right answers: -0.052 ± " in lines[2]
+    assert lines[2].startswith("    keeps 58 ± ") and "on 2 of 3 tasks; right answers there: -0.047 ± " in lines[2]
     assert lines[3] == "broken: below dense on piqa, arc_easy, mean; above it on nothing"
     least = [report_card.SURE * tasks.summary(rows, DENSE)["difference_error"] for rows in (PRUNED, broken)]
     assert lines[5].startswith("two standard errors of a difference: up to ")
     assert f"up to {max(each[:3].max() for each in least):.1f} points on a single task" in lines[5]
     assert len(report_card.verdict({"dense": DENSE})) == 1
+
+
+def test_right_answers_count_where_the_dense_model_knows_more_than_guessing():
+    """By hand; winogrande, where it guesses, is left out, and so are answers that have no log-likelihood."""
+    change, error = report_card.nats_change(PRUNED, DENSE, ["piqa", "arc_easy"])
+    assert change == pytest.approx(-(1 / 8 + 2 / 8) / 2 / 4) and error > 0
+    written = DENSE.assign(nats=np.nan)
+    assert all(map(math.isnan, report_card.nats_change(written, written, ["piqa"])))
+    guesses = DENSE[DENSE["task"] == "winogrande"]
+    lines = report_card.verdict({"dense": guesses, "pruned": guesses})
+    assert lines[2] == "    there is nothing above chance to keep"
 
 
 def test_dots_of_models_that_share_a_role_differ():

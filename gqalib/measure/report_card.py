@@ -12,7 +12,7 @@ import copy
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -160,6 +160,17 @@ def above_chance_kept(
     return 100 * sum(shares) / len(found), 100 * math.hypot(*errors) / len(found), list(found)
 
 
+def nats_change(rows: pd.DataFrame, other: pd.DataFrame, names: Sequence[str]) -> tuple[float, float]:
+    """How much likelier the right answers are than to another model, in nats per byte: the mean over these tasks and
+    its paired error; NaN where no task has any. Name tasks on which the dense model is above chance: on others it shows
+    how a form of answer is liked, such as the letters of MMLU, and not what is known."""
+    scored = rows[rows["task"].isin(names)].dropna(subset="nats")
+    if scored.empty:
+        return math.nan, math.nan
+    mean = tasks.summary(scored, other).iloc[-1]
+    return mean["nats_difference"], mean["nats_difference_error"]
+
+
 def _right(rows: pd.DataFrame, name: str, examples: pd.Series) -> np.ndarray:
     return rows[rows["task"] == name].set_index("example")["right"].loc[examples].to_numpy()
 
@@ -183,7 +194,7 @@ def verdict(rows: Rows) -> list[str]:
         below, above = _named(table, gap < -error), _named(table, gap > error)
         lines += [
             f"{name}: below {first} on {below}; above it on {above}",
-            f"    {_kept(found, dense, table.iloc[-1])}",
+            f"    {_kept(found, dense)}",
         ]
         errors.append(error)
     if errors:
@@ -193,12 +204,13 @@ def verdict(rows: Rows) -> list[str]:
     return lines
 
 
-def _kept(rows: pd.DataFrame, dense: pd.DataFrame, mean: pd.Series) -> str:
+def _kept(rows: pd.DataFrame, dense: pd.DataFrame) -> str:
     share, error, names = above_chance_kept(rows, dense)
-    counted = f"{len(names)} of {rows['task'].nunique()} tasks"
+    if not names:
+        return "there is nothing above chance to keep"
+    counted, nats = f"{len(names)} of {rows['task'].nunique()} tasks", nats_change(rows, dense, names)
     kept = f"keeps {share:.0f} ± {error:.0f} % of what is above chance on {counted}"
-    nats = f"{mean['nats_difference']:+.3f} ± {mean['nats_difference_error']:.3f} nats per byte"
-    return f"{kept if names else 'there is nothing above chance to keep'}; its right answers: {nats}"
+    return kept + "; right answers there: {:+.3f} ± {:.3f} nats per byte".format(*nats)
 
 
 def _named(table: pd.DataFrame, chosen: pd.Series) -> str:
@@ -231,18 +243,16 @@ def group_table(rows: Rows, starts: Mapping[str, str] = MappingProxyType({})) ->
         starts: for a recovered model the one that it was trained from.
 
     Returns:
-        Per model and group `kept` with its error and the `tasks` that count, see `above_chance_kept`; `nats`, the
-        paired change of the right answers' log-likelihood per byte, the mean over the group's tasks, with its error;
-        with a start also `back`, how much more is kept than by it, with its paired error.
+        Per model and group `kept` with its error and the `tasks` that count, see `above_chance_kept`; `nats`, of
+        `nats_change` on these tasks, with its error; with a start also `back`, how much more is kept than by it, with
+        its paired error.
     """
     dense, lines = next(iter(rows.values())), []
     for name, found in rows.items():
         for group, part in found.groupby(found["task"].map(lambda task: GROUPS[task][0])):
             kept, error, counted = above_chance_kept(part, dense)
             line = {"model": name, "group": group, "kept": kept, "kept_error": error, "tasks": ", ".join(counted)}
-            if len(scored := part.dropna(subset="nats")):
-                mean = tasks.summary(scored, dense).iloc[-1]
-                line |= {"nats": mean["nats_difference"], "nats_error": mean["nats_difference_error"]}
+            line["nats"], line["nats_error"] = nats_change(part, dense, counted)
             if name in starts:
                 line["back"], line["back_error"], _ = above_chance_kept(part, dense, rows[starts[name]])
             lines.append(line)

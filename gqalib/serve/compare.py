@@ -36,6 +36,7 @@ GUIDELLM = {  # what it calls our numbers
     "tokens_per_s": ("output_tokens_per_second", "mean"), "first_ms": ("time_to_first_token_ms", "median"),
     "token_ms": ("inter_token_latency_ms", "median"),
 }  # fmt: skip
+LONGEST = 120  # seconds of a load by guidellm, which then ends by itself, whoever is still there
 Urls = dict[str, str]  # of servers, without /v1, by name
 
 
@@ -142,11 +143,12 @@ def guidellm(
         data.write_text("".join(json.dumps(line) + "\n" for line in asked), encoding="utf-8")
         command = [
             program, "run", "--disable-console", "--backend", json.dumps(backend), "--profile",
-            f"kind=concurrent,streams={at_once}", "--constraint", f"kind=max_requests,count={len(asked)}", "--data",
-            f"kind=json_file,path={data}", "--tokenizer", f"kind=huggingface_auto,model={folder}", "--output",
-            f"kind=json,path={out}",
+            f"kind=concurrent,streams={at_once}", "--constraint", f"kind=max_duration,seconds={LONGEST}",
+            "--constraint", f"kind=max_requests,count={len(asked)}", "--data", f"kind=json_file,path={data}",
+            "--tokenizer", f"kind=huggingface_auto,model={folder}", "--output", f"kind=json,path={out}",
         ]  # fmt: skip
-        ended = subprocess.run(command, capture_output=True, text=True)
+        with one_sentence(f"{program} does not come to an end", "see whether the server answers"):
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=2 * LONGEST)
         if not out.exists():
             last = (ended.stderr.strip() or ended.stdout.strip() or "nothing said").splitlines()[-1]
             raise InputError(f"{program} ended without a result: {last}")
