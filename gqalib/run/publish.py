@@ -16,7 +16,7 @@ from gqalib.figures import as_markdown
 from gqalib.measure import frontier
 from gqalib.model.names import REPOSITORY
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
-from gqalib.run.notebook import COMMITTED, committed_seconds, read_record, sha256, write_atomically
+from gqalib.run.notebook import committed_seconds, read_record, sha256, write_atomically
 
 QUICK = "tiny"  # the preset that a page which is opened runs
 REAL = "smollm2"  # the preset whose executed notebooks are committed; the quick look's where it has none yet
@@ -267,16 +267,14 @@ def title(path: Path) -> str:
     return first.removeprefix("# ") if first.startswith("# ") else path.stem
 
 
-def named(heading: str, record: dict[str, Any], results: Path = COMMITTED) -> str:
+def named(heading: str, record: dict[str, Any]) -> str:
     """A page's first cell, whose table says what run the outputs are of and how long it took: a page that is opened
     runs `tiny`."""
     p, commit = record["parameters"], record["git_commit"]
     code = f"code of `{commit[:7]}{commit[40:]}`" if commit else "code outside of a repository"
     said = f"of preset `{record['preset']}` ({p['model']}, text `{p['corpus']}`), {code}"
-    took = f"{_minutes(record['seconds'])} minutes for these outputs ({record['machine']})"
-    if record["preset"] != QUICK:
-        said += f"; run without changes, the page uses `{QUICK}`, which is small"
-        took += f"; {_minutes(committed_seconds(record['notebook'], QUICK, results))} with `{QUICK}`"
+    said += f"; run without changes, the page uses `{QUICK}`, which is small" * (record["preset"] != QUICK)
+    took = f"{_minutes(record['seconds'])} minutes for these outputs ({record['machine']}); README has other presets'"
     heading = re.sub(r"\| \*\*(Time|Outputs)\*\* .*\n", "", heading)
     rows = f"| **Time** | {took} |\n| **Outputs** | {said} |\n| **Reads** "
     return heading.replace("| **Reads** ", rows, 1)
