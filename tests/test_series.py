@@ -416,12 +416,13 @@ def test_a_page_shows_the_real_model_once_it_has_run(tmp_path, monkeypatch):
         nbformat.write(executed, run_dir / page.name)
         parameters = {"model": "mine", "corpus": "mine"}
         record = {"schema": 1, "notebook": page.stem, "preset": preset, "overrides": {}, "parameters": parameters}
-        record |= {"git_commit": "0123456789", "artefacts": [], "said": said}
+        record |= {"git_commit": "0123456789", "artefacts": [], "said": said, "seconds": 90.0, "machine": "a laptop"}
         (run_dir / f"{page.stem}.json").write_text(json.dumps(record))
         publish.publish(run_dir, preset, page.parent, tmp_path)
         heading, code = nbformat.read(page, as_version=4).cells
         shown.append(code.outputs[0].text)
         assert heading.source.count("**Outputs**") == 1
+        assert heading.source.count("| **Time** | 1.5 minutes for these outputs (a laptop)") == 1
     assert shown == ["first", "second", "second"] and "of preset `smollm2` (mine" in heading.source
     kept = {path.parent.name: json.loads(path.read_text())["said"] for path in tmp_path.glob("data/results/*/*.json")}
     assert kept == {"tiny": "third", "smollm2": "second"}
