@@ -56,8 +56,8 @@ endef
 .PHONY: pages-first pages-second pages-third pages-fourth
 pages-first: PAGES = notebooks/0[1-8]_*.ipynb
 pages-second: PAGES = notebooks/09_*.ipynb notebooks/1[0-2]_*.ipynb notebooks/solutions/*.ipynb  # read no record of the first
-pages-third: PAGES = notebooks/14_*.ipynb  # these two read both
-pages-fourth: PAGES = notebooks/13_*.ipynb notebooks/1[5-9]_*.ipynb
+pages-third: PAGES = notebooks/1[4-9]_*.ipynb  # these two read both, and 15 reads 14
+pages-fourth: PAGES = notebooks/13_*.ipynb
 pages-first pages-second pages-third pages-fourth:
 	OMP_NUM_THREADS=1 GQALIB_PRESET=smoke GQALIB_RUNS=$(CURDIR)/runs/nbval \
 	  TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_PROGRESS_BARS=1 \
