@@ -126,34 +126,39 @@ async def _throughput(url: str, prompts: Sequence[str], num_new_tokens: int, at_
 
 
 def guidellm(
-    program: str, url: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], num_new_tokens: int, at_once: int
-) -> dict[str, float]:
+    program: str, url: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], num_new_tokens: int,
+    at_once: int,
+) -> dict[str, float]:  # fmt: skip
     """What guidellm finds, which lives in an environment of its own, when it asks for the same answers, so many at a
     time: `tokens_per_s` of all of them together, and medians over them, `first_ms` and `token_ms`.
 
     Raises:
-        InputError: it ends without a result.
+        InputError: it ends without a result, or not at all.
     """
     asked = [{"prompt": prompt, "output_tokens_count": num_new_tokens} for prompt in prompts]
-    body = ALL_WORK | {"temperature": 0}
-    backend = {"kind": "openai_http", "target": url, "request_format": "/v1/completions", "extras": {"body": body}}
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         data, out = Path(folder) / "prompts.jsonl", Path(folder) / "found.json"
         data.write_text("".join(json.dumps(line) + "\n" for line in asked), encoding="utf-8")
-        command = [
-            program, "run", "--disable-console", "--backend", json.dumps(backend), "--profile",
-            f"kind=concurrent,streams={at_once}", "--constraint", f"kind=max_duration,seconds={LONGEST}",
-            "--constraint", f"kind=max_requests,count={len(asked)}", "--data", f"kind=json_file,path={data}",
-            "--tokenizer", f"kind=huggingface_auto,model={folder}", "--output", f"kind=json,path={out}",
-        ]  # fmt: skip
+        options = _guidellm_options(url, Path(folder), data, out, len(asked), at_once)
         with one_sentence(f"{program} does not come to an end", "see whether the server answers"):
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=2 * LONGEST)
+            ended = subprocess.run([program, "run", *options], capture_output=True, text=True, timeout=2 * LONGEST)
         if not out.exists():
             last = (ended.stderr.strip() or ended.stdout.strip() or "nothing said").splitlines()[-1]
             raise InputError(f"{program} ended without a result: {last}")
         found = json.loads(out.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
     return {name: found[of]["successful"][which] for name, (of, which) in GUIDELLM.items()}
+
+
+def _guidellm_options(url: str, tokenizer: Path, data: Path, out: Path, num_requests: int, at_once: int) -> list[str]:
+    body = ALL_WORK | {"temperature": 0}
+    backend = {"kind": "openai_http", "target": url, "request_format": "/v1/completions", "extras": {"body": body}}
+    return [
+        "--disable-console", "--backend", json.dumps(backend), "--profile", f"kind=concurrent,streams={at_once}",
+        "--constraint", f"kind=max_duration,seconds={LONGEST}", "--constraint",
+        f"kind=max_requests,count={num_requests}", "--data", f"kind=json_file,path={data}", "--tokenizer",
+        f"kind=huggingface_auto,model={tokenizer}", "--output", f"kind=json,path={out}",
+    ]  # fmt: skip
 
 
 def decode_speed(file: Path, num_new_tokens: int = 32, repeats: int = 3) -> dict[str, float]:
