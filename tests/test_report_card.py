@@ -290,7 +290,7 @@ def test_a_prompt_is_typed_where_somebody_is_there(tmp_path, tokenizer, monkeypa
 def test_what_a_model_wrote_in_the_committed_run(tmp_path, monkeypatch):
     nb = open_notebook(tmp_path)
     monkeypatch.setattr(report_card, "COMMITTED", tmp_path)
-    assert report_card.kept_text(nb, "refitted-25").startswith("no text of refitted-25 is kept for this preset")
+    assert report_card.kept_text(nb, "refitted-25") == "no text of refitted-25 is kept for preset tiny"
     rows = [{"prompt": "why?", "model": name, "text": f"{name} says"} for name in ("dense", "refitted-25")]
     monkeypatch.setattr(report_card, "read_record", lambda path: {"tables": {"written": rows}})
     assert report_card.kept_text(nb, "refitted-25") == "━━ why?\nrefitted-25 says"

@@ -356,13 +356,13 @@ def written(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def kept_text(nb: Notebook, model: str) -> str:
-    """What a model of notebook 12 wrote to the prompts in the committed run of this preset, or where there is some."""
-    rows = []
+    """What a model of notebook 12 wrote to the prompts in the committed run of this preset; a sentence if none is
+    kept."""
+    rows, preset = [], nb.parameters["name"]
     with contextlib.suppress(InputError):
-        record = read_record(COMMITTED / nb.parameters["name"] / "12_distillation.json")
-        rows = record["tables"].get("written", [])
+        rows = read_record(COMMITTED / preset / "12_distillation.json")["tables"].get("written", [])
     texts = [f"━━ {row['prompt']}\n{row['text']}" for row in rows if row["model"] == model]
-    return "\n".join(texts) or f"no text of {model} is kept for this preset; smollm2 has some at 25 and 50 %"
+    return "\n".join(texts) or f"no text of {model} is kept for preset {preset}"
 
 
 def typed(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
