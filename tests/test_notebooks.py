@@ -207,7 +207,7 @@ def test_a_trained_model_that_is_gone_is_trained_again(tmp_path):
     """10 keeps a row for each training; where the row's model was saved and is missing, the row does not count."""
     nb, out, made = Notebook("12_distillation", "smoke", {}, tmp_path, 0, ("budgets",)), tmp_path / "models", []
 
-    def train(start, way, tokens, out, folder):
+    def train(start, way, tokens, rate, out, folder):
         made.append(start)
         if out:
             out.mkdir()

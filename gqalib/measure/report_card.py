@@ -353,6 +353,17 @@ def written(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) ->
     for prompt in asked.prompts:
         print(f"━━ {prompt}")
         print(*(f"── {row['model']}\n{row['text']}\n" for row in rows if row["prompt"] == prompt), sep="\n")
+    texts = pd.DataFrame(rows).groupby("model", sort=False)["text"]
+    said = ", ".join(f"{name} {different_trigrams(list(found)):.0f} %" for name, found in texts)
+    print(f"sequences of three words that are not repeats of an earlier one: {said}")
+
+
+def different_trigrams(texts: Sequence[str]) -> float:
+    """How many of all sequences of three words differ from each other, in percent (distinct-3, Li et al. 2016): few
+    where a model repeats itself. NaN where no text has three words."""
+    words = [text.split() for text in texts]
+    found = [trigram for text in words for trigram in zip(text, text[1:], text[2:], strict=False)]
+    return 100 * len(set(found)) / len(found) if found else math.nan
 
 
 def kept_text(nb: Notebook, model: str) -> str:
