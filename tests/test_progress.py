@@ -33,10 +33,10 @@ from gqalib.prune.scores import gradient_covariances
 from gqalib.recover import lora as recover_lora
 from gqalib.recover.lora import finetune_lora
 from gqalib.recover.trainer import Watch, finish, place_of
-from gqalib.run import resume, series
-from gqalib.run.notebook import SHARED, Notebook, code_used, progress_dir, read_record
+from gqalib.run import publish, resume, series
+from gqalib.run.notebook import PACKED, SHARED, Notebook, code_used, progress_dir, read_record
 from gqalib.run.presets import Distillation, load_preset
-from gqalib.run.resume import NOT_KEPT, Progress, digest
+from gqalib.run.resume import NOT_KEPT, PACKED_BYTES, Progress, digest
 
 QUICK = refit.Ingredients(newton_rounds=1, newton_steps=1, damping=0.01)
 UNTRIED = refit.Ingredients(newton_rounds=0, damping=0.01)  # so little that every other argument shows
@@ -606,6 +606,23 @@ def test_force_begins_anew(tmp_path, monkeypatch):
             folder.mkdir(parents=True, exist_ok=True)
         job.run(force)
     assert there == [[True, True], [False, False]]
+
+
+def test_what_long_stages_found_travels_with_the_repository(tmp_path, monkeypatch):
+    """Published, then found in a fresh run folder on another machine; --force begins with nothing all the same."""
+    monkeypatch.setattr("gqalib.run.notebook.COMMITTED", tmp_path / "results")
+    nb, large = notebook(tmp_path / "first"), torch.zeros(PACKED_BYTES)
+    for progress in (nb.progress("a"), nb.shared_progress("b", "")):
+        progress.keep("row", {"x": 1.5})
+        progress.keep("model", {"weight": large})
+    publish._pack_progress(tmp_path / "first", [nb.name, SHARED, "none"], tmp_path / "results" / "tiny" / PACKED)
+    nb = notebook(tmp_path / "second")
+    for progress in (nb.progress("a"), nb.shared_progress("b", "")):
+        assert progress.load("row") == {"x": 1.5} and progress.load("model") is None
+    assert notebook(tmp_path / "second").progress("a").load("row") == {"x": 1.5}
+    assert notebook(tmp_path / "third", seed=1).progress("a").load("row") is None
+    (tmp_path / "fourth" / "progress").mkdir(parents=True)  # as --force leaves it
+    assert notebook(tmp_path / "fourth").progress("a").load("row") is None
 
 
 def test_a_record_says_what_the_results_depend_on(tmp_path):

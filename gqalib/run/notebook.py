@@ -40,12 +40,13 @@ from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run.checks import NOTEBOOKS, code_of
 from gqalib.run.corpora import corpus_path
 from gqalib.run.presets import Preset, load_preset
-from gqalib.run.resume import FRAME, Part, Progress, code_hash, replacing, spent
+from gqalib.run.resume import FRAME, Part, Progress, code_hash, replacing, spent, unpack
 
 SCHEMA = 1
 COMMITTED = REPOSITORY / "data" / "results"
 BASE = ("model", "corpus", "dtype", "evaluation_dtype", "device")  # what every notebook depends on
 SHARED = "shared"  # the progress that belongs to no one notebook
+PACKED = "progress"  # beside a preset's committed records: what its long stages found
 HELD = "GQALIB_LOCKED"  # in the environment of the notebooks that a runner starts: the folder that it has locked
 AT_ONCE = "GQALIB_AT_ONCE"  # how many notebooks the runner has running beside each other
 COMMIT = "git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"  # says what is checked out
@@ -210,6 +211,7 @@ class Notebook:
         self._lock = contextlib.ExitStack()
         if os.environ.get(HELD) != str(self.run_dir):  # else the runner that started this notebook has it
             self._lock.enter_context(locked(self.run_dir, shared=True))
+        unpack(sorted((COMMITTED / preset / PACKED).glob("*.tar.gz")), self.run_dir / "progress")
         self.metrics, self.tables, self.texts, self.captions = {}, {}, {}, {}
         self.artefacts, self.stages, self.read = [], [], {}
         self._started = spent()

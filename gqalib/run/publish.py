@@ -16,7 +16,10 @@ from gqalib.figures import as_markdown
 from gqalib.measure import frontier
 from gqalib.model.names import REPOSITORY
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
-from gqalib.run.notebook import committed_seconds, read_record, sha256, write_atomically
+from gqalib.run.notebook import (
+    PACKED, SHARED, committed_seconds, progress_dir, read_record, sha256, write_atomically,
+)  # fmt: skip
+from gqalib.run.resume import pack
 
 QUICK = "tiny"  # the preset that a page which is opened runs
 REAL = "smollm2"  # the preset whose executed notebooks are committed; the quick look's where it has none yet
@@ -140,7 +143,8 @@ def recovery_block(results: Path) -> str:
 
 
 def publish(run_dir: Path, preset: str = QUICK, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:
-    """Copy a finished run of a plain preset into the repository: records, figures and README's tables.
+    """Copy a finished run of a plain preset into the repository: records, figures, README's tables and, unless it is
+    `tiny`, what its long stages found.
 
     For `smollm2`, also copy the notebooks' outputs. For `tiny`, copy outputs only where `smollm2` has none. Words of a
     page may have changed since its run, code may not. Of `tiny` the whole series must be there, of another preset at
@@ -164,6 +168,8 @@ def publish(run_dir: Path, preset: str = QUICK, notebooks: Path = NOTEBOOKS, roo
             write_atomically(path, nbformat.writes(pages[path]) + "\n")
         write_atomically(results / preset / name, (run_dir / name).read_text(encoding="utf-8"))
         _copy_figures(run_dir, record, root / "figures" / preset)
+    if preset != QUICK:  # its point is that it measures anew, in minutes
+        _pack_progress(run_dir, [*(path.stem for path in records), SHARED], results / preset / PACKED)
     update_readme(root / "README.md", results, notebooks)
 
 
@@ -184,6 +190,13 @@ def _copy_figures(run_dir: Path, record: dict[str, Any], target: Path) -> None:
     for artefact in record["artefacts"]:
         if artefact.startswith("figures/"):
             shutil.copyfile(run_dir / artefact, target / Path(artefact).name)
+
+
+def _pack_progress(run_dir: Path, names: list[str], target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (folder := progress_dir(run_dir, name)).is_dir():
+            pack(folder, target / f"{name}.tar.gz")
 
 
 def _check_plain(preset: str, records: list[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ import json
 import numbers
 import os
 import shutil
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -43,6 +44,7 @@ FRAME = (
     "run.front", "run.grid", "run.notebook", "run.play", "run.presets", "run.publish", "run.resume", "run.series",
 )  # fmt: skip
 Part = Any  # what JSON can say, or a dict of tensors
+PACKED_BYTES = 1 << 20  # of a part, at most: rows and losses travel with the repository, a model's tensors do not
 
 
 class Progress:
@@ -166,6 +168,22 @@ def onto_disk(path: Path) -> None:
     for place in filter(Path.is_file, [path, *path.rglob("*")]):
         with place.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """The small parts of a folder of progress as one file, from which another machine goes on."""
+    with replacing(archive) as file, tarfile.open(file, "w:gz") as packed:
+        packed.add(folder, folder.name, filter=lambda entry: entry if entry.size <= PACKED_BYTES else None)
+
+
+def unpack(archives: Sequence[Path], folder: Path) -> None:
+    """What was packed, where nothing is kept yet; keys still decide what of it counts."""
+    with _alone_in(folder.parent):
+        if archives and not folder.exists():
+            with replacing(folder) as unfinished:
+                for archive in archives:
+                    with tarfile.open(archive) as packed:
+                        packed.extractall(unfinished, filter="data")
 
 
 @contextmanager
