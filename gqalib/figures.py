@@ -177,9 +177,9 @@ def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
         reach = [own["speedup"] - own["speedup_low"], own["speedup_high"] - own["speedup"]]
         style = {"marker": MARKERS[role := _role_of(name)], "color": COLORS[role], "ms": 6, "capsize": 2}
         if role == "other":  # models without a colour of their own: darker and darker
-            style |= {"marker": "^oD"[index % 3], "color": str(0.6 * (1 - (index + 1) / len(names)))}
+            style |= {"marker": "^oD"[index % 3], "color": str(0.65 - 0.4 * index / len(names))}
         ax.errorbar(x, own["speedup"], reach, ls="", lw=1, label=name, **style)
-        dash = {"marker": "_", "s": 1500 * width / len(points), "color": COLORS["v2"], "lw": 2}
+        dash = {"marker": "_", "s": 1500 * width / len(points), "color": COLORS["dense"], "lw": 2}
         ax.scatter(x, own["ceiling"].where(own["speedup"].notna()), label=None if index else "ceiling", **dash)
         for place in x[own["speedup"].isna()]:
             ax.text(place, 1.03, "not measured", rotation=90, ha="center", va="bottom", fontsize=8)
