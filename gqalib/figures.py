@@ -142,7 +142,7 @@ def perplexity_dots(
     finite = np.isfinite(np.array(values, dtype=float))
     drawn = np.where(finite, values, dense)
     for position, (name, value, place, error) in enumerate(zip(names, values, drawn, reach, strict=True)):
-        role = _role_of(name)
+        role = role_of(name)
         number = f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
         text = number if finite[position] else "does not run" if np.isnan(value) else "beyond any number"
         style = {"color": COLORS[role], "marker": MARKERS[role] if finite[position] else "", "ms": 6}
@@ -175,7 +175,7 @@ def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
         own = rows[rows["model"] == name].set_index(["batch_size", "context"]).reindex(points)
         x = np.arange(len(points)) + (index - (len(names) - 1) / 2) * width
         reach = [own["speedup"] - own["speedup_low"], own["speedup_high"] - own["speedup"]]
-        style = {"marker": MARKERS[role := _role_of(name)], "color": COLORS[role], "ms": 6, "capsize": 2}
+        style = {"marker": MARKERS[role := role_of(name)], "color": COLORS[role], "ms": 6, "capsize": 2}
         if role == "other":  # models without a colour of their own: darker and darker
             style |= {"marker": "^oD"[index % 3], "color": str(0.65 - 0.4 * index / len(names))}
         ax.errorbar(x, own["speedup"], reach, ls="", lw=1, label=name, **style)
@@ -200,7 +200,7 @@ def task_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
     names, places = table["model"].unique(), {task: -i for i, task in enumerate(table["task"].unique())}
     seen: list[str] = []
     for index, name in enumerate(names):
-        rows, role = table[table["model"] == name], _role_of(name)
+        rows, role = table[table["model"] == name], role_of(name)
         y = rows["task"].map(places) + 0.6 * (0.5 - (index + 0.5) / len(names))
         style = {"color": COLORS[role], "marker": "v" if seen.count(role) > 1 else MARKERS[role], "ms": 6}
         style |= {"mfc": "white"} if seen.count(role) == 1 else {}
@@ -212,34 +212,6 @@ def task_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
     ax.set_yticks(list(places.values()), list(places))
     ax.set(xlabel="accuracy (%, ± 2 standard errors)")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-FILE_AXES = {"bytes": ("file (MB)", 1e6), "tokens/s": ("tokens per second, one sequence", 1)}
-
-
-def file_dots(ax: plt.Axes, table: pd.DataFrame, across: str) -> None:
-    """Perplexity over one of `FILE_AXES`, a colour per model, a marker per type, two standard errors, and over size the
-    front as a line; `table` is of `quantised.table`, the legend is left to the caller."""
-    kinds, seen, (label, unit) = table["type"].unique(), [], FILE_AXES[across]
-    for index, (name, rows) in enumerate(table.groupby("model", sort=False)):
-        style = {"color": COLORS[role := _role_of(name)], "mfc": "white" if role in seen else COLORS[role]}
-        for marker, kind in zip("osD^v", kinds, strict=False):
-            part = rows[rows["type"] == kind]
-            x, y = part[across] / unit * 1.01**index, part["times dense"]  # models of one size stand beside each other
-            ax.errorbar(x, y, 2 * part["± standard error"], marker=marker, ls="", capsize=2, lw=1, **style)
-        ax.plot([], [], "o", label=name, **style)
-        seen.append(role)
-    for marker, kind in zip("osD^v", kinds, strict=False):
-        ax.plot([], [], marker, color="none", mec=COLORS["dense"], label=kind)
-    if across == "bytes":
-        front = table[table["front"]].sort_values("bytes")
-        ax.step(front["bytes"] / 1e6, front["times dense"], where="post", color=COLORS["other"], lw=1, zorder=0)
-        ax.set(ylabel="perplexity (× dense, ± 2 standard errors)")
-    ax.set(xlabel=label, yscale="log")
-    high = (table["times dense"] + 2 * table["± standard error"]).max()
-    # steps within a power of ten: 9.8 and 9.9 are 0.98 and 0.99, in the one below
-    small = (1, 1.02, 1.05, 1.1, 1.2, 1.5) if high > 1.05 else (1, 1.01, 1.02, 1.03, 1.04, 9.8, 9.9)
-    readable_log_axis(ax.yaxis, (1, 1.2, 1.5, 2, 3, 5) if high > 1.5 else small)
 
 
 def names_at_the_edge(ax: plt.Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
@@ -273,7 +245,8 @@ def stretch_around_zero(axis, linear_up_to: float) -> None:
     axis.axes.autoscale(axis=axis.axis_name)  # lines drawn before fixed the limits of a linear axis
 
 
-def _role_of(name: str) -> str:
+def role_of(name: str) -> str:
+    """What a model is in `COLORS`, by its name."""
     if "LoRA" in name or name.startswith(("distilled", "literal")):
         return "recovered"
     role = next((role for role in ("dense", "v2", "v3", "refit") if name.startswith(role)), None)

@@ -23,7 +23,7 @@ from gqalib.measure.perplexity import window_losses
 from gqalib.model import deci, surgery
 from gqalib.model.load import load_tokenizer
 from gqalib.run.resume import Progress
-from gqalib.serve import compare, export, feedback, quantised
+from gqalib.serve import compare, export, feedback, quantised, sizes
 
 # ---------------------------------------------------------------- files
 
@@ -117,10 +117,10 @@ def test_table_and_figure():
     assert table["times dense"].tolist() == pytest.approx(np.exp([0, 0.2, 0.1, 0.5]))
     assert table["front"].tolist() == [True, True, True, True]
     fig, axes = plt.subplots(1, 2)
-    for ax, across in zip(axes, figures.FILE_AXES, strict=True):
-        figures.file_dots(ax, table.assign(**{"tokens/s": [10.0, 20.0, 15.0, 30.0]}), across)
+    for ax, across in zip(axes, sizes.AXES, strict=True):
+        sizes.dots(ax, table.assign(**{"tokens/s": [10.0, 20.0, 15.0, 30.0], "slowest": 9.0, "fastest": 31.0}), across)
         assert ax.get_legend_handles_labels()[1] == ["dense", "v3", "f16", "q4_0"]
-        assert ax.get_xlabel() == figures.FILE_AXES[across][0]
+        assert ax.get_xlabel() == sizes.AXES[across][0]
     fig.canvas.draw()
     plt.close(fig)
 
@@ -128,11 +128,69 @@ def test_table_and_figure():
 def test_two_models_of_a_kind_are_told_apart_in_the_figure():
     table = quantised.table(made_rows(dense_f16=0, **{"refitted-25_f16": 0.1, "refitted-50_f16": 0.5}), torch.zeros(4))
     fig, ax = plt.subplots()
-    figures.file_dots(ax, table, "bytes")
+    sizes.dots(ax, table, "bytes")
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     first, second = handles["refitted-25"], handles["refitted-50"]
     assert first.get_color() == second.get_color() and first.get_markerfacecolor() != second.get_markerfacecolor()
     plt.close(fig)
+
+
+def test_pruned_files_at_equal_size():
+    """Sizes 50 (two models, one better), 30 (one file) and 15, 15.6 (nearly the same)."""
+    rows = made_rows(dense_f16=0, v3_f16=0.5, refitted_f16=0.1, v3_q8_0=0.6, v3_q4_0=0.9, refitted_q4_0=0.91)
+    rows[-1] |= {"bytes": 15.6, "losses": rows[-1]["losses"] + torch.tensor([0.1, -0.1, 0.1, -0.1])}
+    found = sizes.at_equal_size(rows)
+    assert found["file"].tolist() == ["v3 q4_0", "refitted q4_0", "v3 q8_0", "v3 f16", "refitted f16"]
+    assert found["verdict"].tolist() == ["best", "not told apart", "best", "worse", "best"]
+    assert found["times best"].tolist() == pytest.approx([1, math.exp(0.01), 1, math.exp(0.4), 1])
+    lines = sizes.verdict(found)
+    assert lines[0] == "about 0.000 MB: v3 q4_0 is best; not told apart: refitted q4_0"
+    assert lines[1].endswith("only v3 q8_0") and lines[2].endswith("refitted f16 is best; worse: v3 f16")
+    assert len(sizes.at_equal_size(rows, within=0.01)["about"].unique()) == 4
+
+
+@pytest.fixture
+def drawn():
+    """Two kinds of the same size that are nearly as good, another one that is not; all as fast as each other."""
+    losses = {"dense": 0, "v3": 1.5, "refitted-25": 0.5, "distilled-25": 0.49, "distilled-50": 0.8}
+    table = quantised.table(made_rows(**{f"{name}_f16": loss for name, loss in losses.items()}), torch.zeros(4))
+    table["± standard error"] = 0.05
+    table = table.assign(**{"tokens/s": 10.0, "slowest": 9.0, "fastest": 12.0})
+    fig, axes = plt.subplots(1, 2)
+    for ax, across in zip(axes, sizes.AXES, strict=True):
+        sizes.dots(ax, table, across)
+        assert ax.get_xlabel() == sizes.AXES[across][0]
+    fig.canvas.draw()
+    yield table, axes
+    plt.close(fig)
+
+
+def places(ax):
+    """Where the five points stand across."""
+    return [box.lines[0].get_xdata()[0] for box in ax.containers]
+
+
+def test_only_a_point_that_hides_another_is_moved(drawn):
+    table, (size, speed) = drawn
+    shown = np.array(places(size)) - table["bytes"] / 1e6
+    assert shown.tolist()[:3] == [0, 0, 0] and shown[3] > 0 and shown[4] == 0
+    assert places(speed) == [10] * 5  # their bars say where they are
+
+
+def test_bars_across_go_from_the_slowest_turn_to_the_fastest(drawn):
+    _, (size, speed) = drawn
+    assert all(box.has_xerr and box.has_yerr for box in speed.containers)
+    assert not any(box.has_xerr for box in size.containers)
+    across = speed.containers[0].lines[2][0].get_segments()[0]
+    assert across[:, 0].tolist() == [9, 12]
+
+
+def test_models_have_their_colour_and_the_second_of_a_kind_is_hollow(drawn):
+    handles = dict(zip(*reversed(drawn[1][0].get_legend_handles_labels()), strict=True))
+    color = {name: handles[name].get_color() for name in ("dense", "v3", "refitted-25", "distilled-25")}
+    assert color == {name: figures.COLORS[role] for name, role in zip(color, ("dense", "v3", "refit", "recovered"))}
+    assert handles["distilled-50"].get_color() == color["distilled-25"]
+    assert handles["distilled-50"].get_markerfacecolor() == "white" != handles["distilled-25"].get_markerfacecolor()
 
 
 def test_weights_are_counted_as_the_file_has_them(tmp_path, fields):
@@ -266,6 +324,26 @@ def test_under_load_as_many_at_once_as_asked(asked):
     assert most == [3] and len(log) == 8 * 6 and (rows["tokens_per_s"] > 0).all()
 
 
+def test_files_are_timed_in_turn(monkeypatch, tmp_path):
+    """In rounds: no file has its second turn before each has had its first; what was timed is kept."""
+    asked, speeds = [], iter(range(100))
+
+    def speed(file, num_new_tokens):
+        asked.append(file)
+        return float(next(speeds))
+
+    monkeypatch.setattr(compare, "decode_speed", speed)
+    files = [tmp_path / name / "a.gguf" for name in "abcde"]
+    kept = Progress(tmp_path / "kept", {})
+    found = compare.decode_speeds(files, 8, rounds=3, seed=1, progress=kept)
+    assert [sorted(asked[start : start + 5]) for start in (0, 5, 10)] == [files] * 3 and asked[:5] != asked[5:10]
+    own = [[turn for turn, file in enumerate(asked) if file == each] for each in files]
+    assert found["tokens/s"].tolist() == [turns[1] for turns in own]
+    assert found["slowest"].tolist() == [turns[0] for turns in own]
+    assert found["fastest"].tolist() == [turns[2] for turns in own]
+    assert found.equals(compare.decode_speeds(files, 8, rounds=3, seed=1, progress=kept)) and len(asked) == 15
+
+
 # ---------------------------------------------------------------- what it shows
 
 
@@ -308,6 +386,34 @@ def test_paired_interval_is_that_of_the_differences():
     assert turned["difference"] == -2 and turned["ratio"] == pytest.approx(1 / 1.1)
     with pytest.raises(InputError, match="1 pairs of answers show nothing"):
         compare.paired(rows[:2], "ms", "prompt", ["a", "b"])
+
+
+def test_two_steps_multiply_to_the_whole():
+    rows = pd.DataFrame({"prompt": [0, 0, 0, 1, 1, 1], "server": list("acb") * 2, "ms": [8.0, 4, 1, 16, 9, 3]})
+    ratio = {names: compare.paired(rows, "ms", "prompt", list(names))["ratio"] for names in ("ac", "cb", "ab")}
+    assert ratio["ac"] == pytest.approx((1 / 2 * 9 / 16) ** 0.5)
+    assert ratio["ac"] * ratio["cb"] == pytest.approx(ratio["ab"])
+
+
+def test_share_has_the_interval_of_the_delta_method():
+    """log(last / first) is 2, 4 and the middle has made 1, 2.2 of it: s = 3.2 / 6; residuals ∓0.0667, t(1) = 12.706."""
+    steps = {"a": [0, 0], "c": [1, 2.2], "b": [2, 4]}
+    rows = pd.DataFrame([(i, name, math.exp(v)) for name, own in steps.items() for i, v in enumerate(own)])
+    found = compare.share(rows.set_axis(["prompt", "server", "ms"], axis=1), "ms", "prompt", "acb")
+    residuals = np.array([1, 2.2]) - 3.2 / 6 * np.array([2, 4])
+    reach = 12.7062 * residuals.std(ddof=1) / 2**0.5 / 3
+    assert found["share"] == pytest.approx(3.2 / 6) and found["high"] - found["share"] == pytest.approx(reach, rel=1e-5)
+
+
+def test_interval_of_paired_proportions():
+    """Bentur et al. (2009), of 21 examples 1 and 7 differ: with one more of either, (2 − 8) / 23 ± 1.96 · 0.12627."""
+    first, second = [1] * 7 + [0] + [1] * 1 + [0] * 12, [0] * 7 + [1] + [1] * 1 + [0] * 12
+    found = compare.mcnemar(first, second)
+    assert (found["low"], found["high"]) == pytest.approx((-50.83, -1.34), abs=0.01)
+    turned = compare.mcnemar(second, first)
+    assert (turned["low"], turned["high"]) == (-found["high"], -found["low"])
+    same = compare.mcnemar([1] * 50, [1] * 50)
+    assert -10 < same["low"] < 0 < same["high"] < 10  # that none of so few differ does not make them equal
 
 
 def test_mcnemar_against_a_known_value():

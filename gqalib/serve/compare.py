@@ -7,10 +7,12 @@ models are right about the same questions. Any OpenAI-compatible server will do.
 
 import asyncio
 import json
+import math
 import random
 import subprocess
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -20,11 +22,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest, ttest_rel
+from scipy.stats import binomtest, norm, t, ttest_rel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gqalib.errors import InputError, one_sentence
+from gqalib.run.resume import NOT_KEPT, Progress
 from gqalib.serve.server import Server
 from gqalib.stream import batches
 
@@ -161,17 +164,35 @@ def _guidellm_options(url: str, tokenizer: Path, data: Path, out: Path, num_requ
     ]  # fmt: skip
 
 
-def decode_speed(file: Path, num_new_tokens: int = 32, repeats: int = 3) -> dict[str, float]:
-    """How fast llama.cpp writes with a .gguf file, one sequence at a time, by its own clock: the median `tokens/s` of
-    some answers, the `slowest` and the `fastest`."""
+def decode_speed(file: Path, num_new_tokens: int = 32) -> float:
+    """Tokens per second that llama.cpp writes with a .gguf file, one sequence at a time, by its own clock."""
     from openai import OpenAI
 
-    how = {"max_tokens": num_new_tokens, "temperature": 0, "extra_body": ALL_WORK}
+    how = {"model": "any", "prompt": BACKGROUND, "temperature": 0, "extra_body": ALL_WORK}
     with Server(file) as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        said = [client.completions.create(model="any", prompt=BACKGROUND, **how) for _ in range(1 + repeats)]
-    speeds = [part.timings["predicted_per_second"] for part in said[1:]]  # the first one warms up
-    return {"tokens/s": median(speeds), "slowest": min(speeds), "fastest": max(speeds)}
+        ask = OpenAI(base_url=f"{server.url}/v1", api_key="none").completions.create
+        ask(max_tokens=2, **how)  # the first one of a server is slower
+        return ask(max_tokens=num_new_tokens, **how).timings["predicted_per_second"]
+
+
+def decode_speeds(
+    files: Sequence[Path], num_new_tokens: int = 32, rounds: int = 4, seed: int = 0, progress: Progress = NOT_KEPT
+) -> pd.DataFrame:
+    """`decode_speed` of many files; in each round every file has its turn, in random order, so that what else the
+    machine does falls on all of them alike.
+
+    Args:
+        files: told apart by the names of their folders, as those of `quantised.rows_of` are. progress: keeps each turn.
+
+    Returns:
+        A row for each file: `tokens/s`, the median over the rounds; the `slowest` and the `fastest` turn.
+    """
+    draw, speeds = random.Random(seed), [[] for _ in files]
+    for number in range(rounds):
+        for index in draw.sample(range(len(files)), len(files)):
+            kept = progress.of(files[index].parent.name, num_new_tokens, number, seed)
+            speeds[index].append(kept.once("speed", partial(decode_speed, files[index], num_new_tokens)))
+    return pd.DataFrame([{"tokens/s": median(own), "slowest": min(own), "fastest": max(own)} for own in speeds])
 
 
 # ---------------------------------------------------------------- what it shows
@@ -207,22 +228,51 @@ def _mean(second: np.ndarray, first: np.ndarray) -> tuple[float, float, float]:
     return float((second - first).mean()), float(interval.low), float(interval.high)
 
 
+def share(rows: pd.DataFrame, what: str, by: str, names: Sequence[str]) -> dict[str, float]:
+    """How much of the change from the first of three servers to the last one the middle one has made already, on a log
+    scale: the mean of log(middle / first) over that of log(last / first), over the pairs of `paired`.
+
+    Returns:
+        `share`, with `low` and `high`, the ends of its 95 % interval by the delta method and Student's t. It says
+        nothing where first and last are not told apart.
+    """
+    first, middle, last = np.log(rows.pivot(index=by, columns="server", values=what)[list(names)].dropna()).to_numpy().T
+    part, whole = middle - first, last - first
+    found = part.mean() / whole.mean()
+    error = (part - found * whole).std(ddof=1) / math.sqrt(len(whole)) / abs(whole.mean())
+    reach = t.ppf(0.975, len(whole) - 1) * error
+    return {"share": float(found), "low": float(found - reach), "high": float(found + reach)}
+
+
 def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict[str, Any]:
     """The exact test of McNemar (1947) on answers to the same questions, 1 for a right one.
 
     Only questions count on which one is right and the other wrong. If both were equally good, each of these would be as
     likely to favour the one as the other: p is that of `only_second` heads in so many throws of a fair coin.
 
+    The difference's 95 % interval is that of Bonett and Price (2012), "Adjusted Wald confidence interval for a
+    difference of binomial proportions based on paired data": with one more example that only the first has right, and
+    one more that only the second has, it is d ± 1.96 √((p₁ + p₂ − d²) / (n + 2)), d = p₂ − p₁. Fagerland, Lydersen and
+    Laake (2014) recommend it. Close to p = 0.05 it may contain 0 where the test rejects, or the other way round.
+
     Returns:
         `examples`, `both`, `only_first`, `only_second`, `neither`, `difference` (second less first, in percentage
-        points of all examples), `p`.
+        points of all examples) with `low` and `high`, `p`.
     """
     first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     lost, won = int((first & ~second).sum()), int((~first & second).sum())
     both, neither = int((first & second).sum()), int((~first & ~second).sum())
     counts = {"examples": len(first), "both": both, "only_first": lost, "only_second": won, "neither": neither}
     p = binomtest(won, won + lost).pvalue if won + lost else 1.0
-    return counts | {"difference": 100 * (won - lost) / len(first), "p": float(p)}
+    low, high = _bonett_price(lost, won, len(first))
+    return counts | {"difference": 100 * (won - lost) / len(first), "low": low, "high": high, "p": float(p)}
+
+
+def _bonett_price(lost: int, won: int, count: int) -> tuple[float, float]:
+    """The ends of the interval, in percentage points."""
+    difference, discordant = (won - lost) / (count + 2), (won + lost + 2) / (count + 2)
+    reach = norm.ppf(0.975) * math.sqrt((discordant - difference**2) / (count + 2))
+    return max(-100.0, 100 * (difference - reach)), min(100.0, 100 * (difference + reach))
 
 
 def compared_answers(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:

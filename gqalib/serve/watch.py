@@ -85,22 +85,22 @@ def tokens_per_second(samples: pd.DataFrame) -> pd.Series:
     return steps.diff() / samples.index.to_series().diff().dt.total_seconds()
 
 
-def draw(axes: Sequence[plt.Axes], samples: pd.DataFrame) -> None:
-    """Tokens per second, and requests answered and waiting; red while a rule fires, which the title names."""
+def draw(axes: Sequence[plt.Axes], samples: pd.DataFrame, color: str = COLORS["recovered"]) -> None:
+    """Tokens per second, and requests answered and waiting, in the colour of the model that is served; red while a rule
+    fires, which the title names."""
     speed, requests = axes
     seconds = (samples.index - samples.index[0]).total_seconds()
-    speed.plot(seconds, tokens_per_second(samples), color=COLORS["dense"])
+    speed.plot(seconds, tokens_per_second(samples), color=color)
     speed.set(ylabel="tokens per second", xlabel="seconds", ylim=(0, None))
-    for name, style in {"processing": "-", "deferred": "--"}.items():
-        color = COLORS["v3" if name == "processing" else "v2"]
-        requests.step(seconds, samples[f"requests_{name}"], style, where="post", color=color, label=name)
+    for name, style, shade in (("processing", "-", color), ("deferred", "--", COLORS["other"])):
+        requests.step(seconds, samples[f"requests_{name}"], style, where="post", color=shade, label=name)
     requests.set(ylabel="requests", xlabel="seconds", ylim=(0, None))
     requests.yaxis.set_major_locator(MaxNLocator(integer=True))
     requests.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # above: lines go everywhere
     firing = alerts(samples)
     for ax in axes:
         ax.fill_between(
-            seconds, 0, firing.any(axis=1), transform=ax.get_xaxis_transform(), color=COLORS["v2"], alpha=0.15, lw=0
+            seconds, 0, firing.any(axis=1), transform=ax.get_xaxis_transform(), color="red", alpha=0.15, lw=0
         )
     requests.set_title(", ".join(firing.columns[firing.any()]), loc="left")
 
