@@ -52,21 +52,19 @@ def save_for_paper(fig: plt.Figure, path: Path) -> None:
 def _resized(fig: plt.Figure, width: float, factor: float) -> Iterator[None]:
     """Inside, a figure has this width in inches; its height, letters, lines and dots are `factor` times theirs."""
     size, lines, groups = fig.get_size_inches(), fig.findobj(Line2D), fig.findobj(Collection)
-    sizes = [(text.set_fontsize, text.get_fontsize()) for text in fig.findobj(Text)]
+    points = plt.rcParams["font.size"]  # of ticks that are only made when it is drawn
+    sizes = [(lambda size, ax=ax: ax.tick_params(which="both", labelsize=size), points) for ax in fig.axes]
+    sizes += [(text.set_fontsize, text.get_fontsize()) for text in fig.findobj(Text)]
     sizes += [(artist.set_linewidth, artist.get_linewidth()) for artist in lines + groups]
     sizes += [(line.set_markersize, line.get_markersize()) for line in lines]
     sizes += [(dots.set_sizes, dots.get_sizes()) for dots in fig.findobj(PathCollection)]
     fig.set_size_inches(width, size[1] * factor)
-    for ax in fig.axes:  # ticks that are only made when it is drawn
-        ax.tick_params(which="both", labelsize=plt.rcParams["font.size"] * factor)
     for set_size, value in sizes:
         set_size(np.multiply(value, factor))
     try:
         yield
     finally:
         fig.set_size_inches(size)
-        for ax in fig.axes:
-            ax.tick_params(which="both", labelsize=plt.rcParams["font.size"])
         for set_size, value in sizes:
             set_size(value)
 
