@@ -192,10 +192,7 @@ def verdict(rows: Rows) -> list[str]:
         table = tasks.summary(found, dense)
         gap, error = table["difference"], SURE * table["difference_error"]
         below, above = _named(table, gap < -error), _named(table, gap > error)
-        lines += [
-            f"{name}: below {first} on {below}; above it on {above}",
-            f"    {_kept(found, dense)}",
-        ]
+        lines += [f"{name}: below {first} on {below}; above it on {above}", f"    {_kept(found, dense)}"]
         errors.append(error)
     if errors:
         widest = pd.concat(errors, axis=1).max(axis=1)

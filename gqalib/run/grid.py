@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.cm import viridis
 from matplotlib.figure import Figure
+from tenacity import Retrying, stop_after_attempt
 
 from gqalib.errors import InputError, one_sentence
 from gqalib.figures import readable_log_axis
@@ -150,13 +151,8 @@ def start_ray(ray: Any, address: str | None, folder: str) -> None:
         hint = "give the host:port that `ray start --head` printed, and set RAY_AUTH_MODE=token if it asks for one"
         with one_sentence(f"no Ray cluster answers at {address}", hint):
             return ray.init(address, **quiet)
-    for left in (2, 1, 0):
-        try:
-            return ray.init("local", include_dashboard=False, object_store_memory=80 * 2**20, _temp_dir=folder, **quiet)
-        except Exception:  # Ray raises no narrower one
-            ray.shutdown()
-            if not left:
-                raise
+    again = Retrying(stop=stop_after_attempt(3), after=lambda _: ray.shutdown(), reraise=True)
+    again(ray.init, "local", include_dashboard=False, object_store_memory=80 * 2**20, _temp_dir=folder, **quiet)
 
 
 def check_resources(nodes: list[dict[str, Any]], grid: Grid) -> None:

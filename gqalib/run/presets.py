@@ -14,15 +14,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+    ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError,
+)  # fmt: skip
 
 from gqalib.errors import InputError, one_sentence, read_text
 

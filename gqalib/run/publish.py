@@ -105,8 +105,7 @@ def recovered_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     table["reads"] = [f"{ppl:.2f}" if dense else f"{r:.3f} ± {error:.3f} ×" for ppl, r, error, dense in ratios]
     table["text"] = [f"{corpus}, {window}" for corpus, window in zip(table["corpus"], table["window"], strict=True)]
     names = {"parameters_kept_percent": "parameters kept %", "num_tokens": "tokens of distillation"}
-    for column, digits in {"parameters_kept_percent": 1, "num_tokens": 0}.items():
-        table[column] = table[column].fillna(0).map(f"{{:,.{digits}f}}".format)
+    table = _rounded(table.fillna(dict.fromkeys(names, 0)), {"parameters_kept_percent": 1, "num_tokens": 0})
     return _wide(table.rename(columns=names), ["model", *names.values()], "text", "reads")
 
 

@@ -157,17 +157,12 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # ends as it does: papermill asks for .ipynb
     try:
         yield temporary
-        onto_disk(temporary)
+        for place in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
+            with place.open("rb") as file:
+                os.fsync(file.fileno())  # a power cut leaves no half part
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-
-
-def onto_disk(path: Path) -> None:
-    """A file, or all files of a folder, on the disk before it gets its name: a power cut leaves no half part."""
-    for place in filter(Path.is_file, [path, *path.rglob("*")]):
-        with place.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def pack(folder: Path, archive: Path) -> None:
@@ -182,8 +177,7 @@ def unpack(archives: Sequence[Path], folder: Path) -> None:
         if archives and not folder.exists():
             with replacing(folder) as unfinished:
                 for archive in archives:
-                    with tarfile.open(archive) as packed:
-                        packed.extractall(unfinished, filter="data")
+                    shutil.unpack_archive(archive, unfinished, filter="data")
 
 
 @contextmanager
