@@ -127,8 +127,7 @@ CLAIMS = (
 
 
 def verdicts(measured: dict[str, Measured], claims: tuple[Claim, ...] = CLAIMS) -> pd.DataFrame:
-    """One row per claim: `claim`, `tested`, `claimed`, `measured` with its range, `verdict`; a value that is missing
-    cannot be tested."""
+    """A row per claim: `claim`, `tested`, `claimed`, `measured` with its range, `verdict` (no value: not testable)."""
     rows = []
     for claim in claims:
         found = measured.get(claim.key)

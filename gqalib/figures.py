@@ -38,8 +38,7 @@ def use_style() -> None:
 
 
 def save_for_paper(fig: plt.Figure, path: Path) -> None:
-    """A PDF as wide as a column, with letters of 7 points, or, where a panel would be narrower than `LEAST_PANEL`, as a
-    page's text; nobody has to scale it."""
+    """A PDF as wide as a column, letters of 7 points, or as a page's text where panels would be below `LEAST_PANEL`."""
     with _resized(fig, COLUMN_WIDTH, 0.7):
         fig.draw_without_rendering()
         if min(ax.get_window_extent().width for ax in fig.axes if ax.get_subplotspec()) > LEAST_PANEL * fig.dpi:
@@ -160,8 +159,7 @@ def perplexity_dots(
 
 
 def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
-    """Measured speed-up at every batch size and context, a dot per model with the range of the rounds, the ceiling as
-    a dash.
+    """Measured speed-up at every batch size and context: a dot per model with the rounds' range, a dash per ceiling.
 
     `table` from `speed.beside_ceilings`; its first model is the one that the others are compared with.
     """

@@ -63,8 +63,7 @@ def at_size(
 
 
 def shapes(config: GqaLlamaConfig, multiple: int) -> dict[str, GqaLlamaConfig]:
-    """Dense and the cuts of `KEPT`, with MLP widths that are multiples of `multiple`, or of the largest power of two
-    that leaves some."""
+    """Dense and the cuts of `KEPT`; MLP widths are multiples of `multiple`, or of a smaller power of two if need be."""
     found = {"dense": config}
     for name, kept in KEPT.items():
         for power in [1, 8, 32, multiple]:  # the largest that can be stays

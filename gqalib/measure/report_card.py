@@ -364,8 +364,7 @@ def different_trigrams(texts: Sequence[str]) -> float:
 
 
 def kept_text(nb: Notebook, model: str) -> str:
-    """What a model of notebook 12 wrote to the prompts in the committed run of this preset; a sentence if none is
-    kept."""
+    """What a model of notebook 12 wrote to the prompts in this preset's committed run; a sentence if none is kept."""
     rows, preset = [], nb.parameters["name"]
     with contextlib.suppress(InputError):
         rows = read_record(COMMITTED / preset / "12_distillation.json")["tables"].get("written", [])

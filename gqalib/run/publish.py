@@ -35,8 +35,7 @@ def results_table(record: dict[str, Any]) -> pd.DataFrame:
 
 
 def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Perplexity relative to dense, methods down and fractions of the backbone removed across, as 10_frontier
-    recorded it."""
+    """Perplexity relative to dense, methods down and fractions of the backbone removed across, from 10_frontier."""
     return frontier.as_table(pd.DataFrame(record["tables"]["frontier"])).reset_index()
 
 
@@ -60,8 +59,7 @@ MAIN_TABLES = {  # by the record that they are of
 
 
 def cost_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as `at_size`
-    recorded it."""
+    """Speed-up (lowest–highest round) and ceiling of every model, batch size and context, as `at_size` recorded it."""
     table = pd.DataFrame(record["tables"]["speed"]).rename(columns={"batch_size": "batch"})
     table = table[table["model"] != "dense"]
     measured = "{speedup:.2f} ({speedup_low:.2f}–{speedup_high:.2f}) of {ceiling:.2f}"
@@ -280,8 +278,7 @@ def title(path: Path) -> str:
 
 
 def named(heading: str, record: dict[str, Any]) -> str:
-    """A page's first cell, whose table says what run the outputs are of and how long it took: a page that is opened
-    runs `tiny`."""
+    """A page's first cell, which says of what run the outputs are and how long it took: an opened page runs `tiny`."""
     p, commit = record["parameters"], record["git_commit"]
     code = f"code of `{commit[:7]}{commit[40:]}`" if commit else "code outside of a repository"
     said = f"of preset `{record['preset']}` ({p['model']}, text `{p['corpus']}`), {code}"
@@ -293,8 +290,7 @@ def named(heading: str, record: dict[str, Any]) -> str:
 
 
 def _page(notebook: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A notebook with the outputs of its run, as it is committed: no injected parameters, no timings, cells counted
-    1 … n.
+    """A notebook with the outputs of its run, to be committed: no injected parameters or timings, cells counted 1 … n.
 
     Raises:
         InputError: the run's code cells are others.

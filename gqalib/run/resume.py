@@ -72,13 +72,11 @@ class Progress:
                     temporary.write_bytes(description)
 
     def of(self, *inputs: Any) -> "Progress":
-        """Progress for these inputs alone: models, tensors, dataclasses, numbers, lists and dicts of them, seen by
-        `digest`."""
+        """Progress for these inputs alone: models, tensors, dataclasses, numbers, lists, dicts, seen by `digest`."""
         return Progress(self.folder / digest(*inputs)[:32], {}, self.owner)
 
     def run(self, function: Callable, *args: Any, **options: Any) -> Any:
-        """What a function `in_steps` comes to for these arguments, its steps kept; calls with other arguments may share
-        one progress."""
+        """What a function `in_steps` comes to for these arguments, steps kept; calls with others may share progress."""
         call = inspect.signature(function).bind(*args, **options)
         call.apply_defaults()
         inputs = {name: value for name, value in call.arguments.items() if name not in function.apart}
@@ -149,8 +147,7 @@ NOT_KEPT = _NotKept()  # nothing is kept, everything is computed
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` when the block ends well: whoever reads sees the old one or the
-    new one.
+    """A file to write that takes the place of `path` when the block ends well: readers see the old one or the new one.
 
     A folder may be made there instead; it takes the place of none, or of an empty one.
     """
@@ -227,8 +224,7 @@ def _bare(source: str) -> str:
 
 
 def digest(*things: Any) -> str:
-    """A hash of models (configuration, parameters), tensors, arrays, dataclasses, numbers, text, and lists and dicts
-    of them.
+    """A hash of models (configuration, parameters), tensors, arrays, dataclasses, numbers, text; lists, dicts of them.
 
     Raises:
         TypeError: something else; two of those could not be told apart.

@@ -127,8 +127,7 @@ class Series:
         print(number, "finished before" if seconds is None else f"{seconds:4.0f} s   ({clock})", flush=True)
 
     def is_finished(self, path: Path) -> bool:
-        """Whether record and executed notebook stand for these parameters, inputs, code and upstream records, and
-        nothing is gone."""
+        """Whether record and notebook stand for these parameters, inputs, code and upstream, and nothing is gone."""
         where = self.parameters, self.seed
         try:
             record = fitting_record(self.run_dir / f"{path.stem}.json", *where)

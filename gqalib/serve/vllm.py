@@ -49,8 +49,7 @@ def register() -> None:
 
 @contextmanager
 def server(folder: str, dtype: str, options: list[str]) -> Iterator[str]:
-    """The URL of vLLM's OpenAI-compatible server, on a free port of this machine, in processes of its own; they end
-    with the block.
+    """The URL of vLLM's OpenAI-compatible server, on a free port here, in processes that end with the block.
 
     Raises:
         InputError: it does not come up, or gives no answer in the block; with the first error that it logged.
