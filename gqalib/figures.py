@@ -222,9 +222,8 @@ def names_at_the_edge(ax: plt.Axes, ends: Mapping[str, tuple[float, float]], col
     for name in sorted(ends, key=lambda name: ends[name][1]):
         last = max(last + line_height, ax.transData.transform(ends[name])[1])
         place, thin = (1.03, (last - bottom) / height), {"arrowstyle": "-", "color": colors[name], "lw": 0.5}
-        ax.annotate(
-            name, ends[name], place, textcoords="axes fraction", va="center", color=colors[name], arrowprops=thin
-        )
+        how = {"textcoords": "axes fraction", "va": "center", "color": colors[name], "arrowprops": thin}
+        ax.annotate(name, ends[name], place, **how)
 
 
 def readable_log_axis(axis, steps: Sequence[int] = (1, 2, 5)) -> None:

@@ -65,13 +65,10 @@ def train_tokenizer(documents, vocab_size: int = 4096) -> PreTrainedTokenizerFas
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        documents, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
+    start = {"special_tokens": [END_OF_TEXT], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    bpe.train_from_iterator(documents, trainers.BpeTrainer(vocab_size=vocab_size, **start))
+    same = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **same)
 
 
 def reference_config(num_hidden_layers: int = 32, **overrides) -> LlamaConfig:
@@ -173,9 +170,8 @@ class _Validation(TrainerCallback):
 
 def model_card(recipe: Recipe, num_text_tokens: int, quality: dict[str, float], seconds: float) -> str:
     """README of the shipped model, written from the run itself."""
-    stages = "; ".join(
-        f"{s.num_tokens:,} tokens at {s.num_hidden_layers} layers, windows of {s.window}" for s in recipe.stages
-    )
+    stage = "{num_tokens:,} tokens at {num_hidden_layers} layers, windows of {window}"
+    stages = "; ".join(stage.format(**asdict(each)) for each in recipe.stages)
     rows = {
         "data": "python-docs: docstrings of CPython and of the pinned packages, "
         f"{num_text_tokens:,} tokens after removing repeated paragraphs",

@@ -195,7 +195,7 @@ def arguments(job: Series) -> list[str]:
 
 
 def attempts(job: Series) -> list[tuple[str, str]]:
-    """Host of each attempt at a run, oldest first, and how it ended; from `log.txt`, which has all starts of the grid."""
+    """Host of each attempt at a run, oldest first, and how it ended; from `log.txt`, which has all the starts."""
     log = job.run_dir / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     parts = re.split(r"^attempt on (\S+), pid \d+: .*\n", text, flags=re.MULTILINE)
@@ -281,10 +281,9 @@ def summary(table: pd.DataFrame, jobs: list[Series], folder: Path) -> str:
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
     """A row per setting: what a researcher looks at first, as words, mean ± standard deviation over seeds."""
-    found = over_seeds(table, [*_pick(table, SHOWN), "seconds"])
-    return pd.DataFrame(
-        {n: [_plus_minus(*row) for row in found[n].to_numpy()] for n in found.columns.unique(0)}, found.index
-    )
+    numbers = [*_pick(table, SHOWN), "seconds"]
+    found = over_seeds(table, numbers)
+    return pd.DataFrame({name: [_plus_minus(*row) for row in found[name].to_numpy()] for name in numbers}, found.index)
 
 
 def per_run(table: pd.DataFrame) -> pd.DataFrame:

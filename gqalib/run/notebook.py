@@ -202,7 +202,7 @@ class Notebook:
         preset = os.environ.get("GQALIB_PRESET", preset)
         self.name, self.seed, self.overrides = name, seed, overrides
         whole = load_preset(preset, overrides)
-        self.parameters, self.preset = whole.to_dict(), Sections(whole, (*BASE, *reads))
+        self.parameters, self.preset = asdict(whole), Sections(whole, (*BASE, *reads))
         self.run_dir = Path(run_dir).absolute() if run_dir else default_run_dir(preset, overrides, seed)
         self._lock = contextlib.ExitStack()
         if os.environ.get(HELD) != str(self.run_dir):  # else the runner that started this notebook has it

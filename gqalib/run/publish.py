@@ -219,13 +219,12 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         number, _, question = title(path).partition(" · ")
         times = (committed_seconds(path.stem, preset, results) for preset in (QUICK, REAL))
         rows.append([f"[{number}](notebooks/{path.name})", question, *map(_minutes, times)])
+    columns = ["notebook", "question", *(f"minutes, `{preset}`" for preset in (QUICK, REAL))]
     return {
         "results": _results_block(results),
         "cost": cost_block(results),
         "recovery": recovery_block(results),
-        "series": as_markdown(
-            pd.DataFrame(rows, columns=["notebook", "question", *(f"minutes, `{name}`" for name in (QUICK, REAL))])
-        ),
+        "series": as_markdown(pd.DataFrame(rows, columns=columns)),
         "frontier": _frontier_block(results),
     }
 

@@ -257,6 +257,5 @@ def _pieces(thing: Any) -> Iterator[bytes | memoryview]:
         for entry in thing:
             yield from _pieces(entry)
     else:
-        raise TypeError(
-            f"a {type(thing).__name__} cannot be told from another one: leave it out, or give what it is made of"
-        )
+        kind = type(thing).__name__
+        raise TypeError(f"a {kind} cannot be told from another one: leave it out, or give what it is made of")

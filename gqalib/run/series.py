@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -56,7 +56,7 @@ class Series:
     notebooks: Path = NOTEBOOKS
 
     def __post_init__(self) -> None:
-        self.parameters = check_preset(self.preset, self.overrides).to_dict()
+        self.parameters = asdict(check_preset(self.preset, self.overrides))
         self._check_length()
         plain = default_run_dir(self.preset, self.overrides, self.seed)
         self.run_dir = Path(self.run_dir).absolute() if self.run_dir else plain
