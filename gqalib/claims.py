@@ -180,8 +180,7 @@ def paragraph(claim: Claim, row: dict[str, str], link: str = "") -> str:
 def stands_on(claim: Claim, notebooks: Path) -> str:
     """A link, in Markdown, to the section of the notebook whose cell of code computes the claim's value."""
     name, code = claim.source
-    heading = _heading_above(notebooks / f"{name}.ipynb", code)
-    title = re.sub(r"[*`]", "", heading)
+    title = re.sub(r"[*`]", "", _heading_above(notebooks / f"{name}.ipynb", code))
     number = re.match(r"(\d+)\. ", title)
     words = f"{name[:2]}, section {number[1]}" if number else name[:2]
     return f"[{words}]({name}.ipynb#{quote(title.replace(' ', '-'), safe='')})"

@@ -174,9 +174,8 @@ def measure_refit(nb: Notebook, config: GqaLlamaConfig) -> None:
         table = allocate.cost_table(model, windows, covariances)
     halves = [[units // 2 for units in column] for column in zip(*table.widths, strict=True)]
     nb.save()
-    plan = plans.Plan([0.5] * len(table.widths), *halves)
     with nb.stage("sweep", model, **how):
-        refit.sweep(model, plan, windows, covariances=covariances)
+        refit.sweep(model, plans.Plan([0.5] * len(table.widths), *halves), windows, covariances=covariances)
 
 
 def random_windows(config: GqaLlamaConfig, sample: Sample) -> torch.Tensor:

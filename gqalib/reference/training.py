@@ -76,9 +76,8 @@ def reference_config(num_hidden_layers: int = 32, **overrides) -> LlamaConfig:
     shape = {
         "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8, "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
     }  # fmt: skip
     return LlamaConfig(**{**shape, **overrides})
 
@@ -171,13 +170,12 @@ class _Validation(TrainerCallback):
 def model_card(recipe: Recipe, num_text_tokens: int, quality: dict[str, float], seconds: float) -> str:
     """README of the shipped model, written from the run itself."""
     stage = "{num_tokens:,} tokens at {num_hidden_layers} layers, windows of {window}"
-    stages = "; ".join(stage.format(**asdict(each)) for each in recipe.stages)
     rows = {
         "data": "python-docs: docstrings of CPython and of the pinned packages, "
         f"{num_text_tokens:,} tokens after removing repeated paragraphs",
         "split": f"by a hash of the module's name, 1 in {HELD_OUT_ONE_IN} each for validation and test",
         "tokens seen": f"{recipe.num_tokens:,} ({recipe.num_tokens / num_text_tokens:.2f} times the text)",
-        "stages": stages,
+        "stages": "; ".join(stage.format(**asdict(each)) for each in recipe.stages),
         "optimisers": f"Muon {recipe.muon_lr} (matrices of the layers, weight decay {recipe.weight_decay}), "
         f"AdamW {recipe.adamw_lr} (the rest)",
         "schedule": f"{recipe.batch_tokens:,} tokens a step; constant rates, then linear decay over the last "

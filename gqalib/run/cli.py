@@ -210,8 +210,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m gqalib", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
     for command in OPTIONS:
-        name = command.__name__.replace("_", "-")
-        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        sub = commands.add_parser(command.__name__.replace("_", "-"), help=command.__doc__, description=command.__doc__)
         sub.set_defaults(call=command)
         OPTIONS[command](sub.add_argument)
     return top
@@ -238,8 +237,7 @@ def _of_prune(add) -> None:
 def _of_export(add) -> None:
     add("--model", required=True, metavar="FOLDER", help=A_LLAMA)
     add("--out", type=Path, required=True, metavar="FILE", help="the .gguf file")
-    types = ", ".join(TYPES)
-    add("--type", default="f16", metavar="TYPE", help=f"of the weights: {types} (default: f16)")
+    add("--type", default="f16", metavar="TYPE", help=f"of the weights: {', '.join(TYPES)} (default: f16)")
 
 
 def _of_serve(add) -> None:

@@ -367,8 +367,7 @@ class Notebook:
             "tables": self.tables, "texts": self.texts, "captions": self.captions, "artefacts": self.artefacts,
             "seconds": round(spent() - self._started, 1),
         }  # fmt: skip
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        write_atomically(self.run_dir / f"{self.name}.json", text + "\n")
+        write_atomically(self.run_dir / f"{self.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         return record
 
 

@@ -296,9 +296,8 @@ def load_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
 def _read(name: str) -> dict[str, Any]:
     """The values of a preset's file on top of those of its `base`, another preset, if it names one."""
     path = FOLDER / f"{name}.yaml"
-    text = read_text(path, "preset")
     with one_sentence(f"preset {path} cannot be read", "write names with values as YAML"):
-        base = (data := dict(yaml.safe_load(text))).pop("base", None)
+        base = (data := dict(yaml.safe_load(read_text(path, "preset")))).pop("base", None)
     return _merged(_read(base), data) if base else data
 
 
