@@ -87,8 +87,7 @@ def draw_gqa_layout(ax: plt.Axes, num_attention_heads: int, num_key_value_heads:
 def draw_pairing(ax: plt.Axes, pairs: Sequence[tuple[int, int, int]], num_heads: int, num_kv_heads: int) -> None:
     """Which KV head each query head reads (filled) and which is its own (ring); `pairs` from `v2.pairing`.
 
-    A grey row is a KV head that nobody reads any more. All four labels are there, whatever the pairs are, so that one
-    legend serves several panels.
+    A grey row is a KV head that nobody reads any more. All labels are always there: one legend serves several panels.
     """
     heads, read, own = np.array(pairs).T
     right, ring = read == own, {"facecolors": "none", "edgecolors": COLORS["dense"], "linewidths": 0.9}

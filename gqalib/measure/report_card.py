@@ -1,8 +1,7 @@
 """What notebooks say of models beside perplexity on the preset's own text: downstream tasks, a second text, what they
 write. Section `answers` of a preset asks for it; where it asks for nothing, each function says so and fetches nothing.
 
-Models are given by name, the dense one first. Each is a model, or what makes one when its turn comes: a folder to load
-or a function.
+Models are given by name, the dense one first: each a model, or a folder or function that gives it when its turn comes.
 """
 
 from __future__ import annotations

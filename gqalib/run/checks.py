@@ -158,7 +158,8 @@ def runs_of(grid: Grid) -> Iterator[tuple[str, dict[str, Any], int]]:
 
 
 def check_grid(grid: Grid, notebooks: Path) -> None:
-    """Raises InputError if a preset, value, model, corpus or notebook cannot be, or a notebook reads one left out."""
+    """Raises InputError if a preset, a value, a model, a corpus or a notebook cannot be, or a notebook reads another
+    that is not in the grid."""
     series = {path.name[:2]: path for path in numbered_notebooks(notebooks)}
     for number in grid.notebooks or ():
         check_name(number, list(series), "notebook")
@@ -190,6 +191,6 @@ def waits_for(path: Path) -> list[str]:
 
 
 def code_of(path: Path) -> list[str]:
-    """A notebook's code cells but papermill's, as text; nbformat would take three seconds to load, in every kernel."""
+    """Sources of a notebook's code cells but papermill's own; nbformat takes three seconds to load, in every kernel."""
     cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     return ["".join(c["source"]) for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])]

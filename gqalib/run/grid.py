@@ -1,5 +1,4 @@
-"""A grid of presets × overrides × seeds, checked before anything starts; Ray Tune runs it, and one table and one
-figure say what came of it.
+"""A grid of presets × overrides × seeds, checked before anything starts, run by Ray Tune, told in a table and a figure.
 
 Every run is `python -m gqalib run` in a process and a folder of its own, so that a grid that is started again keeps
 what is finished. On a cluster the project, its environment and the grid's folder must lie at the same place on every

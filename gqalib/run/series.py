@@ -1,5 +1,4 @@
-"""The runner: executes the numbered notebooks through papermill, one line of progress each, and goes on after an
-interruption."""
+"""The runner: executes the numbered notebooks by papermill, a line of progress each; goes on after an interruption."""
 
 import contextlib
 import os
@@ -147,8 +146,7 @@ class Series:
         """Run one notebook headlessly; the executed copy appears in the run folder when it is whole.
 
         Raises:
-            InputError: a cell raised one. NotebookFailed: a cell raised anything else. KernelDied: its process was
-            killed.
+            InputError: a cell raised one. NotebookFailed: it raised anything else. KernelDied: its process was killed.
         """
         import papermill
         from nbclient.exceptions import DeadKernelError

@@ -64,8 +64,7 @@ class Ballot:
     """A widget that shows two answers to each prompt, asks which is better, and only then says whose they were.
 
     Args:
-        answers: of exactly two models, to each of the prompts. log: where votes go. seed: of the sides; None draws
-            anew.
+        answers: of exactly two models, to each prompt. log: where votes go. seed: of the sides; None draws anew.
     """
 
     def __init__(
