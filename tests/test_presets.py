@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import pytest
 import torch
 import yaml
@@ -49,7 +51,7 @@ def test_what_is_pruned_can_be_quantised():
 
 
 def test_the_shape_differs_from_llama3_8b_in_weights_and_words_alone():
-    real, shape = load_preset("llama3-8b").to_dict(), load_preset("llama3-8b-shape").to_dict()
+    real, shape = asdict(load_preset("llama3-8b")), asdict(load_preset("llama3-8b-shape"))
     differ = {key for key in real if real[key] != shape[key]}
     assert differ == {"name", "model", "corpus", "instructions", "frontier", "recovery"}
     assert {key for key in real["frontier"] if real["frontier"][key] != shape["frontier"][key]} == {"other_corpus"}

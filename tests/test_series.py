@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from functools import partial
 from unittest import mock
 
@@ -110,8 +111,8 @@ def test_a_record_depends_on_what_its_notebook_reads(tmp_path, model_folder):
 
     notebook().finish()
     path = tmp_path / "01_first.json"
-    fitting_record(path, load_preset("tiny", {"model": model_folder, "pruning.alpha": 2.0}).to_dict(), 0)
-    other = load_preset("tiny", {"model": model_folder, "recovery.lora_r": 16}).to_dict()
+    fitting_record(path, asdict(load_preset("tiny", {"model": model_folder, "pruning.alpha": 2.0})), 0)
+    other = asdict(load_preset("tiny", {"model": model_folder, "recovery.lora_r": 16}))
     with pytest.raises(InputError, match="01_first was made with another recovery: run 01_first again"):
         fitting_record(path, other, 0)
     with pytest.raises(AttributeError, match="does not say that it reads 'pruning': add it to `reads`"):

@@ -63,8 +63,7 @@ def at_size(
 
 
 def shapes(config: GqaLlamaConfig, multiple: int) -> dict[str, GqaLlamaConfig]:
-    """Dense and the cuts of `KEPT`, with MLP widths that are multiples of `multiple`, or of the largest power of two
-    that leaves some."""
+    """Dense and the cuts of `KEPT`; MLP widths are multiples of `multiple`, or of a smaller power of two if need be."""
     found = {"dense": config}
     for name, kept in KEPT.items():
         for power in [1, 8, 32, multiple]:  # the largest that can be stays
@@ -175,9 +174,8 @@ def measure_refit(nb: Notebook, config: GqaLlamaConfig) -> None:
         table = allocate.cost_table(model, windows, covariances)
     halves = [[units // 2 for units in column] for column in zip(*table.widths, strict=True)]
     nb.save()
-    plan = plans.Plan([0.5] * len(table.widths), *halves)
     with nb.stage("sweep", model, **how):
-        refit.sweep(model, plan, windows, covariances=covariances)
+        refit.sweep(model, plans.Plan([0.5] * len(table.widths), *halves), windows, covariances=covariances)
 
 
 def random_windows(config: GqaLlamaConfig, sample: Sample) -> torch.Tensor:

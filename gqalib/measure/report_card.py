@@ -1,8 +1,7 @@
 """What notebooks say of models beside perplexity on the preset's own text: downstream tasks, a second text, what they
 write. Section `answers` of a preset asks for it; where it asks for nothing, each function says so and fetches nothing.
 
-Models are given by name, the dense one first. Each is a model, or what makes one when its turn comes: a folder to load
-or a function.
+Models are given by name, the dense one first: each a model, or a folder or function that gives it when its turn comes.
 """
 
 from __future__ import annotations
@@ -192,10 +191,7 @@ def verdict(rows: Rows) -> list[str]:
         table = tasks.summary(found, dense)
         gap, error = table["difference"], SURE * table["difference_error"]
         below, above = _named(table, gap < -error), _named(table, gap > error)
-        lines += [
-            f"{name}: below {first} on {below}; above it on {above}",
-            f"    {_kept(found, dense)}",
-        ]
+        lines += [f"{name}: below {first} on {below}; above it on {above}", f"    {_kept(found, dense)}"]
         errors.append(error)
     if errors:
         widest = pd.concat(errors, axis=1).max(axis=1)
@@ -367,8 +363,7 @@ def different_trigrams(texts: Sequence[str]) -> float:
 
 
 def kept_text(nb: Notebook, model: str) -> str:
-    """What a model of notebook 12 wrote to the prompts in the committed run of this preset; a sentence if none is
-    kept."""
+    """What a model of notebook 12 wrote to the prompts in this preset's committed run; a sentence if none is kept."""
     rows, preset = [], nb.parameters["name"]
     with contextlib.suppress(InputError):
         rows = read_record(COMMITTED / preset / "12_distillation.json")["tables"].get("written", [])

@@ -65,31 +65,25 @@ def train_tokenizer(documents, vocab_size: int = 4096) -> PreTrainedTokenizerFas
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        documents, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
+    start = {"special_tokens": [END_OF_TEXT], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    bpe.train_from_iterator(documents, trainers.BpeTrainer(vocab_size=vocab_size, **start))
+    same = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **same)
 
 
 def reference_config(num_hidden_layers: int = 32, **overrides) -> LlamaConfig:
-    """Llama-3-8B's topology (32 query and 8 KV heads, SwiGLU at 3.5 x, rope theta 500,000) at hidden 128, head_dim
-    8."""
+    """Llama-3-8B's topology (32 query and 8 KV heads, SwiGLU at 3.5 x, rope theta 500,000): hidden 128, head_dim 8."""
     shape = {
         "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8, "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
     }  # fmt: skip
     return LlamaConfig(**{**shape, **overrides})
 
 
 def initial_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
-    """A fresh model whose output projections are scaled by 1 / sqrt(2 layers), as GPT-2 does, to keep the residual
-    stream tame."""
+    """A fresh model; output projections scaled by 1 / sqrt(2 layers), as GPT-2's, keep the residual stream tame."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM._from_config(config)
     _scale_outputs(model, 1 / math.sqrt(2 * config.num_hidden_layers))
@@ -175,15 +169,13 @@ class _Validation(TrainerCallback):
 
 def model_card(recipe: Recipe, num_text_tokens: int, quality: dict[str, float], seconds: float) -> str:
     """README of the shipped model, written from the run itself."""
-    stages = "; ".join(
-        f"{s.num_tokens:,} tokens at {s.num_hidden_layers} layers, windows of {s.window}" for s in recipe.stages
-    )
+    stage = "{num_tokens:,} tokens at {num_hidden_layers} layers, windows of {window}"
     rows = {
         "data": "python-docs: docstrings of CPython and of the pinned packages, "
         f"{num_text_tokens:,} tokens after removing repeated paragraphs",
         "split": f"by a hash of the module's name, 1 in {HELD_OUT_ONE_IN} each for validation and test",
         "tokens seen": f"{recipe.num_tokens:,} ({recipe.num_tokens / num_text_tokens:.2f} times the text)",
-        "stages": stages,
+        "stages": "; ".join(stage.format(**asdict(each)) for each in recipe.stages),
         "optimisers": f"Muon {recipe.muon_lr} (matrices of the layers, weight decay {recipe.weight_decay}), "
         f"AdamW {recipe.adamw_lr} (the rest)",
         "schedule": f"{recipe.batch_tokens:,} tokens a step; constant rates, then linear decay over the last "
@@ -209,8 +201,7 @@ head_dim 8, MLP 448, byte-level BPE of 4,096 tokens, tied embeddings; 8.66 milli
 def publish(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str, recipe: Recipe
 ) -> None:
-    """Ship a model as a plain Llama: bf16 safetensors, tokenizer, card, and the recipe that `one_more_stage`
-    continues."""
+    """Ship a model as a plain Llama: bf16 safetensors, tokenizer, card, and the recipe for `one_more_stage`."""
     plain = LlamaForCausalLM._from_config(reference_config(model.config.num_hidden_layers))
     plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)

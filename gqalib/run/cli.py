@@ -210,8 +210,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m gqalib", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
     for command in OPTIONS:
-        name = command.__name__.replace("_", "-")
-        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        sub = commands.add_parser(command.__name__.replace("_", "-"), help=command.__doc__, description=command.__doc__)
         sub.set_defaults(call=command)
         OPTIONS[command](sub.add_argument)
     return top
@@ -238,8 +237,7 @@ def _of_prune(add) -> None:
 def _of_export(add) -> None:
     add("--model", required=True, metavar="FOLDER", help=A_LLAMA)
     add("--out", type=Path, required=True, metavar="FILE", help="the .gguf file")
-    types = ", ".join(TYPES)
-    add("--type", default="f16", metavar="TYPE", help=f"of the weights: {types} (default: f16)")
+    add("--type", default="f16", metavar="TYPE", help=f"of the weights: {', '.join(TYPES)} (default: f16)")
 
 
 def _of_serve(add) -> None:
@@ -253,21 +251,16 @@ def _of_evaluate(add) -> None:
     _of_a_model(add)
     add("--against", metavar="FOLDER", help="another model of the same vocabulary")
     add("--tokens", type=int, default=16_384, help="of the test text (default: 16384)")
-    add(
-        "--tasks",
-        metavar="NAMES",
-        help="also downstream tasks, zero-shot: all, more, or some of boolq,piqa,… (see README)",
-    )
+    names = "all, more, or some of boolq,piqa,…"
+    add("--tasks", metavar="NAMES", help=f"also downstream tasks, zero-shot: {names} (see README)")
     add("--run-code", action="store_true", help="let task humaneval run the programs that the model writes")
     add("--limit", type=int, metavar="N", help="examples of each task, spread over it (default: all)")
 
 
 def _of_a_preset(add, default: str = "tiny") -> None:
     add("--preset", default=default, help=f"one of {', '.join(preset_names())} (default: {default})")
-    add(
-        "--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE",
-        help="for example pruning.mean_rate=0.5; repeatable",
-    )  # fmt: skip
+    example = "for example pruning.mean_rate=0.5; repeatable"
+    add("--set", dest="overrides", action="append", default=[], metavar="NAME=VALUE", help=example)
 
 
 def _of_notebooks(add) -> None:

@@ -68,8 +68,7 @@ def evaluate(
 
     Returns:
         `parameters`, `backbone`, `bytes`; for windows of 128 and of 2048 tokens, or of as many as the models take,
-        `perplexity_128` and so on, and with `against` also `ratio_128` of the perplexities with its paired standard
-        error `error_128`.
+        `perplexity_128` and so on; with `against` also their `ratio_128` and its paired standard error `error_128`.
 
     Raises:
         InputError: another vocabulary, or too little text.

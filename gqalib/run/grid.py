@@ -1,5 +1,4 @@
-"""A grid of presets × overrides × seeds, checked before anything starts; Ray Tune runs it, and one table and one
-figure say what came of it.
+"""A grid of presets × overrides × seeds, checked before anything starts, run by Ray Tune, told in a table and a figure.
 
 Every run is `python -m gqalib run` in a process and a folder of its own, so that a grid that is started again keeps
 what is finished. On a cluster the project, its environment and the grid's folder must lie at the same place on every
@@ -29,6 +28,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.cm import viridis
 from matplotlib.figure import Figure
+from tenacity import Retrying, stop_after_attempt
 
 from gqalib.errors import InputError, one_sentence
 from gqalib.figures import readable_log_axis
@@ -63,8 +63,7 @@ def expand(grid: Grid, folder: Path, notebooks: Path = NOTEBOOKS) -> list[Series
 def run(
     path: Path, folder: Path | None = None, force: bool = False, address: str | None = None, notebooks: Path = NOTEBOOKS
 ) -> int:
-    """Run what of a grid is not finished, a line each; then write `grid.csv` and `grid.png` and print the means over
-    seeds.
+    """Run what of a grid is not finished, a line each; write `grid.csv` and `grid.png`, and print the means over seeds.
 
     Returns the number of runs that failed.
 
@@ -127,8 +126,7 @@ def tune_all(jobs: list[Series], grid: Grid, address: str | None = None) -> None
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[Any]:
-    """Ray on this machine, in a folder that goes with it, or on a running cluster; yields Tune, and the machines
-    there are."""
+    """Ray on this machine, in a folder that goes with it, or on a running cluster; yields Tune and the machines."""
     os.environ.update(ENVIRONMENT)
     if not address:  # a password for this grid alone; Ray would leave one in the home folder
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -150,13 +148,8 @@ def start_ray(ray: Any, address: str | None, folder: str) -> None:
         hint = "give the host:port that `ray start --head` printed, and set RAY_AUTH_MODE=token if it asks for one"
         with one_sentence(f"no Ray cluster answers at {address}", hint):
             return ray.init(address, **quiet)
-    for left in (2, 1, 0):
-        try:
-            return ray.init("local", include_dashboard=False, object_store_memory=80 * 2**20, _temp_dir=folder, **quiet)
-        except Exception:  # Ray raises no narrower one
-            ray.shutdown()
-            if not left:
-                raise
+    again = Retrying(stop=stop_after_attempt(3), after=lambda _: ray.shutdown(), reraise=True)
+    again(ray.init, "local", include_dashboard=False, object_store_memory=80 * 2**20, _temp_dir=folder, **quiet)
 
 
 def check_resources(nodes: list[dict[str, Any]], grid: Grid) -> None:
@@ -201,8 +194,7 @@ def arguments(job: Series) -> list[str]:
 
 
 def attempts(job: Series) -> list[tuple[str, str]]:
-    """Host of each attempt at a run, oldest first, and how it ended; from `log.txt`, where all starts of the grid
-    are."""
+    """Host of each attempt at a run, oldest first, and how it ended; from `log.txt`, which has all the starts."""
     log = job.run_dir / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     parts = re.split(r"^attempt on (\S+), pid \d+: .*\n", text, flags=re.MULTILINE)
@@ -258,8 +250,7 @@ def _metrics(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def over_seeds(table: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """Mean, standard deviation (of one seed: none) and count of each metric, one row per setting that the grid
-    varies."""
+    """Mean, standard deviation (of one seed: none) and count of each metric, a row per setting that the grid varies."""
     return table.groupby(_settings(table), sort=False, dropna=False)[metrics].agg(["mean", "std", "count"])
 
 
@@ -289,10 +280,9 @@ def summary(table: pd.DataFrame, jobs: list[Series], folder: Path) -> str:
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
     """A row per setting: what a researcher looks at first, as words, mean ± standard deviation over seeds."""
-    found = over_seeds(table, [*_pick(table, SHOWN), "seconds"])
-    return pd.DataFrame(
-        {n: [_plus_minus(*row) for row in found[n].to_numpy()] for n in found.columns.unique(0)}, found.index
-    )
+    numbers = [*_pick(table, SHOWN), "seconds"]
+    found = over_seeds(table, numbers)
+    return pd.DataFrame({name: [_plus_minus(*row) for row in found[name].to_numpy()] for name in numbers}, found.index)
 
 
 def per_run(table: pd.DataFrame) -> pd.DataFrame:

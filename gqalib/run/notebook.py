@@ -101,8 +101,7 @@ def progress_dir(run_dir: Path, name: str) -> Path:
 
 
 def fingerprints(parameters: dict[str, Any]) -> dict[str, str]:
-    """What tells that a local model folder or corpus file has been replaced: names, sizes and times of its files,
-    hashed."""
+    """What tells that a local model or corpus has been replaced: names, sizes and times of its files, hashed."""
     places = {"model": Path(check_model(parameters["model"])), "corpus": corpus_path(parameters["corpus"])}
     return {name: _fingerprint(place) for name, place in places.items() if place.exists()}
 
@@ -114,8 +113,7 @@ def _fingerprint(place: Path) -> str:
 
 
 def find_record(name: str, run_dir: Path, parameters: dict[str, Any], seed: int) -> Path:
-    """The record of a notebook that stands for these parameters, in the run's folder, the preset's plain one or the
-    repository's.
+    """The record of a notebook for these parameters: in the run's folder, the preset's plain one or the repository's.
 
     Raises:
         InputError: there is none, or all that are there are torn or were made with other parameters.
@@ -153,16 +151,14 @@ def committed_seconds(name: str, preset: str, results: Path = COMMITTED) -> floa
 
 
 def code_used(path: Path, without: tuple[str, ...] = ()) -> str:
-    """`code_hash` of a notebook, which stands in the working folder or in the repository; of the whole library where
-    it is in neither."""
+    """`code_hash` of a notebook in the working folder or the repository; of the whole library if it is in neither."""
     place = next((p for p in (path, NOTEBOOKS / path.name) if p.is_file()), None)
     return code_hash("\n".join(code_of(place) if place else ["from gqalib.run import cli"]), without)
 
 
 @contextlib.contextmanager
 def locked(run_dir: Path, shared: bool = False) -> Iterator[None]:
-    """One runner at a time in a folder, or notebooks that are open (`shared`); the lock goes with the process,
-    however it ends."""
+    """One runner at a time in a folder, or several open notebooks (`shared`); however a process ends, its lock goes."""
     with one_sentence(f"run folder {run_dir} cannot be written", "give another --run-dir"):
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("w")
@@ -206,7 +202,7 @@ class Notebook:
         preset = os.environ.get("GQALIB_PRESET", preset)
         self.name, self.seed, self.overrides = name, seed, overrides
         whole = load_preset(preset, overrides)
-        self.parameters, self.preset = whole.to_dict(), Sections(whole, (*BASE, *reads))
+        self.parameters, self.preset = asdict(whole), Sections(whole, (*BASE, *reads))
         self.run_dir = Path(run_dir).absolute() if run_dir else default_run_dir(preset, overrides, seed)
         self._lock = contextlib.ExitStack()
         if os.environ.get(HELD) != str(self.run_dir):  # else the runner that started this notebook has it
@@ -256,8 +252,7 @@ class Notebook:
         self, name: str, model: nn.Module, shape: tuple[int, int], knob: str, copies: int = 0,
         of: Sequence[str] = (), **options: Any,
     ) -> Iterator[memory.Peak]:  # fmt: skip
-        """A long step: states the memory that it needs before it begins, or refuses; states what it took, and lists
-        it in the record.
+        """A long step: states what memory it needs, or refuses; then states what it took, and lists it in the record.
 
         Args:
             name: as in `memory.expected`, or anything if it consists of several: `of`.
@@ -275,8 +270,7 @@ class Notebook:
         self.stages.append({"stage": name, **asdict(peak), "seconds": peak.seconds + earlier})
 
     def time_taken(self) -> str:
-        """What to promise a reader: how long the committed run of this preset took, on what machine; or where to
-        find it once there is one."""
+        """What to promise a reader: how long this preset's committed run took, and on what; or that there is none."""
         preset = self.parameters["name"]
         with contextlib.suppress(InputError):
             record = read_record(COMMITTED / preset / f"{self.name}.json")
@@ -286,8 +280,7 @@ class Notebook:
         return f"no committed run of preset {preset} yet: the last output of this page will say how long this run took"
 
     def metric(self, name: str, value: float, unit: str, error: float = math.nan) -> None:
-        """A number for the record; it must be finite. With a standard `error`, the metrics `name_low` and `name_high`
-        are two of them away."""
+        """A finite number for the record; with a standard `error`, also `name_low` and `name_high`, two errors away."""
         if isinstance(value, bool) or not math.isfinite(value):
             raise InputError(f"metric {name} = {value} is not finite: see the cell that computes it")
         self.metrics[name] = {"value": value if isinstance(value, int) else float(value), "unit": unit}
@@ -343,8 +336,7 @@ class Notebook:
         return self.run_dir / "models" / name
 
     def figure(self, fig: plt.Figure, name: str, caption: str) -> None:
-        """Save a figure as PNG and SVG, listed in the record, and as PDF, and show it with its caption, which is its
-        alt text, too."""
+        """Save a figure as PNG and SVG, listed in the record, and as PDF; show it with a caption, also its alt text."""
         folder = self.run_dir / "figures"
         folder.mkdir(exist_ok=True)
         for suffix in ("png", "svg"):
@@ -358,8 +350,7 @@ class Notebook:
         display(Markdown(f"**Figure {int(self.name[:2])}.{len(self.captions)}.** {caption}"))
 
     def finish(self) -> None:
-        """Write the record. What was kept on the way to it stays, for a run of which only words or figures have
-        changed."""
+        """Write the record. What was kept on the way stays, for a run of which only words or figures have changed."""
         record = self.save()
         self._lock.close()
         found = f"{len(self.metrics)} metrics and {len(self.tables)} tables"
@@ -376,14 +367,12 @@ class Notebook:
             "tables": self.tables, "texts": self.texts, "captions": self.captions, "artefacts": self.artefacts,
             "seconds": round(spent() - self._started, 1),
         }  # fmt: skip
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        write_atomically(self.run_dir / f"{self.name}.json", text + "\n")
+        write_atomically(self.run_dir / f"{self.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         return record
 
 
 def machine(device: str) -> str:
-    """What the figures were measured on: system and processor, and the card with its driver and CUDA where one is
-    used."""
+    """What the figures were measured on: system and processor; where a card is used, the card, its driver and CUDA."""
     cpu = torch.backends.cpu.get_cpu_capability()
     words = [f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", cpu]
     if (at_once := os.environ.get(AT_ONCE, "1")) != "1":

@@ -7,22 +7,15 @@ A preset is a YAML file in `gqalib/run/presets/`; an override is a dotted name a
 import dataclasses
 import difflib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+    ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError,
+)  # fmt: skip
 
 from gqalib.errors import InputError, one_sentence, read_text
 
@@ -34,6 +27,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 FromZero = Annotated[float, Field(ge=0, lt=1)]  # a fraction, or nothing
 UpToOne = Annotated[float, Field(ge=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0, le=1)]
+AboveOne = Annotated[float, Field(gt=1)]
 Counts = Annotated[list[PositiveInt], Field(min_length=1)]
 
 
@@ -187,6 +181,7 @@ PEERS = (
 )  # fmt: skip
 DEPTH = "ShortGPT", "layer removal"  # they remove whole layers, so they meet a fraction as closely as layers allow
 NO_MULTIPLE = *DEPTH, "FLAP", "FLAP, by head"  # one ranking of all units, so widths come as they do
+CUT_METHODS = f"refit, context (the same by a better plan, in more time), founding or a peer: {'; '.join(PEERS)}"
 
 
 @dataclass(frozen=True)
@@ -197,12 +192,8 @@ class Cut:
 
     remove: Annotated[Fraction | None, "the fraction of the backbone (attention and MLP) that goes"] = None
     kept: Annotated[Fraction | None, "or the fraction of all parameters that stays"] = None
-    perplexity: Annotated[
-        Annotated[float, Field(gt=1)] | None, "or the most it may become, relative to dense; refit alone"
-    ] = None
-    method: Annotated[
-        str, f"refit, context (the same by a better plan, in more time), founding or a peer: {'; '.join(PEERS)}"
-    ] = "refit"
+    perplexity: Annotated[AboveOne | None, "or the most it may become, relative to dense; refit alone"] = None
+    method: Annotated[str, CUT_METHODS] = "refit"
     corpus: str = "python-docs"  # its training text is for calibration
     examples: Annotated[PositiveInt, "of the calibration text"] = 32
     length: Annotated[AtLeastTwo, "tokens of an example; capped by the model"] = 512
@@ -274,9 +265,6 @@ class Preset:
     answers: Answers = field(default_factory=Answers)
     tasks_in_depth: TasksInDepth = field(default_factory=TasksInDepth)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def preset_names() -> list[str]:
     """The presets that can be asked for."""
@@ -300,19 +288,16 @@ def load_preset(name: str, overrides: dict[str, Any] | None = None) -> Preset:
     preset = checked(Preset, {"name": name, **data})
     s = preset.pruning
     if not s.min_rate <= s.mean_rate <= s.max_rate:
-        raise InputError(
-            f"pruning.mean_rate = {s.mean_rate} is out of reach between pruning.min_rate = {s.min_rate} "
-            f"and pruning.max_rate = {s.max_rate}: move a bound"
-        )
+        bounds = f"pruning.min_rate = {s.min_rate} and pruning.max_rate = {s.max_rate}"
+        raise InputError(f"pruning.mean_rate = {s.mean_rate} is out of reach between {bounds}: move a bound")
     return preset
 
 
 def _read(name: str) -> dict[str, Any]:
     """The values of a preset's file on top of those of its `base`, another preset, if it names one."""
     path = FOLDER / f"{name}.yaml"
-    text = read_text(path, "preset")
     with one_sentence(f"preset {path} cannot be read", "write names with values as YAML"):
-        base = (data := dict(yaml.safe_load(text))).pop("base", None)
+        base = (data := dict(yaml.safe_load(read_text(path, "preset")))).pop("base", None)
     return _merged(_read(base), data) if base else data
 
 

@@ -35,8 +35,7 @@ def results_table(record: dict[str, Any]) -> pd.DataFrame:
 
 
 def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Perplexity relative to dense, methods down and fractions of the backbone removed across, as 10_frontier
-    recorded it."""
+    """Perplexity relative to dense, methods down and fractions of the backbone removed across, from 10_frontier."""
     return frontier.as_table(pd.DataFrame(record["tables"]["frontier"])).reset_index()
 
 
@@ -60,8 +59,7 @@ MAIN_TABLES = {  # by the record that they are of
 
 
 def cost_table(record: dict[str, Any]) -> pd.DataFrame:
-    """Speed-up (lowest–highest round) and ceiling of every model at every batch size and context, as `at_size`
-    recorded it."""
+    """Speed-up (lowest–highest round) and ceiling of every model, batch size and context, as `at_size` recorded it."""
     table = pd.DataFrame(record["tables"]["speed"]).rename(columns={"batch_size": "batch"})
     table = table[table["model"] != "dense"]
     measured = "{speedup:.2f} ({speedup_low:.2f}–{speedup_high:.2f}) of {ceiling:.2f}"
@@ -105,8 +103,7 @@ def recovered_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     table["reads"] = [f"{ppl:.2f}" if dense else f"{r:.3f} ± {error:.3f} ×" for ppl, r, error, dense in ratios]
     table["text"] = [f"{corpus}, {window}" for corpus, window in zip(table["corpus"], table["window"], strict=True)]
     names = {"parameters_kept_percent": "parameters kept %", "num_tokens": "tokens of distillation"}
-    for column, digits in {"parameters_kept_percent": 1, "num_tokens": 0}.items():
-        table[column] = table[column].fillna(0).map(f"{{:,.{digits}f}}".format)
+    table = _rounded(table.fillna(dict.fromkeys(names, 0)), {"parameters_kept_percent": 1, "num_tokens": 0})
     return _wide(table.rename(columns=names), ["model", *names.values()], "text", "reads")
 
 
@@ -222,13 +219,12 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         number, _, question = title(path).partition(" · ")
         times = (committed_seconds(path.stem, preset, results) for preset in (QUICK, REAL))
         rows.append([f"[{number}](notebooks/{path.name})", question, *map(_minutes, times)])
+    columns = ["notebook", "question", *(f"minutes, `{preset}`" for preset in (QUICK, REAL))]
     return {
         "results": _results_block(results),
         "cost": cost_block(results),
         "recovery": recovery_block(results),
-        "series": as_markdown(
-            pd.DataFrame(rows, columns=["notebook", "question", *(f"minutes, `{name}`" for name in (QUICK, REAL))])
-        ),
+        "series": as_markdown(pd.DataFrame(rows, columns=columns)),
         "frontier": _frontier_block(results),
     }
 
@@ -281,8 +277,7 @@ def title(path: Path) -> str:
 
 
 def named(heading: str, record: dict[str, Any]) -> str:
-    """A page's first cell, whose table says what run the outputs are of and how long it took: a page that is opened
-    runs `tiny`."""
+    """A page's first cell, which says of what run the outputs are and how long it took: an opened page runs `tiny`."""
     p, commit = record["parameters"], record["git_commit"]
     code = f"code of `{commit[:7]}{commit[40:]}`" if commit else "code outside of a repository"
     said = f"of preset `{record['preset']}` ({p['model']}, text `{p['corpus']}`), {code}"
@@ -294,8 +289,7 @@ def named(heading: str, record: dict[str, Any]) -> str:
 
 
 def _page(notebook: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A notebook with the outputs of its run, as it is committed: no injected parameters, no timings, cells counted
-    1 … n.
+    """A notebook with the outputs of its run, to be committed: no injected parameters or timings, cells counted 1 … n.
 
     Raises:
         InputError: the run's code cells are others.

@@ -35,8 +35,7 @@ Show code</button>"""
 
 
 def report(run_dir: Path) -> Path:
-    """Write `report.html` for the finished notebooks of a run. For a grid, write one page that compares its runs, and a
-    report for each run.
+    """Write `report.html` for the finished notebooks of a run; for a grid, a page across its runs and a report of each.
 
     Raises:
         InputError: no notebook is finished.

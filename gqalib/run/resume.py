@@ -72,13 +72,11 @@ class Progress:
                     temporary.write_bytes(description)
 
     def of(self, *inputs: Any) -> "Progress":
-        """Progress for these inputs alone: models, tensors, dataclasses, numbers, lists and dicts of them, seen by
-        `digest`."""
+        """Progress for these inputs alone: models, tensors, dataclasses, numbers, lists, dicts, seen by `digest`."""
         return Progress(self.folder / digest(*inputs)[:32], {}, self.owner)
 
     def run(self, function: Callable, *args: Any, **options: Any) -> Any:
-        """What a function `in_steps` comes to for these arguments, its steps kept; calls with other arguments may share
-        one progress."""
+        """What a function `in_steps` comes to for these arguments, steps kept; calls with others may share progress."""
         call = inspect.signature(function).bind(*args, **options)
         call.apply_defaults()
         inputs = {name: value for name, value in call.arguments.items() if name not in function.apart}
@@ -149,25 +147,19 @@ NOT_KEPT = _NotKept()  # nothing is kept, everything is computed
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` when the block ends well: whoever reads sees the old one or the
-    new one.
+    """A file to write that takes the place of `path` when the block ends well: readers see the old one or the new one.
 
     A folder may be made there instead; it takes the place of none, or of an empty one.
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # ends as it does: papermill asks for .ipynb
     try:
         yield temporary
-        onto_disk(temporary)
+        for place in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
+            with place.open("rb") as file:
+                os.fsync(file.fileno())  # a power cut leaves no half part
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-
-
-def onto_disk(path: Path) -> None:
-    """A file, or all files of a folder, on the disk before it gets its name: a power cut leaves no half part."""
-    for place in filter(Path.is_file, [path, *path.rglob("*")]):
-        with place.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def pack(folder: Path, archive: Path) -> None:
@@ -182,8 +174,7 @@ def unpack(archives: Sequence[Path], folder: Path) -> None:
         if archives and not folder.exists():
             with replacing(folder) as unfinished:
                 for archive in archives:
-                    with tarfile.open(archive) as packed:
-                        packed.extractall(unfinished, filter="data")
+                    shutil.unpack_archive(archive, unfinished, filter="data")
 
 
 @contextmanager
@@ -233,8 +224,7 @@ def _bare(source: str) -> str:
 
 
 def digest(*things: Any) -> str:
-    """A hash of models (configuration, parameters), tensors, arrays, dataclasses, numbers, text, and lists and dicts
-    of them.
+    """A hash of models (configuration, parameters), tensors, arrays, dataclasses, numbers, text; lists, dicts of them.
 
     Raises:
         TypeError: something else; two of those could not be told apart.
@@ -267,6 +257,5 @@ def _pieces(thing: Any) -> Iterator[bytes | memoryview]:
         for entry in thing:
             yield from _pieces(entry)
     else:
-        raise TypeError(
-            f"a {type(thing).__name__} cannot be told from another one: leave it out, or give what it is made of"
-        )
+        kind = type(thing).__name__
+        raise TypeError(f"a {kind} cannot be told from another one: leave it out, or give what it is made of")

@@ -1,5 +1,4 @@
-"""The runner: executes the numbered notebooks through papermill, one line of progress each, and goes on after an
-interruption."""
+"""The runner: executes the numbered notebooks by papermill, a line of progress each; goes on after an interruption."""
 
 import contextlib
 import os
@@ -7,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -56,7 +55,7 @@ class Series:
     notebooks: Path = NOTEBOOKS
 
     def __post_init__(self) -> None:
-        self.parameters = check_preset(self.preset, self.overrides).to_dict()
+        self.parameters = asdict(check_preset(self.preset, self.overrides))
         self._check_length()
         plain = default_run_dir(self.preset, self.overrides, self.seed)
         self.run_dir = Path(self.run_dir).absolute() if self.run_dir else plain
@@ -127,8 +126,7 @@ class Series:
         print(number, "finished before" if seconds is None else f"{seconds:4.0f} s   ({clock})", flush=True)
 
     def is_finished(self, path: Path) -> bool:
-        """Whether record and executed notebook stand for these parameters, inputs, code and upstream records, and
-        nothing is gone."""
+        """Whether record and notebook stand for these parameters, inputs, code and upstream, and nothing is gone."""
         where = self.parameters, self.seed
         try:
             record = fitting_record(self.run_dir / f"{path.stem}.json", *where)
@@ -148,8 +146,7 @@ class Series:
         """Run one notebook headlessly; the executed copy appears in the run folder when it is whole.
 
         Raises:
-            InputError: a cell raised one. NotebookFailed: a cell raised anything else. KernelDied: its process was
-            killed.
+            InputError: a cell raised one. NotebookFailed: it raised anything else. KernelDied: its process was killed.
         """
         import papermill
         from nbclient.exceptions import DeadKernelError

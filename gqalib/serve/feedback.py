@@ -64,8 +64,7 @@ class Ballot:
     """A widget that shows two answers to each prompt, asks which is better, and only then says whose they were.
 
     Args:
-        answers: of exactly two models, to each of the prompts. log: where votes go. seed: of the sides; None draws
-            anew.
+        answers: of exactly two models, to each prompt. log: where votes go. seed: of the sides; None draws anew.
     """
 
     def __init__(
@@ -98,17 +97,12 @@ class Ballot:
         self.page.value = "no more answers to compare" if done else self.pair(self.position)
 
     def pair(self, index: int) -> str:
-        """The two answers to a prompt as HTML, without names."""
-        texts = [self.answers[name][index] for name in self.sides[index]]
-        return side_by_side(self.prompts[index], *texts)
-
-
-def side_by_side(prompt: str, left: str, right: str) -> str:
-    """Two answers as an HTML table; what a model wrote is shown, never run."""
-    said = [f"<td style='width:50%;text-align:left;vertical-align:top;white-space:pre-wrap'>{html.escape(text)}</td>"
-            for text in (left, right)]  # fmt: skip
-    heads = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("left", "right"))
-    return f"<p><b>{html.escape(prompt)}</b></p><table><tr>{heads}</tr><tr>{''.join(said)}</tr></table>"
+        """The two answers to a prompt as an HTML table, without names; what a model wrote is shown, never run."""
+        prompt, texts = self.prompts[index], [self.answers[name][index] for name in self.sides[index]]
+        style = "width:50%;text-align:left;vertical-align:top;white-space:pre-wrap"
+        said = "".join(f"<td style='{style}'>{html.escape(text)}</td>" for text in texts)
+        heads = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("left", "right"))
+        return f"<p><b>{html.escape(prompt)}</b></p><table><tr>{heads}</tr><tr>{said}</tr></table>"
 
 
 # ---------------------------------------------------------------- what votes tell
@@ -128,9 +122,8 @@ def preference(votes: Sequence[Vote], first: str, second: str) -> dict[str, Any]
     if not decided:
         return counts | dict.fromkeys(("share", "low", "high", "p"), math.nan)
     test = binomtest(won, decided)
-    interval = test.proportion_ci(method="wilson")
-    ends = {"low": float(interval.low), "high": float(interval.high)}
-    return counts | {"share": won / decided} | ends | {"p": float(test.pvalue)}
+    ends = test.proportion_ci(method="wilson")
+    return counts | {"share": won / decided, "low": float(ends.low), "high": float(ends.high), "p": float(test.pvalue)}
 
 
 def power(share: float, votes: int | np.ndarray, alpha: float = 0.05) -> float | np.ndarray:

@@ -16,7 +16,7 @@ NEAR = 0.015  # of an axis: points that are nearer hide each other where their b
 MARKER = 0.017  # half a marker's height, of its perplexity
 
 
-def at_equal_size(rows: Rows, within: float = 0.05, dense: str = "dense") -> pd.DataFrame:
+def at_equal_size(rows: Rows, within: float = 0.05) -> pd.DataFrame:
     """The files of all models but `dense`, each beside the best one of about its size.
 
     Sizes are about equal where no file is larger than the smallest one by more than the share `within`.
@@ -26,7 +26,7 @@ def at_equal_size(rows: Rows, within: float = 0.05, dense: str = "dense") -> pd.
         `times best` (perplexities) with the paired `± error`, and `verdict`: best, worse, or not told apart.
     """
     sizes: list[Rows] = []
-    for row in sorted((row for row in rows if row["model"] != dense), key=lambda row: row["bytes"]):
+    for row in sorted((row for row in rows if row["model"] != "dense"), key=lambda row: row["bytes"]):
         if not sizes or row["bytes"] > (1 + within) * sizes[-1][0]["bytes"]:
             sizes.append([])
         sizes[-1].append(row)

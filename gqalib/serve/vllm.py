@@ -30,9 +30,8 @@ from gqalib.serve import HOST, OPENER, cause
 
 TOKENS = 128  # of the text, or as many as the model takes
 TOLERANCE = 1e-4  # nats, of the mean difference in float32; rounding to dtype comes on top
-ERROR = re.compile(
-    r"^(?:\(.+?\) )?(?:ERROR .+?\] |\s*)(\w+Error: .+|Value error, .+)"
-)  # in vLLM's log; the second is pydantic's
+# in vLLM's log; the second is pydantic's
+ERROR = re.compile(r"^(?:\(.+?\) )?(?:ERROR .+?\] |\s*)(\w+Error: .+|Value error, .+)")
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that follows the end of the parent
 START, PATIENCE = 600, 30  # seconds that the server may take to come up, and for an answer or its end
 
@@ -49,8 +48,7 @@ def register() -> None:
 
 @contextmanager
 def server(folder: str, dtype: str, options: list[str]) -> Iterator[str]:
-    """The URL of vLLM's OpenAI-compatible server, on a free port of this machine, in processes of its own; they end
-    with the block.
+    """The URL of vLLM's OpenAI-compatible server, on a free port here, in processes that end with the block.
 
     Raises:
         InputError: it does not come up, or gives no answer in the block; with the first error that it logged.

@@ -97,11 +97,9 @@ def draw(axes: Sequence[plt.Axes], samples: pd.DataFrame, color: str = COLORS["r
     requests.set(ylabel="requests", xlabel="seconds", ylim=(0, None))
     requests.yaxis.set_major_locator(MaxNLocator(integer=True))
     requests.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # above: lines go everywhere
-    firing = alerts(samples)
+    firing, red = alerts(samples), {"color": "red", "alpha": 0.15, "lw": 0}
     for ax in axes:
-        ax.fill_between(
-            seconds, 0, firing.any(axis=1), transform=ax.get_xaxis_transform(), color="red", alpha=0.15, lw=0
-        )
+        ax.fill_between(seconds, 0, firing.any(axis=1), transform=ax.get_xaxis_transform(), **red)
     requests.set_title(", ".join(firing.columns[firing.any()]), loc="left")
 
 
