@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from torch import nn
 
 W4A16 = """\
+import sys
+
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+sys.path.append("{folder}")  # the model's class lies beside its weights
+from modeling_gqa_llama import GqaLlamaForCausalLM
+
+model = GqaLlamaForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 weights = {{"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": {group}}}
 recipe = GPTQModifier(
