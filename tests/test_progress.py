@@ -34,7 +34,7 @@ from gqalib.recover import lora as recover_lora
 from gqalib.recover.lora import finetune_lora
 from gqalib.recover.trainer import Watch, finish, place_of
 from gqalib.run import publish, resume, series
-from gqalib.run.notebook import PACKED, SHARED, Notebook, code_used, progress_dir, read_record
+from gqalib.run.notebook import SHARED, Notebook, code_used, progress_dir, read_record
 from gqalib.run.presets import Distillation, load_preset
 from gqalib.run.resume import NOT_KEPT, PACKED_BYTES, Progress, digest
 
@@ -615,13 +615,13 @@ def test_what_long_stages_found_travels_with_the_repository(tmp_path, monkeypatc
     for progress in (nb.progress("a"), nb.shared_progress("b", "")):
         progress.keep("row", {"x": 1.5})
         progress.keep("model", {"weight": large})
-    publish._pack_progress(tmp_path / "first", [nb.name, SHARED, "none"], tmp_path / "results" / "tiny" / PACKED)
+    publish._pack_progress(tmp_path / "first", [nb.name, SHARED, "none"], progress_dir(tmp_path / "results" / "tiny"))
     nb = notebook(tmp_path / "second")
     for progress in (nb.progress("a"), nb.shared_progress("b", "")):
         assert progress.load("row") == {"x": 1.5} and progress.load("model") is None
     assert notebook(tmp_path / "second").progress("a").load("row") == {"x": 1.5}
     assert notebook(tmp_path / "third", seed=1).progress("a").load("row") is None
-    (tmp_path / "fourth" / "progress").mkdir(parents=True)  # as --force leaves it
+    progress_dir(tmp_path / "fourth").mkdir(parents=True)  # as --force leaves it
     assert notebook(tmp_path / "fourth").progress("a").load("row") is None
 
 

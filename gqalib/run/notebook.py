@@ -46,7 +46,6 @@ SCHEMA = 1
 COMMITTED = REPOSITORY / "data" / "results"
 BASE = ("model", "corpus", "dtype", "evaluation_dtype", "device")  # what every notebook depends on
 SHARED = "shared"  # the progress that belongs to no one notebook
-PACKED = "progress"  # beside a preset's committed records: what its long stages found
 HELD = "GQALIB_LOCKED"  # in the environment of the notebooks that a runner starts: the folder that it has locked
 AT_ONCE = "GQALIB_AT_ONCE"  # how many notebooks the runner has running beside each other
 COMMIT = "git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"  # says what is checked out
@@ -95,8 +94,9 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def progress_dir(run_dir: Path, name: str) -> Path:
-    """Where a notebook keeps what its long stages found, under what that depends on; `--force` forgets it."""
+def progress_dir(run_dir: Path, name: str = "") -> Path:
+    """Where a notebook keeps what its long stages found, under what that depends on; `--force` forgets it. Without a
+    name that of all notebooks, which stands packed beside a preset's committed records, too."""
     return run_dir / "progress" / name
 
 
@@ -207,7 +207,7 @@ class Notebook:
         self._lock = contextlib.ExitStack()
         if os.environ.get(HELD) != str(self.run_dir):  # else the runner that started this notebook has it
             self._lock.enter_context(locked(self.run_dir, shared=True))
-        unpack(sorted((COMMITTED / preset / PACKED).glob("*.tar.gz")), self.run_dir / "progress")
+        unpack(sorted(progress_dir(COMMITTED / preset).glob("*.tar.gz")), progress_dir(self.run_dir))
         self.metrics, self.tables, self.texts, self.captions = {}, {}, {}, {}
         self.artefacts, self.stages, self.read = [], [], {}
         self._started = spent()

@@ -16,9 +16,7 @@ from gqalib.figures import as_markdown
 from gqalib.measure import frontier
 from gqalib.model.names import REPOSITORY
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
-from gqalib.run.notebook import (
-    PACKED, SHARED, committed_seconds, progress_dir, read_record, sha256, write_atomically,
-)  # fmt: skip
+from gqalib.run.notebook import SHARED, committed_seconds, progress_dir, read_record, sha256, write_atomically
 from gqalib.run.resume import pack
 
 QUICK = "tiny"  # the preset that a page which is opened runs
@@ -166,7 +164,7 @@ def publish(run_dir: Path, preset: str = QUICK, notebooks: Path = NOTEBOOKS, roo
         write_atomically(results / preset / name, (run_dir / name).read_text(encoding="utf-8"))
         _copy_figures(run_dir, record, root / "figures" / preset)
     if preset != QUICK:  # its point is that it measures anew, in minutes
-        _pack_progress(run_dir, [*(path.stem for path in records), SHARED], results / preset / PACKED)
+        _pack_progress(run_dir, [*(path.stem for path in records), SHARED], progress_dir(results / preset))
     update_readme(root / "README.md", results, notebooks)
 
 

@@ -84,8 +84,8 @@ class Series:
         waiting = self._most_urgent_first() if at_once > 1 else list(self.paths)
         with locked(self.run_dir), patch.dict(os.environ, share):  # kernels inherit it
             if force:
-                shutil.rmtree(shared := progress_dir(self.run_dir, SHARED), ignore_errors=True)
-                shared.parent.mkdir(exist_ok=True)  # so that nothing that was committed is unpacked either
+                shutil.rmtree(progress_dir(self.run_dir, SHARED), ignore_errors=True)
+                progress_dir(self.run_dir).mkdir(exist_ok=True)  # so that nothing that was committed is unpacked either
             with ThreadPoolExecutor(at_once) as pool, _stopped_on_error():
                 while waiting or running:
                     for path in self._ready(waiting, running)[: at_once - len(running)]:
