@@ -209,6 +209,40 @@ def task_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+def frontier_lines(
+    ax: plt.Axes, lines: pd.DataFrame, styles: Mapping[str, dict[str, object]], named: Sequence[str]
+) -> None:
+    """Perplexity over dense by what is left, a line for each method. `named` ones have their names at the right edge;
+    those that end above the frame stand on top of it, with their last value.
+
+    Args:
+        lines: method, parameters_kept_percent, ratio and its `reach`, sizes in order. styles: of `errorbar`.
+    """
+    for name, line in lines.groupby("method"):
+        ax.errorbar(line["parameters_kept_percent"], line["ratio"], line["reach"], **styles[name])
+    ax.axhline(1, color=COLORS["dense"], ls="--", lw=1)
+    ax.set(xlabel="parameters kept (% of all)", ylabel="perplexity / dense (log scale)", yscale="log")
+    readable_log_axis(ax.yaxis)
+    ax.invert_xaxis()
+    ends = lines.groupby("method")[["parameters_kept_percent", "ratio"]].last().loc[list(named)]
+    top = min(ax.get_ylim()[1], 2 * ends["ratio"].drop("random", errors="ignore").max())  # random may be far above all
+    ax.set_ylim(0.95 * min(1, (lines["ratio"] - lines["reach"]).min()), top)
+    inside = ends[ends["ratio"] <= top]
+    above = [f"↑ {name} ({ratio:,.0f})" for name, ratio in ends["ratio"].drop(inside.index).items()]
+    ax.text(1.03, 1.02, "\n".join(above), transform=ax.transAxes, color="0.5")
+    places = dict(zip(inside.index, inside.to_numpy().tolist(), strict=True))
+    names_at_the_edge(ax, places, {name: styles[name]["color"] for name in places})
+
+
+def valued_dots(ax: plt.Axes, values: Sequence[float], labels: Sequence[str], colours: Sequence[str]) -> None:
+    """A dot for each label, from below, its value beside it."""
+    ax.scatter(values, range(len(labels)), color=colours, s=36)
+    for place, value in enumerate(values):
+        text = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+        ax.annotate(text, (value, place), (7, 0), textcoords="offset points", va="center", fontsize=9)
+    ax.set_yticks(range(len(labels)), labels)
+
+
 def names_at_the_edge(ax: plt.Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
     """The names of lines right of the axes, each as high as its line ends, moved up where it would cover the one below.
 

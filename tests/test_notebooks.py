@@ -72,9 +72,12 @@ def test_the_frontier_of_a_model_that_cannot_lose_half(run, monkeypatch):
     methods = ["FLAP", "OSSCAR", frontier.OWN]
     monkeypatch.setattr("gc.collect", lambda: 0)  # a third of a second for each measurement
     left_out = [name for name in frontier.METHODS if name not in methods]
-    monkeypatch.setitem(SMALL, "frontier.left_out", left_out)
-    names = run("10", small_model(num_key_value_heads=1, num_hidden_layers=2), switched_off={})
-    assert names["middle"] == names["largest"] == 0.25 and names["nb"].metrics["ratio_own_25"]
+    more = {"frontier.left_out": left_out, "comparison.fractions": [0.1], "comparison.samples": 1}
+    for key, value in more.items():
+        monkeypatch.setitem(SMALL, key, value)
+    names = run("10", small_model(num_key_value_heads=1, num_hidden_layers=2), switched_off={}, more_text=2)
+    assert names["middle"] == 0.25 and names["nb"].metrics["ratio_own_25"] and names["nb"].metrics["ratio_own_10"]
+    assert set(names["rows"]["sample"]) == {0, 1} and len(names["lengths"]) == 3
     names["draw"](0.1)  # what the slider calls
     left, right = plt.gcf().axes
     assert left.get_title().startswith("10 %") and right.lines[-1].get_xdata() == [10, 10]

@@ -97,6 +97,14 @@ class Frontier:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What notebook 10's table has beyond `frontier`, which other notebooks read, too. By default nothing."""
+
+    fractions: list[Fraction] = field(default_factory=list)  # more parts of the backbone removed
+    samples: Annotated[int, Field(ge=0, le=2)] = 0  # more calibration samples; 11 draws its own from the fourth on
+
+
+@dataclass(frozen=True)
 class Search:
     """From the cost table to rates that were tried out."""
 
@@ -263,6 +271,7 @@ class Preset:
     budgets: Budgets
     cost: Cost
     answers: Answers = field(default_factory=Answers)
+    comparison: Comparison = field(default_factory=Comparison)
     tasks_in_depth: TasksInDepth = field(default_factory=TasksInDepth)
 
 

@@ -259,10 +259,11 @@ def _frontier_block(results: Path) -> str:
     if not (record := _shown(results, "10_frontier")):
         return "Not measured."
     p, model = record["parameters"]["frontier"], record["parameters"]["model"]
-    of_several = ", of which mean and range" if p["seeds"] > 1 else ""
+    drawn = 1 + max(row["sample"] for row in record["tables"]["frontier"])
+    of_several = ", of which mean and range" if drawn > 1 else ""
     above = (
         f"**{model}** (preset `{record['preset']}`), {p['test']['num_examples']} test windows; calibration on "
-        f"{p['calibration']['num_examples']} windows, {p['seeds']} sample{'s' * (p['seeds'] > 1)}{of_several}; "
+        f"{p['calibration']['num_examples']} windows, {drawn} sample{'s' * (drawn > 1)}{of_several}; "
         f"no training; {record['machine']}:"
     )
     return f"{above}\n\n{as_markdown(frontier_table(record))}"
