@@ -465,6 +465,14 @@ def test_digest_tells_things_apart():
         digest(lambda: 0)
 
 
+def test_a_model_is_the_same_wherever_it_lies(tmp_path, tokenizer):
+    model, places = small_model(), (tmp_path / "here", tmp_path / "there")
+    for place in places:
+        load.save_model(model, tokenizer, place)
+    here, there = map(load.load_model, places)
+    assert here.config._name_or_path != there.config._name_or_path and digest(here) == digest(there)
+
+
 # ---------------------------------------------------------------- LoRA
 
 

@@ -238,7 +238,8 @@ def digest(*things: Any) -> str:
 def _pieces(thing: Any) -> Iterator[bytes | memoryview]:
     if isinstance(thing, nn.Module):
         config = thing.config
-        yield from _pieces([json.dumps(config.to_dict(), sort_keys=True, default=str), config._attn_implementation])
+        settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}  # where it lay
+        yield from _pieces([json.dumps(settings, sort_keys=True, default=str), config._attn_implementation])
         yield from _pieces(dict(thing.named_parameters()))
     elif isinstance(thing, torch.Tensor):
         yield f"{thing.dtype}{list(thing.shape)};".encode()
