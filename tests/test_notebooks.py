@@ -77,7 +77,7 @@ def test_the_frontier_of_a_model_that_cannot_lose_half(run, monkeypatch):
         monkeypatch.setitem(SMALL, key, value)
     names = run("10", small_model(num_key_value_heads=1, num_hidden_layers=2), switched_off={}, more_text=2)
     assert names["middle"] == 0.25 and names["nb"].metrics["ratio_own_25"] and names["nb"].metrics["ratio_own_10"]
-    assert set(names["rows"]["sample"]) == {0, 1} and len(names["lengths"]) == 3
+    assert set(names["rows"]["sample"]) == {0, 1} and list(names["lengths"].index) == [frontier.OWN]
     names["draw"](0.1)  # what the slider calls
     left, right = plt.gcf().axes
     assert left.get_title().startswith("10 %") and right.lines[-1].get_xdata() == [10, 10]
