@@ -616,17 +616,19 @@ def test_force_begins_anew(tmp_path, monkeypatch):
     assert there == [[True, True], [False, False]]
 
 
-def test_what_long_stages_found_travels_with_the_repository(tmp_path, monkeypatch):
+def test_what_long_stages_found_travels_with_the_repository(tmp_path, monkeypatch, tokenizer):
     """Published, then found in a fresh run folder on another machine; --force begins with nothing all the same."""
     monkeypatch.setattr("gqalib.run.notebook.COMMITTED", tmp_path / "results")
     nb, large = notebook(tmp_path / "first"), torch.zeros(PACKED_BYTES)
     for progress in (nb.progress("a"), nb.shared_progress("b", "")):
         progress.keep("row", {"x": 1.5})
         progress.keep("model", {"weight": large})
+        load.save_model(small_model(), tokenizer, progress.folder / "saved")
     publish._pack_progress(tmp_path / "first", [nb.name, SHARED, "none"], progress_dir(tmp_path / "results" / "tiny"))
     nb = notebook(tmp_path / "second")
     for progress in (nb.progress("a"), nb.shared_progress("b", "")):
         assert progress.load("row") == {"x": 1.5} and progress.load("model") is None
+        assert not (progress.folder / "saved").exists()
     assert notebook(tmp_path / "second").progress("a").load("row") == {"x": 1.5}
     assert notebook(tmp_path / "third", seed=1).progress("a").load("row") is None
     progress_dir(tmp_path / "fourth").mkdir(parents=True)  # as --force leaves it

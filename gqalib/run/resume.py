@@ -163,9 +163,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """The small parts of a folder of progress as one file, from which another machine goes on."""
+    """The small parts of a folder of progress as one file, from which another machine goes on; no saved model."""
+
+    def travels(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        saved_model = (folder.parent / entry.name / "config.json").exists()
+        return None if saved_model or entry.size > PACKED_BYTES else entry
+
     with replacing(archive) as file, tarfile.open(file, "w:gz") as packed:
-        packed.add(folder, folder.name, filter=lambda entry: entry if entry.size <= PACKED_BYTES else None)
+        packed.add(folder, folder.name, filter=travels)
 
 
 def unpack(archives: Sequence[Path], folder: Path) -> None:
