@@ -157,6 +157,14 @@ class Budgets:
         return sorted(self.fractions)[(len(self.fractions) - 1) // 2]
 
 
+@dataclass(frozen=True)
+class LongRun:
+    """Notebook 12's last training, as long as there is time for, by the best way that it found. By default none."""
+
+    num_tokens: NonNegativeInt = 0
+    fractions: list[Fraction] = field(default_factory=list)  # those of `budgets.fractions` that it is for
+
+
 Task = Literal["all", "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 
 
@@ -272,6 +280,7 @@ class Preset:
     cost: Cost
     answers: Answers = field(default_factory=Answers)
     comparison: Comparison = field(default_factory=Comparison)
+    long_run: LongRun = field(default_factory=LongRun)
     tasks_in_depth: TasksInDepth = field(default_factory=TasksInDepth)
 
 
