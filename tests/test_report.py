@@ -21,7 +21,7 @@ from gqalib.run.notebook import Notebook
 
 RESULT = {"model": "dense", "parameters kept %": 100.0, "backbone removed %": 0.0, "perplexity": 19.7}
 RESULT |= {"speed-up": 1.0, "ceiling": 1.0}
-TOKENS = {"start": "refitted-50", "tokens": 16384, "backbone_removed_percent": 50.0, "times dense": 2.22455}
+TOKENS = {"start": "refitted-50", "way": "text", "tokens": 16384, "seconds": 90.0, "times dense": 2.22455}
 TOKENS |= {"± standard error": 0.09065, "bought back %": None, "steps": 16}
 CLAIM = {
     "claim": "v2 <broke>",
@@ -185,7 +185,7 @@ def test_the_index_has_what_distillation_bought_back(tmp_path):
     finished(tmp_path, "12_distillation", "# 12 · Bought back", {"tokens": TOKENS}, "")
     main(["report", "--run-dir", str(tmp_path)])
     index = (tmp_path / "report.html").read_text(encoding="utf-8").partition("<section")[0]
-    assert all(f"<td>{cell}</td>" in index for cell in ("refitted-50", "50.0", "16,384", "2.225", "0.091", "–"))
+    assert all(f"<td>{cell}</td>" in index for cell in ("refitted-50", "text", "16,384", "1.5", "2.225", "0.091", "–"))
     assert "steps" not in index
 
 

@@ -4,7 +4,8 @@ import contextlib
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ REAL = "smollm2"  # the preset whose executed notebooks are committed; the quick
 AT_SIZE = "llama3-8b-shape"  # the preset that measures cost at real size
 RECOVERY = "smollm2-gpu"  # the preset that prunes and distils a real model on a GPU
 RESULTS = {"parameters kept %": 1, "backbone removed %": 1, "perplexity": 2, "speed-up": 2, "ceiling": 2}  # digits
-TOKENS = {"backbone removed %": 1, "tokens": 0, "times dense": 3, "± standard error": 3, "bought back %": 1}
+TOKENS = {"tokens": 0, "minutes": 1, "times dense": 3, "± standard error": 3, "bought back %": 1}
 
 
 def results_table(record: dict[str, Any]) -> pd.DataFrame:
@@ -38,9 +39,9 @@ def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
 
 
 def tokens_table(record: dict[str, Any]) -> pd.DataFrame:
-    """What training with the dense model's logits buys back, by the tokens read, as 12_distillation recorded it."""
-    table = pd.DataFrame(record["tables"]["tokens"]).rename(columns={"backbone_removed_percent": "backbone removed %"})
-    return _rounded(table[["start", *TOKENS]], TOKENS)
+    """What training buys back, by way and tokens, as 12_distillation recorded it."""
+    table = pd.DataFrame(record["tables"]["tokens"])
+    return _rounded(table.assign(minutes=table["seconds"] / 60)[["start", "way", *TOKENS]], TOKENS)
 
 
 def _rounded(table: pd.DataFrame, digits: dict[str, int]) -> pd.DataFrame:
@@ -52,7 +53,7 @@ def _rounded(table: pd.DataFrame, digits: dict[str, int]) -> pd.DataFrame:
 MAIN_TABLES = {  # by the record that they are of
     "07_cost_analysis": ("Results", results_table),
     "10_frontier": ("Perplexity over dense, by the part of the backbone removed", frontier_table),
-    "12_distillation": ("Perplexity over dense after distillation, by the tokens read", tokens_table),
+    "12_distillation": ("Perplexity over dense after training, by way and tokens", tokens_table),
 }
 
 
@@ -219,11 +220,12 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         rows.append([f"[{number}](notebooks/{path.name})", question, *map(_minutes, times)])
     columns = ["notebook", "question", *(f"minutes, `{preset}`" for preset in (QUICK, REAL))]
     return {
-        "results": _results_block(results),
+        "results": _block(results, "07_cost_analysis", results_table, partial(_results_said, results)),
+        "frontier": _block(results, "10_frontier", frontier_table, _frontier_said),
+        "tokens": _block(results, "12_distillation", tokens_table, _tokens_said),
         "cost": cost_block(results),
         "recovery": recovery_block(results),
         "series": as_markdown(pd.DataFrame(rows, columns=columns)),
-        "frontier": _frontier_block(results),
     }
 
 
@@ -244,29 +246,29 @@ def _is_current(record: dict[str, Any], folder: Path) -> bool:
     return all(path.exists() and sha256(path) == value for path, value in paths.items())
 
 
-def _results_block(results: Path) -> str:
-    if not (record := _shown(results, "07_cost_analysis")):
+def _block(results: Path, name: str, table: Callable[[dict], pd.DataFrame], said: Callable[[dict], str]) -> str:
+    """A table of the notebook's record below what is said of it."""
+    if not (record := _shown(results, name)):
         return "Not measured."
+    of = f"**{record['parameters']['model']}** (preset `{record['preset']}`)"
+    return f"{of}, {said(record)}; {record['machine']}:\n\n{as_markdown(table(record))}"
+
+
+def _results_said(results: Path, record: dict[str, Any]) -> str:
     p = read_record(results / record["preset"] / "01_baseline.json")["parameters"]
-    above = (
-        f"**{p['model']}** (preset `{record['preset']}`), {p['corpus']} test text, {p['evaluation']['num_tokens']:,} "
-        f"tokens in windows of {p['evaluation']['short_window']}, seed {record['seed']}, {record['machine']}:"
-    )
-    return f"{above}\n\n{as_markdown(results_table(record))}"
+    windows = f"{p['evaluation']['num_tokens']:,} tokens in windows of {p['evaluation']['short_window']}"
+    return f"{p['corpus']} test text, {windows}, seed {record['seed']}"
 
 
-def _frontier_block(results: Path) -> str:
-    if not (record := _shown(results, "10_frontier")):
-        return "Not measured."
-    p, model = record["parameters"]["frontier"], record["parameters"]["model"]
-    drawn = 1 + max(row["sample"] for row in record["tables"]["frontier"])
-    of_several = ", of which mean and range" if drawn > 1 else ""
-    above = (
-        f"**{model}** (preset `{record['preset']}`), {p['test']['num_examples']} test windows; calibration on "
-        f"{p['calibration']['num_examples']} windows, {drawn} sample{'s' * (drawn > 1)}{of_several}; "
-        f"no training; {record['machine']}:"
-    )
-    return f"{above}\n\n{as_markdown(frontier_table(record))}"
+def _frontier_said(record: dict[str, Any]) -> str:
+    p, drawn = record["parameters"]["frontier"], 1 + max(row["sample"] for row in record["tables"]["frontier"])
+    samples = f"{drawn} sample{'s' * (drawn > 1)}" + ", of which mean and range" * (drawn > 1)
+    calibration = f"calibration on {p['calibration']['num_examples']} windows, {samples}"
+    return f"{p['test']['num_examples']} test windows; {calibration}; no training"
+
+
+def _tokens_said(record: dict[str, Any]) -> str:
+    return f"{record['parameters']['frontier']['test']['num_examples']} test windows; each row a run of its own"
 
 
 def title(path: Path) -> str:
