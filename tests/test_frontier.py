@@ -130,6 +130,14 @@ def test_the_best_peer_is_one_that_removed_enough():
     assert result["times"][0.5] == pytest.approx(0.8) and result["best"][0.7] == pytest.approx(1.6)
 
 
+def test_a_peer_that_broke_in_one_sample_of_a_record_is_not_the_best():
+    """A record has null for an infinite ratio; and only samples that both methods have are paired."""
+    rows = rows_of("own", 0.5, [1.2, 1.2, 2.4]) + rows_of("p", 0.5, [1.5, 1.5]) + rows_of("q", 0.5, [1.1, 1.1, math.inf])
+    rows[-1]["ratio"] = None
+    result = frontier.against_peers(pd.DataFrame(rows), "own", ["p", "q"]).iloc[0]
+    assert result["peer"] == "p" and result["times"] == pytest.approx(0.8)
+
+
 def test_not_told_apart():
     own, peer = rows_of("own", 0.5, [1.0]), rows_of("p", 0.5, [1.0])
     own[0]["losses"], peer[0]["losses"] = [1.0, 2.0, 3.0, 4.0], [1.2, 1.9, 3.1, 3.9]

@@ -19,7 +19,8 @@ from gqalib.measure.perplexity import window_losses
 from gqalib.model import load, surgery
 from gqalib.model.load import REPOSITORY
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig
-from gqalib.prune import allocate, plans, refit, scores
+from gqalib.peers import llm_pruner
+from gqalib.prune import allocate, founding, gradients, plans, refit, scores
 from gqalib.prune.founding import removal_importance, taylor_scores
 from gqalib.prune.scores import backward, channel_scores, fisher_scores, gradient_covariances, group_scores
 from gqalib.run.presets import Distillation
@@ -254,6 +255,22 @@ def test_streamed_results_are_the_same(model, windows, monkeypatch):
     assert (results[2] == streamed[2]).all() and equal(results[3], streamed[3])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pruned.parameters(), strict=True))
     assert is_streamed(copy.deepcopy(pruned))
+
+
+def test_gradients_of_streamed_layers_come_layer_by_layer(model, windows, monkeypatch):
+    """A layer that has left has no weights for a backward pass any more, however short the text."""
+    asked, differentiate = [], gradients.differentiate
+
+    def noted(*arguments, **options):
+        asked.append(arguments[6])
+        return differentiate(*arguments, **options)
+
+    monkeypatch.setattr(gradients, "differentiate", noted)
+    stream.streamed(model, "cpu")
+    founding.prune(model, plans.uniform_plan(model, 0.3), windows)
+    assert asked and all(asked)
+    with pytest.raises(InputError, match="gradients of all layers at once: give device cpu"):
+        llm_pruner.llm_pruner(model, windows, 0.3)
 
 
 def test_one_layer_is_away_from_home_at_a_time(model, windows, monkeypatch):

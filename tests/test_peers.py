@@ -1,5 +1,7 @@
 """The peers do what their sources say, to the budget that was asked."""
 
+import math
+
 import pytest
 import torch
 from conftest import biased_model, small_model
@@ -137,6 +139,35 @@ def test_what_sits_in_biases_stays(name, windows, monkeypatch):
 
 
 # ---------------------------------------------------------------- one by one
+
+
+def test_llm_pruner_counts_the_columns_of_o_proj_that_its_graph_pairs(windows, monkeypatch):
+    """Its graph maps the columns of o_proj one to one onto the rows of k_proj: query head 1's columns belong to KV head
+    1, though group 0 feeds them."""
+    model = small_model(num_attention_heads=4, num_key_value_heads=2)
+
+    def gradients(model, windows):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for layer in model.model.layers:
+            columns = layer.self_attn.o_proj.weight.unflatten(1, (4, -1))
+            layer.self_attn.o_proj.weight.grad.unflatten(1, (4, -1))[:, 1] = columns[:, 1].detach()
+
+    monkeypatch.setattr(llm_pruner, "backward", gradients)
+    second = [layer.self_attn.k_proj.weight[model.config.head_dim :].clone() for layer in model.model.layers]
+    llm_pruner.llm_pruner(model, windows, 0.5, protect=False)
+    assert (layer_shapes(model)["num_key_value_heads"] == 1).all()
+    for layer, rows in zip(model.model.layers, second, strict=True):
+        assert torch.equal(layer.self_attn.k_proj.weight, rows)
+
+
+def test_a_peer_that_raises_freezes_nothing(windows):
+    model = small_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.inf
+    with pytest.raises(InputError, match="loss is nan"):
+        llm_pruner.llm_pruner(model, windows, 0.25)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_llm_pruner_protects_the_ends_as_long_as_it_can(windows):

@@ -392,6 +392,14 @@ def test_sweep_meets_the_plan_and_survives_the_folder(model, windows, logits_of,
     assert torch.equal(logits_of(GqaLlamaForCausalLM.from_pretrained(tmp_path).eval()), logits_of(model))
 
 
+def test_without_refit_nothing_is_fitted_to_what_stays(model, windows, clone):
+    dense = clone(model)
+    refit.sweep(model, plan_for(model), windows, refit.Ingredients(refit=False, input_refit=False))
+    for old, new in zip(dense.model.layers, model.model.layers, strict=True):
+        columns = {tuple(column) for column in old.mlp.down_proj.weight.T.tolist()}
+        assert {tuple(column) for column in new.mlp.down_proj.weight.T.tolist()} <= columns
+
+
 def test_uneven_pruned_model_can_be_swept_again(model, windows):
     refit.sweep(model, plans.Plan([0.0] * 3, [1, 0, 0], [3, 0, 9]), windows)
     first = layer_shapes(model)

@@ -12,6 +12,7 @@ from conftest import biased_model, kl_to
 
 from gqalib import InputError
 from gqalib.measure.perplexity import perplexity
+from gqalib.model import surgery
 from gqalib.model.shapes import count_parameters, layer_shapes
 from gqalib.prune import allocate, founding, plans, refit, scores, search
 from gqalib.stream import streamed
@@ -285,3 +286,9 @@ def test_a_whole_layer_may_go_only_in_the_sweep(model, windows):
     plan = plans.Plan([0.0] * 3, [0, layer_shapes(model)["num_key_value_heads"][1], 0], [0, 24, 0])
     with pytest.raises(InputError, match="at least one must stay"):
         founding.prune(model, plan, windows)
+
+
+def test_layers_taken_from_a_copy_follow_the_models_own_configuration(model, clone):
+    surgery.take_layers(model, clone(model))
+    model.set_attn_implementation("eager")
+    assert all(layer.self_attn.config._attn_implementation == "eager" for layer in model.model.layers)

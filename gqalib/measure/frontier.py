@@ -62,7 +62,7 @@ def refit_in_context(
     model: nn.Module, windows: torch.Tensor, fraction: float, prepared: tuple | None = None, multiple: int = 1
 ) -> None:
     """The sweep by a plan that `search.in_context` finds with that table; every fourth window judges its candidates,
-    which are fitted to the others.
+    which are fitted to the others; covariances and table are of all windows, so the judges are not wholly unseen.
 
     Raises:
         InputError: fewer than four windows.
@@ -253,7 +253,8 @@ def against_peers(rows: pd.DataFrame, own: str = OWN, peers: Sequence[str] = tup
         two errors, or not told apart.
     """
     enough = rows["backbone_removed_percent"] > 100 * rows["fraction"] - CLOSE
-    done = rows[(rows["note"] == "") & rows["ratio"].notna() & enough]
+    done = rows[(rows["note"] == "") & enough]
+    done = done.assign(ratio=done["ratio"].astype(float).fillna(math.inf))  # a record has null for an infinite one
     fractions = sorted(rows["fraction"].unique())
     return pd.DataFrame([_against(done[done["fraction"] == f], own, peers) | {"fraction": f} for f in fractions])
 
@@ -264,7 +265,8 @@ def _against(done: pd.DataFrame, own: str, peers: Sequence[str]) -> dict[str, ob
     row = {"own": ratios.get(own, math.nan), "peer": best, "best": ratios.get(best, math.nan)}
     if own not in ratios or best is None:
         return row | {"times": math.nan, "error": math.nan, "verdict": "no comparison"}
-    losses = [done.loc[done["method"] == name, "losses"].tolist() for name in (own, best)]
+    both = [done[done["method"] == name].set_index("sample")["losses"] for name in (own, best)]
+    losses = pd.concat(both, axis=1, join="inner").T.to_numpy().tolist()  # of the samples that both have
     times, error = ratio_with_error(*(torch.tensor(x, dtype=torch.float64).mean(0) for x in losses))  # of the samples
     verdict = "ahead" if times + 2 * error < 1 else "behind" if times - 2 * error > 1 else "not told apart"
     return row | {"times": times, "error": error, "verdict": verdict}

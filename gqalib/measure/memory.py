@@ -133,7 +133,7 @@ def _terms(c: _Sizes, settings: Recovery | Distillation | None) -> dict[str, Ter
         "layer removal": {**c.buffers(2, s), "batch": c.F * forward},
         "one-shot Taylor": backward(c.streams or c.B < c.n, L, 0, scored),
         "all gradients": {**backward(False, L, 0, 0), "gradients": c.layers * size},
-        "sequential Taylor": {**backward(False, 1, L - 1, scored + c.layer * size), **c.buffers(2, s)},
+        "sequential Taylor": {**backward(c.streams, 1, L - 1, scored + c.layer * size), **c.buffers(2, s)},
         "gradient covariances": {
             **backward(by_layer, 0, L, 3 * 8 * d * d if by_layer else 0), "covariances": c.in_host * 2 * L * 8 * d * d,
         },

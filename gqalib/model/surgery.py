@@ -98,7 +98,10 @@ def drop_layers(model: nn.Module, layers: Sequence[int]) -> None:
 
 def take_layers(model: nn.Module, pruned: nn.Module) -> None:
     """Give a model the decoder layers of a pruned copy of it, which is not to be used any more."""
-    _put_layers(model, list(pruned.get_decoder().layers))
+    layers = list(pruned.get_decoder().layers)
+    for layer in filter(has_attention, layers):
+        layer.self_attn.config = model.config  # one for all, so that `set_attn_implementation` reaches every layer
+    _put_layers(model, layers)
 
 
 @torch.no_grad()

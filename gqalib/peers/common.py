@@ -20,10 +20,12 @@ def peer(function: Callable[..., None]) -> Callable[..., None]:
     def checked(model: nn.Module, windows: Tensor, fraction: float, *more, **options) -> None:
         if not 0 < fraction < 1:
             raise InputError(f"fraction {fraction} of the backbone is outside (0, 1): give a fraction such as 0.25")
-        with restored_on_error(model):
-            function(model, windows, fraction, *more, **options)
-        model.requires_grad_(True)
-        model.zero_grad(set_to_none=True)
+        try:
+            with restored_on_error(model):
+                function(model, windows, fraction, *more, **options)
+        finally:
+            model.requires_grad_(True)
+            model.zero_grad(set_to_none=True)
 
     return checked
 

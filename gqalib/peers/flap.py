@@ -41,15 +41,15 @@ def flap(model: nn.Module, windows: torch.Tensor, fraction: float, by_column: bo
     target = fraction * count_parameters(model)["backbone"] + biases
     stays = ~cheapest_units(torch.cat(scores), torch.cat(costs), best, target)
     for part, sums, units in zip(parts, seen, stays.split([len(score) for score in scores]), strict=True):
-        gone = (~units).repeat_interleave(part.unit).to(sums.mean.device)
-        bias = part.output.weight.detach().double() @ (sums.mean * gone)  # what goes gave on average
+        weight, gone = part.output.weight.detach().double(), (~units).repeat_interleave(part.unit)
+        bias = weight @ (sums.mean.cpu() * gone).to(weight.device)  # what goes gave on average
         part.keep(units.nonzero().flatten().tolist())
         add_output_bias(model, part.index, ("o_proj", "down_proj")[part.half], bias)
 
 
 def flap_scores(weight: torch.Tensor, variance: torch.Tensor, num_units: int, by_column: bool = False) -> torch.Tensor:
     """Mean of Var(X_j) · ‖W_:,j‖² over the columns of each unit, standardised over the module; float64 [num_units]."""
-    scores = variance * weight.detach().double().square().sum(0)
+    scores = variance.to(weight.device) * weight.detach().double().square().sum(0)
     if by_column:
         scores = standardise(scores.square() if num_units < len(scores) else scores)
         return scores.view(num_units, -1).mean(1)

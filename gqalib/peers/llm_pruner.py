@@ -17,8 +17,9 @@ def llm_pruner(
 ) -> None:
     """LLM-Pruner (Ma et al., NeurIPS 2023): first-order element-wise Taylor, Σ |W ⊙ G|, one shot.
 
-    Heads are chosen by its own fold (`view(size, groups).sum(0)`, which credits KV head k with query heads k, k +
-    groups, …), channels by gate, up and down. Its script for Llama-7B prunes layers 4 to 29 of 32: the first eighth and
+    Heads are chosen by its own sum over a dependency group: the fold of q_proj (`misaligned_group_scores`), k_proj,
+    v_proj, and the *first* columns of o_proj, which its graph maps one to one onto the rows of k_proj
+    (`local_norm[idxs]`, hf_llama_pruner.py); channels by gate, up and down. Its script for Llama-7B prunes layers 4 to 29 of 32: the first eighth and
     the last sixteenth of the layers stay whole.
 
     Choices: the chosen KV heads go with the query heads that read them; all of `windows` is used, not ten short
@@ -27,14 +28,15 @@ def llm_pruner(
     plan = _plan(model, fraction, protect, multiple)
     backward(model, windows)
     for index, layer in enumerate(decoder_layers(model)):
-        groups, channels = misaligned_group_scores(layer), channel_scores(layer)
+        columns, channels = head_scores(layer)["o_proj"], channel_scores(layer)
+        groups = (folded := misaligned_group_scores(layer)) + columns[: len(folded)]
         keep_groups(model, index, largest(groups, len(groups) - plan.groups[index]))
         keep_channels(model, index, largest(channels, len(channels) - plan.channels[index]))
 
 
 def misaligned_group_scores(layer: nn.Module, statistic: str = "taylor") -> torch.Tensor:
-    """Scores of KV heads by LLM-Pruner's fold: `view(size, groups).sum(0)` credits KV head k with query heads k,
-    k + groups, …
+    """The founding document's score of KV heads (q, k and v) by LLM-Pruner's fold: `view(size, groups).sum(0)` credits
+    KV head k with query heads k, k + groups, …
 
     `repeat_kv` pairs *consecutive* query heads with a KV head, so for a 4:1 layer three of the four belong elsewhere.
     """

@@ -37,7 +37,7 @@ def osscar(model: nn.Module, windows: torch.Tensor, fraction: float, multiple: i
         for part, removed in zip(sublayers(model, index), (plan.groups[index], plan.channels[index]), strict=True):
             weight = part.output.weight.detach().double()
             gram = torch.zeros(len(weight.T), len(weight.T), dtype=torch.float64, device=weight.device)
-            feed([part], [lambda x, gram=gram: gram.add_(x.T @ x)], stream, windows)
+            feed([part], [lambda x, gram=gram: gram.add_((x.T @ x).to(gram.device))], stream, windows)
             gram = least_squares.damped(gram, (RIDGE * gram.diagonal().mean()).clamp(min=1e-30))
             cross = gram @ weight.T
             kept = select_units(gram, cross, part.num_units, removed, ROUNDS)

@@ -24,7 +24,7 @@ from gqalib.prune.scores import channel_scores, largest
 
 
 def kv_heads_to_remove(layer: nn.Module, count: int) -> list[int]:
-    """The KV heads that LLM-Pruner's Taylor score, with its misaligned fold, ranks lowest."""
+    """The KV heads that the founding document's Taylor score, by LLM-Pruner's misaligned fold, ranks lowest."""
     return largest(-misaligned_group_scores(layer), count)
 
 

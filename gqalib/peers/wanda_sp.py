@@ -31,4 +31,4 @@ def wanda_sp(model: nn.Module, windows: torch.Tensor, fraction: float, multiple:
 
 def wanda_scores(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
     """Σ_i |W_ij| · ‖X_j‖ of each column j, float64; `squares`: Σ X_j² over the tokens."""
-    return weight.detach().double().abs().sum(0) * squares.sqrt()
+    return weight.detach().double().abs().sum(0) * squares.sqrt().to(weight.device)

@@ -188,7 +188,6 @@ def prune(
         seconds.append((yield f"seconds-{index}", lambda start=start: time.perf_counter() - start))
         if after_layer is not None:
             after_layer(index)
-    model.requires_grad_(True)
     return _table(model, plan, before, seconds)
 
 

@@ -142,7 +142,8 @@ def as_they_come(
     with asking(model, asked), summed_in_float32(asked, windows), ExitStack() as hooks:
         for place, part in enumerate(asked):
             _when_complete(part, num_batches, partial(take, place), hooks)
-        where = hidden_states, first_layer, lowest, min(num_batches, len(asked) // 2) > 1
+        by_layer = is_streamed(model) or min(num_batches, len(asked) // 2) > 1  # a layer that left has no backward
+        where = hidden_states, first_layer, lowest, by_layer
         differentiate(model, windows, lambda piece: piece.backward(), *where, divisor=windows[:, 1:].numel(), loss=loss)
 
 

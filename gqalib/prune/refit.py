@@ -38,7 +38,7 @@ from gqalib.stream import advance, at_work, is_streamed
 class Ingredients:
     """What the sweep does; each can be switched off."""
 
-    refit: bool = True  # least squares on what stays
+    refit: bool = True  # least squares on what stays, Gauss–Newton included
     residual_target: bool = True  # towards the dense stream, not the layer's own output
     input_refit: bool = True  # q, k, v, gate, up as well
     weighted: bool = True  # the choice weighs outputs by the gradient's covariance
@@ -80,7 +80,8 @@ def mend(
     sublayer.keep(kept)
     replace_weight(sublayer.output, weight)
     inner, damping = (ingredients.part(count, windows.numel()) for count in (current.shape[-1], sublayer.widest))
-    for _ in range(ingredients.newton_rounds if sublayer.half in ingredients.newton_halves else 0):
+    newton = ingredients.refit and sublayer.half in ingredients.newton_halves
+    for _ in range(ingredients.newton_rounds if newton else 0):
         steps = ingredients.newton_steps, inner, ingredients.newton_share
         moments = refit_together(sublayer, now, target, *steps)
         replace_weight(sublayer.output, solve(sublayer.output.weight, moments.gram, moments.cross, damping))

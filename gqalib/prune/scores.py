@@ -24,7 +24,7 @@ from gqalib.prune.gradients import (
     Loss, Piece, as_they_come, asking, differentiate, finite, one_layer_at_a_time, summed_in_float32,
 )  # fmt: skip
 from gqalib.steps import in_steps
-from gqalib.stream import advance
+from gqalib.stream import advance, is_streamed
 
 # ---------------------------------------------------------------- gradients of weights
 
@@ -42,8 +42,11 @@ def backward(
         The calibration loss in nats per token.
 
     Raises:
-        InputError: the loss or a gradient is not finite.
+        InputError: the loss or a gradient is not finite, or the layers are streamed: they would be gone before their
+        gradients.
     """
+    if is_streamed(model):
+        raise InputError("this method needs the gradients of all layers at once: give device cpu, cuda or all")
     decoder, losses = decoder_layers(model), []
     layers = list(range(len(decoder)) if layers is None else layers)
     model.requires_grad_(False)
