@@ -24,6 +24,7 @@ from test_series import write_notebook
 from torch import nn
 from trl import SFTTrainer
 
+from gqalib.errors import InputError
 from gqalib.measure import frontier
 from gqalib.measure.perplexity import perplexity
 from gqalib.model import load
@@ -591,6 +592,25 @@ def test_a_training_leaves_its_result_and_no_checkpoint(tmp_path):
     assert found == [False, True] and not list(tmp_path.rglob("checkpoint"))
     notebook(tmp_path).finish()
     assert notebook(tmp_path).trained("a", train) == {"ratio": 1.5} and len(found) == 2
+
+
+def test_a_training_of_other_inputs_is_another(tmp_path):
+    """Whatever its name says: a notebook's own parameters are in no preset."""
+    rates = [notebook(tmp_path).trained("a", lambda _, rate=rate: rate, {"rate": rate}) for rate in (1, 2, 1)]
+    assert rates == [1, 2, 1]
+
+
+def test_a_record_of_a_text_that_has_changed_is_no_upstream(tmp_path, monkeypatch):
+    """As `run` would judge; a committed one knows no times of files."""
+    (rows := tmp_path / "rows.json").write_text('[{"instruction": "a", "output": "b"}]')
+    nb = Notebook("01_first", "tiny", {"instructions": f"file:{rows}"}, tmp_path / "run", 0, ["instructions"])
+    nb.finish()
+    assert nb.upstream("01_first")["notebook"] == "01_first"
+    rows.write_text('[{"instruction": "a", "output": "c"}]')
+    with pytest.raises(InputError, match="01_first was made with another file of instructions: run 01_first again"):
+        nb.upstream("01_first")
+    monkeypatch.setattr("gqalib.run.notebook.COMMITTED", tmp_path)
+    assert nb.upstream("01_first")["notebook"] == "01_first"
 
 
 @pytest.mark.parametrize("what", ["code_used", "fingerprints", "version"])

@@ -40,7 +40,7 @@ from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run.checks import NOTEBOOKS, code_of
 from gqalib.run.corpora import corpus_path
 from gqalib.run.presets import Preset, load_preset
-from gqalib.run.resume import FRAME, Part, Progress, code_hash, replacing, spent, unpack
+from gqalib.run.resume import FRAME, Part, Progress, alone_in, code_hash, replacing, spent, unpack
 
 SCHEMA = 1
 COMMITTED = REPOSITORY / "data" / "results"
@@ -49,6 +49,7 @@ SHARED = "shared"  # the progress that belongs to no one notebook
 HELD = "GQALIB_LOCKED"  # in the environment of the notebooks that a runner starts: the folder that it has locked
 AT_ONCE = "GQALIB_AT_ONCE"  # how many notebooks the runner has running beside each other
 COMMIT = "git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"  # says what is checked out
+OTHER_TEXTS = {"frontier": "other_corpus", "answers": "other_text"}  # by their sections
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "torch-pruning")
 
 
@@ -101,8 +102,12 @@ def progress_dir(run_dir: Path, name: str = "") -> Path:
 
 
 def fingerprints(parameters: dict[str, Any]) -> dict[str, str]:
-    """What tells that a local model or corpus has been replaced: names, sizes and times of its files, hashed."""
-    places = {"model": Path(check_model(parameters["model"])), "corpus": corpus_path(parameters["corpus"])}
+    """What tells that a local model, or a text that these parameters name, has been replaced: names, sizes and times of
+    its files, hashed."""
+    texts = {name: parameters.get(name) for name in ("corpus", "instructions")}
+    texts |= {name: parameters.get(of, {}).get(name) for of, name in OTHER_TEXTS.items()}
+    places = {name: corpus_path(text) for name, text in texts.items() if text}
+    places["model"] = Path(check_model(parameters["model"]))
     return {name: _fingerprint(place) for name, place in places.items() if place.exists()}
 
 
@@ -130,13 +135,18 @@ def find_record(name: str, run_dir: Path, parameters: dict[str, Any], seed: int)
 
 
 def fitting_record(path: Path, parameters: dict[str, Any], seed: int) -> dict[str, Any]:
-    """A record that was made with these values of the sections that its notebook reads.
+    """A record that was made with these values of the sections that its notebook reads, and, unless it was committed,
+    with the files that they name.
 
     Raises:
         InputError: as `read_record`, or it was made with others.
     """
     record, now = read_record(path), json.loads(json.dumps(parameters))
     changed = [name for name, value in record["parameters"].items() if now.get(name) != value]
+    if not changed and COMMITTED not in path.parents:
+        read = fingerprints({name: now[name] for name in record["parameters"]})
+        names = sorted(read.keys() | record["inputs"].keys())
+        changed = [f"file of {name}" for name in names if read.get(name) != record["inputs"].get(name)]
     if changed or record["seed"] != seed:
         what = f"{path.stem} was made with another {', '.join(changed) or 'seed'}"
         raise InputError(f"{what}: run {path.stem} again with these parameters")
@@ -231,12 +241,17 @@ class Notebook:
 
     def made(self, model: str, notebook: str) -> Path:
         """The folder of a model that an earlier notebook made, in this run or the preset's plain one; if it is
-        missing, that is made up for."""
-        for folder in dict.fromkeys((self.run_dir, default_run_dir(self.parameters["name"]))):
-            with contextlib.suppress(InputError):
-                fitting_record(folder / f"{notebook}.json", self.parameters, self.seed)
-                if (folder / "models" / model).is_dir():
-                    return folder / "models" / model
+        missing, that is made up for, by one of those who ask at the same time."""
+        with alone_in(progress_dir(self.run_dir, notebook) / "made"):
+            for folder in dict.fromkeys((self.run_dir, default_run_dir(self.parameters["name"]))):
+                with contextlib.suppress(InputError):
+                    fitting_record(folder / f"{notebook}.json", self.parameters, self.seed)
+                    if (folder / "models" / model).is_dir():
+                        return folder / "models" / model
+            self._make(model, notebook)
+        return self.run_dir / "models" / model
+
+    def _make(self, model: str, notebook: str) -> None:
         from gqalib.run.series import KERNEL_ENVIRONMENT, Series
 
         seconds = committed_seconds(notebook, self.parameters["name"])
@@ -245,7 +260,6 @@ class Notebook:
         job = Series(self.parameters["name"], self.overrides, self.run_dir, self.seed, only=notebook[:2])
         with patch.dict(os.environ, KERNEL_ENVIRONMENT | {HELD: str(self.run_dir)}):
             job.execute(job.paths[0])
-        return self.run_dir / "models" / model
 
     @contextlib.contextmanager
     def stage(
@@ -311,9 +325,11 @@ class Notebook:
         reasons = self._reasons() | {"parameters": base, "library": code_hash(code, FRAME)}
         return Progress(progress_dir(self.run_dir, SHARED) / name, reasons, self.name)
 
-    def trained(self, name: str, train: Callable[[Path], Part]) -> Part:
-        """What `train(folder)` comes to, kept as progress; the folder, where a killed training goes on, goes then."""
+    def trained(self, name: str, train: Callable[[Path], Part], *of: Any) -> Part:
+        """What `train(folder)` comes to, kept as progress of these inputs (see `Progress.of`); the folder, where a
+        killed training goes on, goes then."""
         progress = self.progress("training")
+        progress = progress.of(*of) if of else progress
         folder = progress.folder / name
         result = progress.once(name, lambda: train(folder))
         shutil.rmtree(folder, ignore_errors=True)
@@ -324,7 +340,7 @@ class Notebook:
         return {
             "parameters": {name: self.parameters[name] for name in vars(self.preset)},
             "seed": self.seed,
-            "inputs": fingerprints(self.parameters),
+            "inputs": fingerprints({name: self.parameters[name] for name in ("model", "corpus")}),
             "library": code_used(Path(f"{self.name}.ipynb")),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "device": resolve_device(self.preset.device),
@@ -360,8 +376,10 @@ class Notebook:
         """Write the record of what there is so far, the stages as a table of it."""
         if self.stages:
             self.table("stages", pd.DataFrame(self.stages))
+        reasons = self._reasons()
         record = {
-            "schema": SCHEMA, "notebook": self.name, "preset": self.parameters["name"], **self._reasons(),
+            "schema": SCHEMA, "notebook": self.name, "preset": self.parameters["name"], **reasons,
+            "inputs": fingerprints(reasons["parameters"]),  # of all texts: who asks is told whether to run again
             "overrides": self.overrides, "git_commit": _said_by(*COMMIT) or None,
             "machine": machine(self.preset.device), "upstream": self.read, "metrics": self.metrics,
             "tables": self.tables, "texts": self.texts, "captions": self.captions, "artefacts": self.artefacts,

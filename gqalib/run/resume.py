@@ -64,7 +64,7 @@ class Progress:
     def __init__(self, folder: Path, key: Any, owner: str = ""):
         self.folder, self.owner = folder, owner
         description, file = json.dumps(key, sort_keys=True, indent=1).encode(), folder / "key.json"
-        with _alone_in(folder.parent):  # notebooks that run beside each other share some
+        with alone_in(folder.parent):  # notebooks that run beside each other share some
             if not (file.is_file() and file.read_bytes() == description):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
@@ -175,7 +175,7 @@ def pack(folder: Path, archive: Path) -> None:
 
 def unpack(archives: Sequence[Path], folder: Path) -> None:
     """What was packed, where nothing is kept yet; keys still decide what of it counts."""
-    with _alone_in(folder.parent):
+    with alone_in(folder.parent):
         if archives and not folder.exists():
             with replacing(folder) as unfinished:
                 for archive in archives:
@@ -183,7 +183,7 @@ def unpack(archives: Sequence[Path], folder: Path) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """One process at a time, as far as the file system has locks; the lock goes with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     place = os.open(folder, os.O_RDONLY)

@@ -18,8 +18,8 @@ from gqalib.model.load import load_tokenizer
 from gqalib.run.checks import NOTEBOOKS, check_preset, code_of, selected, waits_for
 from gqalib.run.corpora import evaluation_windows
 from gqalib.run.notebook import (
-    AT_ONCE, HELD, SHARED, code_used, committed_seconds, default_run_dir, find_record, fingerprints,
-    fitting_record, locked, progress_dir, read_record, sha256,
+    AT_ONCE, HELD, SHARED, code_used, committed_seconds, default_run_dir, find_record, fitting_record, locked,
+    progress_dir, read_record, sha256,
 )  # fmt: skip
 from gqalib.run.resume import replacing
 
@@ -132,7 +132,6 @@ class Series:
             record = fitting_record(self.run_dir / f"{path.stem}.json", *where)
             executed = code_of(self.run_dir / path.name)
             asked = {
-                "inputs": fingerprints(self.parameters),
                 "library": code_used(path),
                 "upstream": {name: sha256(find_record(name, self.run_dir, *where)) for name in record["upstream"]},
             }
