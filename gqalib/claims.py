@@ -141,7 +141,8 @@ def _verdict(claim: Claim, found: Measured | None) -> str:
     if found is None:
         return "not testable on this model"
     low, high = found.reach()
-    if low < high and claim.no_effect is not None and low <= claim.no_effect <= high:
+    missed = claim.decided_by != "nothing" and (high < claim.low or claim.high < low)
+    if not missed and low < high and claim.no_effect is not None and low <= claim.no_effect <= high:
         return f"not shown: the range reaches {claim.no_effect:g}, which is no effect"
     if claim.decided_by == "nothing":
         return "not testable here: it takes a served model and its bill"

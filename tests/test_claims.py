@@ -22,6 +22,7 @@ BILL = Claim("pays", "bill", "bill", 1, 2, "×", *WHERE, decided_by="nothing", n
         (COUNTED, (6.0,), "reproduced in form", "6 ×"),
         (SPEED, (2.4, 2.3, 2.5), "not reproduced here", "2.4 (2.3 to 2.5) ×"),
         (SPEED, (6.0, 1.0, 7.0), "not shown: the range reaches 1, which is no effect", "6 (1 to 7) ×"),
+        (SPEED, (1.01, 0.98, 1.03), "not reproduced here", "1.01 (0.98 to 1.03) ×"),
         (SPEED, (5.5, 5.0, 6.0), "reproduced in form", "5.5 (5 to 6) ×"),
         (SPEED, (0.8, 0.7, 0.9), "not reproduced here", "0.8 (0.7 to 0.9) ×"),
         (BILL, (1.5,), "not testable here: it takes a served model and its bill", "1.5 ×"),

@@ -50,8 +50,9 @@ def test_no_test_paragraph_is_in_the_training_text(monkeypatch):
     monkeypatch.setattr(python_docs, "source_files", lambda: tuple(held + trained))
     test = {p.strip() for d in python_docs.python_docs("test") for p in d.split("\n\n") if len(p) > 60}
     train = [p.strip() for d in python_docs.python_docs("train") for p in d.split("\n\n")]
-    assert len(test) > 50 and len(train) > 500
-    assert not test.intersection(train)
+    taught = [p.strip() for row in python_docs.described("train") for p in row["completion"].split("\n\n")]
+    assert len(test) > 50 and len(train) > 500 and len(taught) > 500
+    assert not test.intersection(train) and not test.intersection(taught)
     docstrings = [
         p
         for d in python_docs.python_docs("train")
@@ -113,6 +114,13 @@ def test_documents_of_c4_stand_for_themselves(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *where, **how: rows)
     assert corpora.training_windows("c4", Words(99), 3, 6).tolist() == [[99, 2, 4], [99, 3, 4]]
     assert next(rows)["text"] == "xxx end"  # no more of them was read
+
+
+def test_c4_has_no_text_of_the_validation_split_in_the_test_split(monkeypatch):
+    rows = [{"text": f"{'x' * i} end"} for i in range(1, 99)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *where, **how: iter(rows))
+    validation, test = (list(corpora.read_corpus("c4", split)) for split in ("validation", "test"))
+    assert not set(validation).intersection(test) and len(validation) + len(test) == len(rows)
 
 
 def test_file_corpus_splits_in_order(tmp_path):

@@ -179,6 +179,8 @@ def test_what_goes_first_is_said_only_where_it_is_shown():
     table = report_card.group_table(MODELS)
     assert "form has gone first" in report_card.goes_first(table, "cut")
     assert "not told apart" in report_card.goes_first(table, "back")
+    together = table.assign(kept=table["kept"].mask(table["group"] == "facts", 20.0))
+    assert "not told apart" in report_card.goes_first(together, "cut")  # two groups are as low as each other
     guesses = {"dense": answers(piqa=[1, 0] * 20), "cut": answers(piqa=[0, 1] * 20)}
     said = report_card.goes_first(report_card.group_table(guesses), "cut")
     assert said == "cut keeps nothing that counts: there is nothing to compare"

@@ -22,7 +22,7 @@ from torch import nn
 from gqalib.errors import InputError
 from gqalib.measure.cost import Used, old_objects_left_alone
 from gqalib.measure.memory import measured_on
-from gqalib.measure.perplexity import ratio_with_error, window_losses
+from gqalib.measure.perplexity import ratio_with_error, told_apart, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, size_of
 from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, two_ssp, wanda_sp
 from gqalib.prune import allocate, founding, plans, refit, scores, search
@@ -268,5 +268,6 @@ def _against(done: pd.DataFrame, own: str, peers: Sequence[str]) -> dict[str, ob
     both = [done[done["method"] == name].set_index("sample")["losses"] for name in (own, best)]
     losses = pd.concat(both, axis=1, join="inner").T.to_numpy().tolist()  # of the samples that both have
     times, error = ratio_with_error(*(torch.tensor(x, dtype=torch.float64).mean(0) for x in losses))  # of the samples
-    verdict = "ahead" if times + 2 * error < 1 else "behind" if times - 2 * error > 1 else "not told apart"
+    verdict = told_apart(times, error)
+    verdict = {"better": "ahead", "worse": "behind"}.get(verdict, verdict)
     return row | {"times": times, "error": error, "verdict": verdict}

@@ -90,8 +90,11 @@ def ratio_with_error(losses: torch.Tensor, reference: torch.Tensor) -> tuple[flo
 
 
 def told_apart(ratio: float, error: float) -> str:
-    """What a ratio of perplexities and its standard error show of the first model."""
-    return "not told apart" if abs(ratio - 1) <= SURE * error else "better" if ratio < 1 else "worse"
+    """What a ratio of perplexities and its standard error show of the first model: by the difference in nats, so that
+    either model may come first; nothing where there is no error."""
+    if math.isfinite(ratio) and not abs(math.log(ratio)) > SURE * error / ratio:
+        return "not told apart"
+    return "better" if ratio < 1 else "worse"
 
 
 def token_losses(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:

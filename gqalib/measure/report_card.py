@@ -256,16 +256,16 @@ def group_table(rows: Rows, starts: Mapping[str, str] = MappingProxyType({})) ->
 
 
 def goes_first(table: pd.DataFrame, model: str) -> str:
-    """Which group a model has lost most of, as a line to print: by the difference to the group that lost least, whose
-    error is that of independent examples."""
+    """Which group a model has lost most of, as a line to print: by the difference to the next, whose error is that of
+    independent examples."""
     part = table[(table["model"] == model) & table["kept"].notna()].sort_values("kept")
     said = ", ".join(f"{row.group} {row.kept:.0f} ± {row.kept_error:.0f} %" for row in part.itertuples())
     if len(part) < 2:
         return f"{model} keeps {said or 'nothing that counts'}: there is nothing to compare"
-    least, most = part.iloc[0], part.iloc[-1]
-    gap, error = most["kept"] - least["kept"], math.hypot(least["kept_error"], most["kept_error"])
+    least, after = part.iloc[0], part.iloc[1]
+    gap, error = after["kept"] - least["kept"], math.hypot(least["kept_error"], after["kept_error"])
     shown = f"{least['group']} has gone first" if gap > SURE * error else "not told apart"
-    return f"{model} keeps {said}: {shown} ({gap:.0f} ± {error:.0f} points behind {most['group']})"
+    return f"{model} keeps {said}: {shown} ({gap:.0f} ± {error:.0f} points behind {after['group']})"
 
 
 # ---------------------------------------------------------------- another text

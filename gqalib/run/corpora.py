@@ -18,6 +18,7 @@ paragraphs) are first joined by blank lines. `windows` cuts what the model reads
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -218,9 +219,10 @@ def training_windows(corpus: str, tokenizer, length: int, num_tokens: int) -> to
 
 
 def _hub_documents(corpus: str, split: str) -> Iterator[str]:
-    if corpus == "c4" and split == "test":
-        split = "validation"  # C4 has no test split
-    return (row["text"] for row in hub_rows("corpus", *DATASETS[corpus], split=split, streaming=corpus == "c4"))
+    if corpus != "c4" or split == "train":
+        return (row["text"] for row in hub_rows("corpus", *DATASETS[corpus], split=split, streaming=corpus == "c4"))
+    rows = hub_rows("corpus", *DATASETS[corpus], split="validation", streaming=True)  # C4 has no test split
+    return (row["text"] for row in itertools.islice(rows, ("validation", "test").index(split), None, 2))
 
 
 def hub_rows(what: str, path: str, *where: str, **options) -> Iterator[dict]:

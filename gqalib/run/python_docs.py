@@ -137,10 +137,13 @@ def digest(text: str) -> str:
 
 
 def described(split: str) -> Iterator[dict[str, str]]:
-    """Rows of `prompt` and `completion`: "Describe `package.module.name`." and its docstring."""
+    """Rows of `prompt` and `completion`: "Describe `package.module.name`." and its docstring; `train` without the
+    paragraphs of the held-out files."""
+    held_out = _held_out(source_files()) if split == "train" else frozenset()
     for name, path in source_files():
         if split_of(name) == split:
             for signature, doc in _entries(path):
                 label = re.sub(r"^class |\(.*", "", signature)
                 subject = ".".join(filter(None, (_dotted(name), label)))
-                yield {"prompt": f"Describe `{subject}`.\n", "completion": doc.strip()}
+                if kept := [p for p in doc.strip().split("\n\n") if digest(p.strip()) not in held_out]:
+                    yield {"prompt": f"Describe `{subject}`.\n", "completion": "\n\n".join(kept)}
