@@ -344,6 +344,23 @@ def test_files_are_timed_in_turn(monkeypatch, tmp_path):
     assert found.equals(compare.decode_speeds(files, 8, rounds=3, seed=1, progress=kept)) and len(asked) == 15
 
 
+def test_speeds_are_of_the_machine_and_the_server(monkeypatch, tmp_path):
+    """Timed again: beside other notebooks, with other threads, by another version of the server."""
+    asked = []
+    monkeypatch.setattr(compare, "decode_speed", lambda *_: asked.append(1) or 1.0)
+
+    def timed():
+        compare.decode_speeds([tmp_path / "a" / "a.gguf"], rounds=1, progress=Progress(tmp_path / "kept", {}))
+        return len(asked)
+
+    assert timed() == timed() == 1
+    for count, (name, value) in enumerate({"GQALIB_AT_ONCE": "3", "OMP_NUM_THREADS": "77"}.items(), 2):
+        monkeypatch.setenv(name, value)
+        assert timed() == timed() == count, name
+    monkeypatch.setattr(compare, "version", lambda name: f"another {name}")
+    assert timed() == 4
+
+
 # ---------------------------------------------------------------- what it shows
 
 

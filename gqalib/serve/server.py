@@ -48,7 +48,7 @@ class Server:
         self.file, context = check_serve(file, port, context, parallel)
         self.options = {
             "model": str(self.file), "port": port, "context": context * parallel, "parallel": parallel,
-            "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+            "threads": num_threads(),
         }  # fmt: skip
         self.url, self._process = "", None
 
@@ -101,6 +101,11 @@ class Server:
     def greeting(self) -> str:
         """What is served, where, and how to call it."""
         return GREETING.format(name=self.file.name, url=self.url, **self.options | self.describe())
+
+
+def num_threads() -> int:
+    """How many threads a server has that this process starts."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def read_metrics(url: str) -> dict[str, float]:
