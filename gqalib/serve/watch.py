@@ -78,8 +78,8 @@ def tokens_per_second(samples: pd.DataFrame) -> pd.Series:
 
     They are counted by the requests of each decoding step: `tokens_predicted_total` moves only when an answer is
     complete. A step that reads a prompt of up to 2048 tokens yields an answer's first token; of a longer one, each
-    further step counts a token too many. The mean of requests per step has six digits: exact to a token for the first
-    million steps.
+    further step counts a token too many. Both factors are printed with six digits: a mean below ten is off by up to
+    5e-6, which comes to a token only after some 100,000 steps, and to more later.
     """
     steps = samples["n_decode_total"] * samples["n_busy_slots_per_decode"]
     return steps.diff() / samples.index.to_series().diff().dt.total_seconds()
@@ -114,8 +114,8 @@ def read_rules() -> list[dict[str, Any]]:
 def alerts(samples: pd.DataFrame) -> pd.DataFrame:
     """Whether each rule of `RULES` (a column) fires at each sample (a row).
 
-    Of PromQL this knows names, `rate`, arithmetic, comparisons with numbers, `and` and `or`; a server's samples are one
-    job, so labels are not looked at.
+    Of PromQL this knows names, `rate`, arithmetic, comparisons, `and` and `or`; a server's samples are one job,
+    so labels are not looked at.
     """
     return pd.DataFrame({rule["alert"]: _fires(samples, **rule) for rule in read_rules()})
 
