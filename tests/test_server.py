@@ -259,6 +259,7 @@ def test_watch(server, client):
     axes = Figure().subplots(1, 2)
     watch.draw(axes, samples)
     assert axes[0].lines[0].get_ydata()[-1] == watch.tokens_per_second(samples).iloc[-1]
+    assert watch.alerts(samples)["ContextNearlyFull"].iloc[-1]  # of the 256 that are served
 
 
 def test_an_open_notebook_sees_it_live(server, monkeypatch):
@@ -344,9 +345,20 @@ def test_a_light_load_is_no_alarm(total, samples):
         assert watch.alerts(samples)["SlowAnswers"][30:].eq(slow).all()
 
 
-def test_a_long_request(samples):
-    samples.loc[samples.index[7:], "n_tokens_max"] = 0.9 * CONTEXT + 1
+@pytest.mark.parametrize("context", [CONTEXT, 256])
+def test_a_long_request(context, samples):
+    samples.attrs["context"] = context
+    samples.loc[samples.index[7:], "n_tokens_max"] = 0.9 * context + 1
+    samples.loc[samples.index[:7], "n_tokens_max"] = 0.9 * context - 1
     assert first(watch.alerts(samples)["ContextNearlyFull"]) == 7
+
+
+def test_rules_of_a_context():
+    """Those of the default are the file's own; of another one, a single number differs."""
+    (group,) = yaml.safe_load(watch.RULES.read_text())["groups"]
+    assert watch.read_rules() == group["rules"]
+    (rule,) = [rule for rule in watch.read_rules(256) if rule not in group["rules"]]
+    assert rule["expr"] == "llamacpp:n_tokens_max > 230"
 
 
 def test_rules_are_prometheus_rules(server):
