@@ -511,6 +511,23 @@ def test_a_ballot_hides_names_until_the_vote(tmp_path):
     assert votes[0]["left"] == left and {votes[0]["left"], votes[0]["right"]} == {"dense", "pruned"}
 
 
+def test_votes_are_of_the_answers(tmp_path):
+    """A model that is made anew gives other texts: votes on the old ones, and votes that say of none, are left out."""
+    prompts, log = ["first?", "second?"], tmp_path / "votes.jsonl"
+    answers = {"dense": ["same", "d2"], "pruned": ["same", "p2"]}
+    feedback.append(log, vote() | {"prompt": "first?", "left": "dense", "right": "pruned"})
+    ballot = feedback.Ballot(prompts, answers, log)
+    ballot.vote("left"), ballot.vote("right")
+    votes = feedback.read_votes(log)
+    assert feedback.current(votes, prompts, answers) == votes[1:]
+    assert feedback.current(votes, prompts, dict(reversed(answers.items()))) == votes[1:]
+    anew = answers | {"pruned": ["same", "p3"]}
+    assert feedback.current(votes, prompts, anew) == votes[1:2]
+    assert feedback.current(votes, prompts, {"dense": answers["pruned"], "pruned": answers["dense"]}) == votes[1:2]
+    assert feedback.current(votes, ["other?", "second?"], answers) == votes[2:]
+    assert feedback.preference(votes, "dense", "pruned")["votes"] == 3
+
+
 def test_sides_are_drawn():
     many = feedback.Ballot([""] * 64, {"a": [""] * 64, "b": [""] * 64}, None, seed=3)
     assert 20 < sum(left == "a" for left, _ in many.sides) < 44
