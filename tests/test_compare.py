@@ -344,6 +344,23 @@ def test_files_are_timed_in_turn(monkeypatch, tmp_path):
     assert found.equals(compare.decode_speeds(files, 8, rounds=3, seed=1, progress=kept)) and len(asked) == 15
 
 
+def test_speeds_are_of_the_machine_and_the_server(monkeypatch, tmp_path):
+    """Timed again: beside other notebooks, with other threads, by another version of the server."""
+    asked = []
+    monkeypatch.setattr(compare, "decode_speed", lambda *_: asked.append(1) or 1.0)
+
+    def timed():
+        compare.decode_speeds([tmp_path / "a" / "a.gguf"], rounds=1, progress=Progress(tmp_path / "kept", {}))
+        return len(asked)
+
+    assert timed() == timed() == 1
+    for count, (name, value) in enumerate({"GQALIB_AT_ONCE": "3", "OMP_NUM_THREADS": "77"}.items(), 2):
+        monkeypatch.setenv(name, value)
+        assert timed() == timed() == count, name
+    monkeypatch.setattr(compare, "version", lambda name: f"another {name}")
+    assert timed() == 4
+
+
 # ---------------------------------------------------------------- what it shows
 
 
@@ -492,6 +509,23 @@ def test_a_ballot_hides_names_until_the_vote(tmp_path):
     votes = feedback.read_votes(tmp_path / "votes.jsonl")
     assert [(each["prompt"], each["vote"]) for each in votes] == [("first?", "left"), ("second?", "tie")]
     assert votes[0]["left"] == left and {votes[0]["left"], votes[0]["right"]} == {"dense", "pruned"}
+
+
+def test_votes_are_of_the_answers(tmp_path):
+    """A model that is made anew gives other texts: votes on the old ones, and votes that say of none, are left out."""
+    prompts, log = ["first?", "second?"], tmp_path / "votes.jsonl"
+    answers = {"dense": ["same", "d2"], "pruned": ["same", "p2"]}
+    feedback.append(log, vote() | {"prompt": "first?", "left": "dense", "right": "pruned"})
+    ballot = feedback.Ballot(prompts, answers, log)
+    ballot.vote("left"), ballot.vote("right")
+    votes = feedback.read_votes(log)
+    assert feedback.current(votes, prompts, answers) == votes[1:]
+    assert feedback.current(votes, prompts, dict(reversed(answers.items()))) == votes[1:]
+    anew = answers | {"pruned": ["same", "p3"]}
+    assert feedback.current(votes, prompts, anew) == votes[1:2]
+    assert feedback.current(votes, prompts, {"dense": answers["pruned"], "pruned": answers["dense"]}) == votes[1:2]
+    assert feedback.current(votes, ["other?", "second?"], answers) == votes[2:]
+    assert feedback.preference(votes, "dense", "pruned")["votes"] == 3
 
 
 def test_sides_are_drawn():

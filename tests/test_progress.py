@@ -644,12 +644,14 @@ def test_what_long_stages_found_travels_with_the_repository(tmp_path, monkeypatc
         progress.keep("row", {"x": 1.5})
         progress.keep("model", {"weight": large})
         load.save_model(small_model(), tokenizer, progress.folder / "saved")
+    nb.shared_progress("decode speed", "").of("a file").keep("speed", 1.5)  # of that machine alone
     publish._pack_progress(tmp_path / "first", [nb.name, SHARED, "none"], progress_dir(tmp_path / "results" / "tiny"))
     nb = notebook(tmp_path / "second")
     for progress in (nb.progress("a"), nb.shared_progress("b", "")):
         assert progress.load("row") == {"x": 1.5} and progress.load("model") is None
         assert not (progress.folder / "saved").exists()
     assert notebook(tmp_path / "second").progress("a").load("row") == {"x": 1.5}
+    assert not list((tmp_path / "second").rglob("decode speed"))
     assert notebook(tmp_path / "third", seed=1).progress("a").load("row") is None
     progress_dir(tmp_path / "fourth").mkdir(parents=True)  # as --force leaves it
     assert notebook(tmp_path / "fourth").progress("a").load("row") is None

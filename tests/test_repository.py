@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import tarfile
 
 import nbformat
 import pytest
@@ -110,6 +111,15 @@ def test_records_agree():
     assert len({record["machine"] for record in records}) == 1
     sections = [item for record in records for item in record["parameters"].items()]
     assert len({json.dumps(item) for item in sections}) == len({name for name, _ in sections})
+
+
+def test_no_speed_travels():
+    """What was measured on one machine is no measurement of another."""
+    archives = sorted(RESULTS.parent.glob("*/progress/*.tar.gz"))
+    for archive in archives:
+        with tarfile.open(archive) as packed:
+            assert not [name for name in packed.getnames() if "/decode speed" in name], archive
+    assert archives
 
 
 def test_readme_equals_the_records():

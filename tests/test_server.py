@@ -259,6 +259,7 @@ def test_watch(server, client):
     axes = Figure().subplots(1, 2)
     watch.draw(axes, samples)
     assert axes[0].lines[0].get_ydata()[-1] == watch.tokens_per_second(samples).iloc[-1]
+    assert watch.alerts(samples)["ContextNearlyFull"].iloc[-1]  # of the 256 that are served
 
 
 def test_an_open_notebook_sees_it_live(server, monkeypatch):
@@ -333,13 +334,36 @@ def test_slow_answers(samples):
     assert watch.alerts(samples)["SlowAnswers"].equals(fires)
 
 
-def test_a_long_request(samples):
-    samples.loc[samples.index[7:], "n_tokens_max"] = 0.9 * CONTEXT + 1
+@pytest.mark.parametrize("total", [2e3, 2e6, 2e7, 2e8])
+def test_a_light_load_is_no_alarm(total, samples):
+    """Ten tokens a minute at 20 per second, on counters that are printed with six digits, as all are; but a server
+    that writes all the time, 4 tokens per second to each of ten requests, is slow."""
+    steps = np.arange(161)
+    for seconds, tokens, slow in ((0.5 * (steps // 4), 10 * (steps // 4), False), (150.0 * steps, 600 * steps, True)):
+        samples["tokens_predicted_total"] = [float(f"{count:.6g}") for count in total + tokens]
+        samples["tokens_predicted_seconds_total"] = [float(f"{time:.6g}") for time in total / 20 + seconds]
+        assert watch.alerts(samples)["SlowAnswers"][30:].eq(slow).all()
+
+
+@pytest.mark.parametrize("context", [CONTEXT, 256])
+def test_a_long_request(context, samples):
+    samples.attrs["context"] = context
+    samples.loc[samples.index[7:], "n_tokens_max"] = 0.9 * context + 1
+    samples.loc[samples.index[:7], "n_tokens_max"] = 0.9 * context - 1
     assert first(watch.alerts(samples)["ContextNearlyFull"]) == 7
 
 
+def test_rules_of_a_context():
+    """Those of the default are the file's own; of another one, a single number differs."""
+    (group,) = yaml.safe_load(watch.RULES.read_text())["groups"]
+    assert watch.read_rules() == group["rules"]
+    (rule,) = [rule for rule in watch.read_rules(256) if rule not in group["rules"]]
+    assert rule["expr"] == "llamacpp:n_tokens_max > 230"
+
+
 def test_rules_are_prometheus_rules(server):
-    """Of its grammar: comparisons of metrics that the server has, or of ratios of their rates, with a number."""
+    """Of its grammar: comparisons of metrics that the server has, or of ratios of their rates, with a number or a
+    multiple of a metric; one of them, or two that must both hold."""
     metrics = {f"llamacpp:{name}" for name in server.metrics()} | {'up{job="gqalib"}'}
     rules = watch.read_rules()
     assert [set(group) for group in yaml.safe_load(watch.RULES.read_text())["groups"]] == [{"name", "rules"}]
@@ -347,5 +371,6 @@ def test_rules_are_prometheus_rules(server):
         assert {"alert", "expr"} < rule.keys() <= {"alert", "expr", "for", "labels", "annotations"}
         assert re.fullmatch(r"[a-zA-Z_]\w*", rule["alert"]) and re.fullmatch(r"\d+[smhd]", rule.get("for", "0s"))
         term = r"(?:rate\(([\w:]+)\[\d+[smhd]\]\)|([\w:]+(?:{\w+=\"\w+\"})?))"
-        found = re.fullmatch(rf"{term}(?: / {term})? (?:<|>|<=|>=|==|!=) [\d.]+", rule["expr"])
+        comparison = rf"{term}(?: / {term})? (?:<|>|<=|>=|==|!=) [\d.]+(?:e-\d+)?(?: \* {term})?"
+        found = re.fullmatch(rf"{comparison}(?: and {comparison})?", rule["expr"])
         assert found and set(filter(None, found.groups())) <= metrics, rule["expr"]

@@ -25,6 +25,7 @@ REAL = "smollm2"  # the preset whose executed notebooks are committed; the quick
 AT_SIZE = "llama3-8b-shape"  # the preset that measures cost at real size
 RECOVERY = "smollm2-gpu"  # the preset that prunes and distils a real model on a GPU
 RESULTS = {"parameters kept %": 1, "backbone removed %": 1, "perplexity": 2, "speed-up": 2, "ceiling": 2}  # digits
+STAYS = ("decode speed",)  # of shared progress: a speed is of one machine, and each measures its own
 TOKENS = {"tokens": 0, "minutes": 1, "times dense": 3, "± standard error": 3, "bought back %": 1}
 
 
@@ -192,7 +193,7 @@ def _pack_progress(run_dir: Path, names: list[str], target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (folder := progress_dir(run_dir, name)).is_dir():
-            pack(folder, target / f"{name}.tar.gz")
+            pack(folder, target / f"{name}.tar.gz", STAYS)
 
 
 def _check_plain(preset: str, records: list[dict[str, Any]]) -> None:

@@ -162,12 +162,14 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
-def pack(folder: Path, archive: Path) -> None:
-    """The small parts of a folder of progress as one file, from which another machine goes on; no saved model."""
+def pack(folder: Path, archive: Path, without: Sequence[str] = ()) -> None:
+    """The small parts of a folder of progress as one file, from which another machine goes on; no saved model, and
+    nothing of computations `without`."""
 
     def travels(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        saved_model = (folder.parent / entry.name / "config.json").exists()
-        return None if saved_model or entry.size > PACKED_BYTES else entry
+        place = folder.parent / entry.name
+        stays = place.name in without or (place / "config.json").exists() or entry.size > PACKED_BYTES
+        return None if stays else entry
 
     with replacing(archive) as file, tarfile.open(file, "w:gz") as packed:
         packed.add(folder, folder.name, filter=travels)

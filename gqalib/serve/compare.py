@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -27,8 +28,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gqalib.errors import InputError, one_sentence
+from gqalib.run.notebook import machine
 from gqalib.run.resume import NOT_KEPT, Progress
-from gqalib.serve.server import Server
+from gqalib.serve.server import Server, num_threads
 from gqalib.stream import batches
 
 CODE = "from gqalib.serve import compare"  # what speeds that are kept depend on
@@ -182,15 +184,17 @@ def decode_speeds(
     machine does falls on all of them alike.
 
     Args:
-        files: told apart by the names of their folders, as those of `quantised.rows_of` are. progress: keeps each turn.
+        files: told apart by the names of their folders, as those of `quantised.rows_of` are. progress: keeps each turn,
+            for this machine with as many notebooks at a time, the server's threads and its version.
 
     Returns:
         A row for each file: `tokens/s`, the median over the rounds; the `slowest` and the `fastest` turn.
     """
     draw, speeds = random.Random(seed), [[] for _ in files]
+    measured_on = [machine("cpu"), num_threads(), version("xllamacpp")]
     for number in range(rounds):
         for index in draw.sample(range(len(files)), len(files)):
-            kept = progress.of(files[index].parent.name, num_new_tokens, number, seed)
+            kept = progress.of(files[index].parent.name, num_new_tokens, number, seed, measured_on)
             speeds[index].append(kept.once("speed", partial(decode_speed, files[index], num_new_tokens)))
     return pd.DataFrame([{"tokens/s": median(own), "slowest": min(own), "fastest": max(own)} for own in speeds])
 

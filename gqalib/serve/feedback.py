@@ -1,9 +1,10 @@
 """What people prefer: two anonymous answers side by side, a vote, a log of votes, and what a log can tell.
 
 The log is JSONL, a line for each vote: `time`, `prompt`, `left` and `right` (which model stood where), `vote` (left,
-right or tie).
+right or tie), and `answers`, which tells the two texts from others (older lines have none).
 """
 
+import hashlib
 import html
 import json
 import math
@@ -48,13 +49,28 @@ def read_votes(log: Path) -> list[Vote]:
     votes = []
     for number, line in enumerate(lines, 1):
         try:
-            vote = {name: json.loads(line)[name] for name in FIELDS}
+            said = json.loads(line)
+            vote = {name: said[name] for name in FIELDS}
+            vote |= {"answers": said["answers"]} if "answers" in said else {}
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"line {number} of {log} is no vote: correct it, or remove it") from error
         if vote["vote"] not in VOTES:
             raise InputError(f"line {number} of {log} votes {vote['vote']!r}: it can be {', '.join(VOTES)}")
         votes.append(vote)
     return votes
+
+
+def short_hash(answers: Mapping[str, Sequence[str]], index: int) -> str:
+    """What tells the models' answers to the prompt at `index` from others."""
+    texts = {name: own[index] for name, own in answers.items()}
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def current(votes: Sequence[Vote], prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> list[Vote]:
+    """The votes on these very answers, as a `Ballot` takes them; not those on what a model said before it was made
+    anew, nor those whose line does not tell."""
+    shown = [(prompt, short_hash(answers, index)) for index, prompt in enumerate(prompts)]
+    return [vote for vote in votes if (vote["prompt"], vote.get("answers")) in shown]
 
 
 # ---------------------------------------------------------------- the vote
@@ -85,7 +101,7 @@ class Ballot:
         left, right = self.sides[self.position]
         now = datetime.now(UTC).isoformat(timespec="seconds")
         vote = {"time": now, "prompt": self.prompts[self.position], "left": left, "right": right, "vote": which}
-        append(self.log, vote)
+        append(self.log, vote | {"answers": short_hash(self.answers, self.position)})
         self.position += 1
         self.said.value = f"{which}: left was {html.escape(left)}, right was {html.escape(right)}"
         self._show()
@@ -110,6 +126,7 @@ class Ballot:
 
 def preference(votes: Sequence[Vote], first: str, second: str) -> dict[str, Any]:
     """How often `second` was preferred to `first`, among votes between these two; ties say nothing of the direction.
+    Interval and p take votes for independent: one to a prompt, of those that are `current`.
 
     Returns:
         `votes`, `ties`, `for_first`, `for_second`, `share` (for second, of those that decided), its 95 % interval `low`
@@ -134,9 +151,9 @@ def power(share: float, votes: int | np.ndarray, alpha: float = 0.05) -> float |
 
 
 def votes_needed(share: float, wanted: float = 0.8, alpha: float = 0.05) -> float:
-    """The least number of deciding votes whose exact test has the power `wanted` against a true `share`; infinite for
-    1/2. It is looked for around the normal approximation: (z_(1-α/2) / 2 + z_wanted √(share (1 − share)))² /
-    (share − 1/2)².
+    """The least number of deciding votes, each on a prompt of its own, whose exact test has the power `wanted` against
+    a true `share`; infinite for 1/2. It is looked for around the normal approximation: (z_(1-α/2) / 2 + z_wanted
+    √(share (1 − share)))² / (share − 1/2)².
 
     Raises:
         InputError: share or wanted is no probability, or wanted is 1.

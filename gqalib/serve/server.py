@@ -48,7 +48,7 @@ class Server:
         self.file, context = check_serve(file, port, context, parallel)
         self.options = {
             "model": str(self.file), "port": port, "context": context * parallel, "parallel": parallel,
-            "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+            "threads": num_threads(),
         }  # fmt: skip
         self.url, self._process = "", None
 
@@ -95,12 +95,17 @@ class Server:
         return read_metrics(self.url)
 
     def describe(self) -> dict[str, Any]:
-        """What the server says of its model: n_params, size (bytes), ftype, n_ctx (of a request), n_ctx_train, …"""
-        return json.loads(_get(f"{self.url}/v1/models"))["data"][0]["meta"]
+        """`read_description` of this server."""
+        return read_description(self.url)
 
     def greeting(self) -> str:
         """What is served, where, and how to call it."""
         return GREETING.format(name=self.file.name, url=self.url, **self.options | self.describe())
+
+
+def num_threads() -> int:
+    """How many threads a server has that this process starts."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def read_metrics(url: str) -> dict[str, float]:
@@ -111,6 +116,12 @@ def read_metrics(url: str) -> dict[str, float]:
     lines = [line for line in _get(f"{url}/metrics").splitlines() if not line.startswith("#")]  # the parser renames
     families = text_string_to_metric_families("\n".join(lines) + "\n")  # counters whose names do not end in _total
     return {sample.name.removeprefix("llamacpp:"): sample.value for family in families for sample in family.samples}
+
+
+def read_description(url: str) -> dict[str, Any]:
+    """What the llama.cpp server at a URL says of its model: n_params, size (bytes), ftype, n_ctx (of a request),
+    n_ctx_train, …"""
+    return json.loads(_get(f"{url}/v1/models"))["data"][0]["meta"]
 
 
 def _get(url: str) -> str:

@@ -18,7 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from gqalib.errors import one_sentence
 from gqalib.figures import COLORS
 from gqalib.run.play import is_live
-from gqalib.serve.server import read_metrics
+from gqalib.serve import CONTEXT
+from gqalib.serve.server import read_description, read_metrics
 
 RULES = Path(__file__).with_name("alerts.yaml")
 RATE = re.compile(r"rate\((\w+)\[(\w+)\]\)")
@@ -37,18 +38,22 @@ class Watch:
     """
 
     def __init__(self, url: str, every: float = 1.0) -> None:
-        self.url, self.every = url, every
+        self.url, self.every, self.context = url, every, CONTEXT
         self._rows: dict[pd.Timestamp, dict[str, float]] = {}
         self._end, self._thread = Event(), Thread(target=self._go_on, daemon=True)
 
     @property
     def samples(self) -> pd.DataFrame:
-        """A row for each reading, by its time: `up` (1, or 0 where nothing answered), and all metrics."""
-        return pd.DataFrame.from_dict(self._rows.copy(), orient="index")
+        """A row for each reading, by its time: `up` (1, or 0 where nothing answered), and all metrics;
+        `attrs["context"]` has the tokens that a request may have."""
+        samples = pd.DataFrame.from_dict(self._rows.copy(), orient="index")
+        samples.attrs["context"] = self.context
+        return samples
 
     def __enter__(self) -> Self:
         with one_sentence(f"no metrics at {self.url}", "start a server, and give its URL without /v1"):
             self._rows[pd.Timestamp.now()] = {"up": 1.0} | read_metrics(self.url)
+            self.context = read_description(self.url).get("n_ctx", CONTEXT)  # older servers do not say
         self._page = display(Figure(), display_id=True) if is_live() else None
         self._thread.start()
         return self
@@ -78,8 +83,8 @@ def tokens_per_second(samples: pd.DataFrame) -> pd.Series:
 
     They are counted by the requests of each decoding step: `tokens_predicted_total` moves only when an answer is
     complete. A step that reads a prompt of up to 2048 tokens yields an answer's first token; of a longer one, each
-    further step counts a token too many. The mean of requests per step has six digits: exact to a token for the first
-    million steps.
+    further step counts a token too many. Both factors are printed with six digits: a mean below ten is off by up to
+    5e-6, which comes to a token only after some 100,000 steps, and to more later.
     """
     steps = samples["n_decode_total"] * samples["n_busy_slots_per_decode"]
     return steps.diff() / samples.index.to_series().diff().dt.total_seconds()
@@ -106,18 +111,21 @@ def draw(axes: Sequence[plt.Axes], samples: pd.DataFrame, color: str = COLORS["r
 # ---------------------------------------------------------------- the rules
 
 
-def read_rules() -> list[dict[str, Any]]:
-    """The alerting rules of `RULES`, of all its groups."""
-    return [rule for group in yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"] for rule in group["rules"]]
+def read_rules(context: int = CONTEXT) -> list[dict[str, Any]]:
+    """The alerting rules of `RULES`, of all its groups, for a server that is started with `--ctx context`."""
+    nearly = (str(9 * tokens // 10) for tokens in (CONTEXT, context))
+    text = RULES.read_text(encoding="utf-8").replace(*nearly)
+    return [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
 
 
 def alerts(samples: pd.DataFrame) -> pd.DataFrame:
     """Whether each rule of `RULES` (a column) fires at each sample (a row).
 
-    Of PromQL this knows names, `rate`, arithmetic, comparisons with numbers, `and` and `or`; a server's samples are one
-    job, so labels are not looked at.
+    Requests may have as many tokens as the samples' `attrs["context"]` says, or else the default. Of PromQL this knows
+    names, `rate`, arithmetic, comparisons, `and` and `or`; a server's samples are one job, so labels are not looked at.
     """
-    return pd.DataFrame({rule["alert"]: _fires(samples, **rule) for rule in read_rules()})
+    context = samples.attrs.get("context", CONTEXT)
+    return pd.DataFrame({rule["alert"]: _fires(samples, **rule) for rule in read_rules(context)})
 
 
 def _fires(samples: pd.DataFrame, expr: str, **rule: Any) -> pd.Series:
