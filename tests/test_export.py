@@ -240,6 +240,19 @@ def test_evaluate_reads_every_type(kind, place, capsys):
     assert kind == "f16" or float(shown["ratio_64"]) != 1
 
 
+def test_another_model_in_the_same_place(place):
+    """Of the same size, and alike at both ends of the file: an untied model's last MiB lies in lm_head."""
+    model = small_model(**SHAPE | {"vocab_size": 4200}, tie_word_embeddings=False)
+    save_model(model, byte_tokenizer(), place / "pruned")
+    fields = {"description": "x" * 2**20} | vocabulary.tokenizer_fields(load_tokenizer(str(place / "pruned")), 4200)
+    for template, scale in (("one", 1), ("two", 1), ("two", 2)):  # the template stands behind the first MiB
+        model.model.layers[2].input_layernorm.weight.data.mul_(scale)
+        tensors = export.stored(model, "f32")
+        export.write(place / "a.gguf", tensors, model.config, fields | {"chat_template": template})
+        assert load_tokenizer(str(place / "a.gguf")).chat_template == template
+        assert torch.equal(load_model(str(place / "a.gguf"), device="cpu")(IDS).logits, model(IDS).logits)
+
+
 # ---------------------------------------------------------------- refusals
 
 
