@@ -222,6 +222,22 @@ def test_sentence_pieces_come_back(metaspace, place):
     assert kinds == [3, 3, 6, 6, 1, 5]  # control, byte, normal, unused
 
 
+@pytest.mark.parametrize(
+    ("pre", "begins"),
+    [("gpt-2", False), ("smollm", False), ("llama-bpe", True), ("llama3", True), ("llama-v3", True), (None, True)],
+)
+def test_a_file_that_does_not_say_whether_a_text_begins_with_bos(pre, begins, tmp_path):
+    """Published ones of Llama 3: llama.cpp begins those, and SentencePiece's, as long as they name a token for it."""
+    ours = byte_tokenizer(deci.ALIASES.get(pre, pre)) if pre else piece_tokenizer()
+    fields = vocabulary.tokenizer_fields(ours, 300) | ({"tokenizer_pre": pre} if pre else {})
+    fields.pop("add_bos_token")
+    ids = ours(" 123  123 wxyz", add_special_tokens=False)["input_ids"]
+    for begin in ([ours.bos_token_id] * begins, []):
+        export.write(tmp_path / "a.gguf", {}, small_model(**SHAPE).config, fields)
+        assert deci.read_tokenizer(tmp_path / "a.gguf")(" 123  123 wxyz")["input_ids"] == [*begin, *ids]
+        fields.pop("bos_token_id", None)
+
+
 def test_the_three_rules_are_not_the_same():
     cut = {pre: byte_tokenizer(pre).tokenize(" 123  123 wxyz 1") for pre in deci.PRE_TOKENIZERS}
     assert len({tuple(tokens) for tokens in cut.values()}) == 3

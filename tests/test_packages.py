@@ -150,7 +150,7 @@ def test_a_gguf_file_is_a_model_like_any_other(llama, tmp_path, kind, capsys):
     assert torch.equal(load_model(str(tmp_path / "saved"), device="cpu")(ids).logits, loaded(ids).logits)
 
 
-@pytest.mark.parametrize(("pre", "rule"), [("smollm", "Sequence"), ("gpt-2", "ByteLevel"), ("unheard-of", "ByteLevel")])
+@pytest.mark.parametrize(("pre", "rule"), [("smollm", "Sequence"), ("gpt-2", "ByteLevel"), ("default", "ByteLevel")])
 def test_words_are_cut_by_the_rule_that_the_file_names(llama, tmp_path, pre, rule):
     """SmolLM2 cuts off digits first: transformers' conversion forgets that."""
     write_gguf(tmp_path / "a.gguf", llama, pre=pre)
@@ -181,12 +181,14 @@ def scaled(kind, factor):
         (scaled(gguf.RopeScalingType.YARN, 1.0), "a scaled rope .yarn, factor 1."),
         (lambda writer: writer.add_rope_scaling_factor(4.0), "a scaled rope .linear, factor 4."),
         (lambda writer: writer.add_tensor("blk.1.attn_k.bias", np.ones(32, np.float32)), "blk.1.attn_k.bias"),
+        (lambda writer: writer.add_tokenizer_pre("tekken"), "a tokenizer of another kind .tekken."),
+        (lambda writer: writer.add_tokenizer_pre("unheard-of"), "a tokenizer of another kind .unheard-of."),
     ],
 )
 def test_what_transformers_would_drop_is_refused(llama, tmp_path, more, says):
-    """Llama 3's rope stands in a .gguf file as a tensor alone, and biases in no field."""
+    """Llama 3's rope stands in a .gguf file as a tensor alone, and biases in no field; words would be cut otherwise."""
     write_gguf(tmp_path / "a.gguf", llama, more=more)
-    with pytest.raises(InputError, match=f"a.gguf has .*{says}.*: give the folder of safetensors or the hub id"):
+    with pytest.raises(InputError, match=f"a.gguf has .*{says}.*: give .*the folder of safetensors"):
         load_config(str(tmp_path / "a.gguf"))
     assert list((tmp_path / "models").iterdir()) == []
 

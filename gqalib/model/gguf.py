@@ -65,19 +65,24 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _convert_plain(file: Path, folder: Path, fields: dict, names: set[str]) -> None:
-    """transformers' model keeps a quantizer that refuses to save it, so its weights go into a plain one; and its
-    conversion of a tokenizer knows one rule to cut words by, GPT-2's."""
+    """transformers' model keeps a quantizer that refuses to save it, so its weights go into a plain one."""
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     config = AutoConfig.from_pretrained(**where)
     check_config(file, {"model_type": config.model_type})
     with torch.device("meta"):
         plain = LlamaForCausalLM(config)
     _check_plain(file, fields, names, set(deci.tensor_names(plain).values()))
+    tokenizer = deci.read_tokenizer(file) if _names_rule(fields) else AutoTokenizer.from_pretrained(**where)
+    tokenizer.save_pretrained(folder)  # first, for it may be refused
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict(), assign=True)
     plain.save_pretrained(folder)
-    tokenizer = deci.read_tokenizer(file) if deci.knows_tokenizer(file) else AutoTokenizer.from_pretrained(**where)
-    tokenizer.save_pretrained(folder)
+
+
+def _names_rule(fields: dict) -> bool:
+    """Whether a file names what cuts a text into words: transformers would take GPT-2's rule for one unknown to it."""
+    pre = fields.get("tokenizer.ggml.pre") or "default"
+    return fields.get("tokenizer.ggml.model") == "gpt2" and pre != "default"
 
 
 def _check_plain(file: Path, fields: dict, names: set[str], asked: set[str]) -> None:
