@@ -222,6 +222,22 @@ def test_sentence_pieces_come_back(metaspace, place):
     assert kinds == [3, 3, 6, 6, 1, 5]  # control, byte, normal, unused
 
 
+@pytest.mark.parametrize(
+    ("pre", "begins"),
+    [("gpt-2", False), ("smollm", False), ("llama-bpe", True), ("llama3", True), ("llama-v3", True), (None, True)],
+)
+def test_a_file_that_does_not_say_whether_a_text_begins_with_bos(pre, begins, tmp_path):
+    """Published ones of Llama 3: llama.cpp begins those, and SentencePiece's, as long as they name a token for it."""
+    ours = byte_tokenizer(deci.ALIASES.get(pre, pre)) if pre else piece_tokenizer()
+    fields = vocabulary.tokenizer_fields(ours, 300) | ({"tokenizer_pre": pre} if pre else {})
+    fields.pop("add_bos_token")
+    ids = ours(" 123  123 wxyz", add_special_tokens=False)["input_ids"]
+    for begin in ([ours.bos_token_id] * begins, []):
+        export.write(tmp_path / "a.gguf", {}, small_model(**SHAPE).config, fields)
+        assert deci.read_tokenizer(tmp_path / "a.gguf")(" 123  123 wxyz")["input_ids"] == [*begin, *ids]
+        fields.pop("bos_token_id", None)
+
+
 def test_the_three_rules_are_not_the_same():
     cut = {pre: byte_tokenizer(pre).tokenize(" 123  123 wxyz 1") for pre in deci.PRE_TOKENIZERS}
     assert len({tuple(tokens) for tokens in cut.values()}) == 3
@@ -238,6 +254,19 @@ def test_evaluate_reads_every_type(kind, place, capsys):
     shown = dict(line.split() for line in capsys.readouterr().out.splitlines() if not line.startswith("making"))
     assert float(shown["ratio_64"]) == pytest.approx(1, abs={"f16": 0.01, "q8_0": 0.1, "q4_0": 0.9}[kind])
     assert kind == "f16" or float(shown["ratio_64"]) != 1
+
+
+def test_another_model_in_the_same_place(place):
+    """Of the same size, and alike at both ends of the file: an untied model's last MiB lies in lm_head."""
+    model = small_model(**SHAPE | {"vocab_size": 4200}, tie_word_embeddings=False)
+    save_model(model, byte_tokenizer(), place / "pruned")
+    fields = {"description": "x" * 2**20} | vocabulary.tokenizer_fields(load_tokenizer(str(place / "pruned")), 4200)
+    for template, scale in (("one", 1), ("two", 1), ("two", 2)):  # the template stands behind the first MiB
+        model.model.layers[2].input_layernorm.weight.data.mul_(scale)
+        tensors = export.stored(model, "f32")
+        export.write(place / "a.gguf", tensors, model.config, fields | {"chat_template": template})
+        assert load_tokenizer(str(place / "a.gguf")).chat_template == template
+        assert torch.equal(load_model(str(place / "a.gguf"), device="cpu")(IDS).logits, model(IDS).logits)
 
 
 # ---------------------------------------------------------------- refusals

@@ -7,6 +7,7 @@ import time
 import zipfile
 
 import gguf
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -96,8 +97,8 @@ def test_unknown_packages_and_missing_files_are_named():
 # ---------------------------------------------------------------- .gguf
 
 
-def write_gguf(path, model, architecture="llama", kind=gguf.GGMLQuantizationType.F16, pre=None):
-    """A Llama as llama.cpp has it, with the reference model's tokenizer."""
+def write_gguf(path, model, architecture="llama", kind=gguf.GGMLQuantizationType.F16, pre=None, more=None):
+    """A Llama as llama.cpp has it, with the reference model's tokenizer, and `more` that a function adds."""
     config, tokenizer = model.config, load_tokenizer("data/reference_model")
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64), writer.add_embedding_length(config.hidden_size)
@@ -112,6 +113,8 @@ def write_gguf(path, model, architecture="llama", kind=gguf.GGMLQuantizationType
         writer.add_tokenizer_pre(pre)
     writer.add_tokenizer_model("gpt2"), writer.add_token_list(words), writer.add_eos_token_id(0)
     writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in merges])
+    if more:
+        more(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         if name != "lm_head.weight":
@@ -147,7 +150,7 @@ def test_a_gguf_file_is_a_model_like_any_other(llama, tmp_path, kind, capsys):
     assert torch.equal(load_model(str(tmp_path / "saved"), device="cpu")(ids).logits, loaded(ids).logits)
 
 
-@pytest.mark.parametrize(("pre", "rule"), [("smollm", "Sequence"), ("gpt-2", "ByteLevel"), ("unheard-of", "ByteLevel")])
+@pytest.mark.parametrize(("pre", "rule"), [("smollm", "Sequence"), ("gpt-2", "ByteLevel"), ("default", "ByteLevel")])
 def test_words_are_cut_by_the_rule_that_the_file_names(llama, tmp_path, pre, rule):
     """SmolLM2 cuts off digits first: transformers' conversion forgets that."""
     write_gguf(tmp_path / "a.gguf", llama, pre=pre)
@@ -164,6 +167,42 @@ def test_a_gguf_file_that_is_broken_or_no_llama_is_refused(llama, tmp_path):
         with pytest.raises(InputError, match=f"{name}.gguf .*(: give a Llama|: only Llama models)"):
             load_config(str(tmp_path / f"{name}.gguf"))
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def scaled(kind, factor):
+    return lambda writer: (writer.add_rope_scaling_type(kind), writer.add_rope_scaling_factor(factor))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32)), "rope .rope_freqs.weight."),
+        (scaled(gguf.RopeScalingType.LINEAR, 4.0), "a scaled rope .linear, factor 4."),
+        (scaled(gguf.RopeScalingType.YARN, 1.0), "a scaled rope .yarn, factor 1."),
+        (lambda writer: writer.add_rope_scaling_factor(4.0), "a scaled rope .linear, factor 4."),
+        (lambda writer: writer.add_tensor("blk.1.attn_k.bias", np.ones(32, np.float32)), "blk.1.attn_k.bias"),
+        (lambda writer: writer.add_tokenizer_pre("tekken"), "a tokenizer of another kind .tekken."),
+        (lambda writer: writer.add_tokenizer_pre("unheard-of"), "a tokenizer of another kind .unheard-of."),
+    ],
+)
+def test_what_transformers_would_drop_is_refused(llama, tmp_path, more, says):
+    """Llama 3's rope stands in a .gguf file as a tensor alone, and biases in no field; words would be cut otherwise."""
+    write_gguf(tmp_path / "a.gguf", llama, more=more)
+    with pytest.raises(InputError, match=f"a.gguf has .*{says}.*: give .*the folder of safetensors"):
+        load_config(str(tmp_path / "a.gguf"))
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_what_transformers_would_make_up_is_refused(llama, tmp_path):
+    llama.model.layers = llama.model.layers[:2]
+    write_gguf(tmp_path / "a.gguf", llama)
+    with pytest.raises(InputError, match="other tensors than its layers ask for .blk.2.attn_k.weight."):
+        load_config(str(tmp_path / "a.gguf"))
+
+
+def test_a_rope_that_is_not_scaled(llama, tmp_path):
+    write_gguf(tmp_path / "a.gguf", llama, more=scaled(gguf.RopeScalingType.NONE, 4.0))
+    assert load_config(str(tmp_path / "a.gguf")).rope_parameters["rope_type"] == "default"
 
 
 # ---------------------------------------------------------------- texts

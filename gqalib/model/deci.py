@@ -40,6 +40,7 @@ PRE_TOKENIZERS = {  # llama.cpp's names (`src/llama-vocab.cpp`): what tokenizer.
     "smollm": ({"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}, False),
     "llama-bpe": ({"type": "Sequence", "pretokenizers": [SPLIT, BYTES | {"use_regex": False}]}, True),
 }
+ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}  # llama.cpp's
 SPACE = "▁"  # SentencePiece's
 PREFIX = {"type": "Prepend", "prepend": SPACE}
 ESCAPED = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -125,12 +126,6 @@ def _token_key(name: str) -> str:
     return f"tokenizer.ggml.{NAMED[name]}_token_id"
 
 
-def knows_tokenizer(file: Path) -> bool:
-    """Whether a .gguf file, of whatever architecture, cuts words by one of `PRE_TOKENIZERS`."""
-    _, fields = read_fields(file)
-    return fields.get("tokenizer.ggml.model") == "gpt2" and fields.get("tokenizer.ggml.pre") in PRE_TOKENIZERS
-
-
 def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that a .gguf file holds, made of what llama.cpp reads there.
 
@@ -138,17 +133,16 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         InputError: neither SentencePiece's nor one of `PRE_TOKENIZERS`.
     """
     _, fields = read_fields(file)
-    pre, tokens, model = (fields.get(f"tokenizer.ggml.{name}") for name in ("pre", "tokens", "model"))
-    if model != "llama" and (model != "gpt2" or pre not in PRE_TOKENIZERS):
-        raise InputError(f"{file} has a tokenizer of another kind ({pre}): use one of {', '.join(PRE_TOKENIZERS)}")
+    rule, tokens = _rule(file, fields), fields["tokenizer.ggml.tokens"]
     kinds = fields.get("tokenizer.ggml.token_type") or [gguf.TokenType.NORMAL] * len(tokens)
     vocab = {token: i for i, token in enumerate(tokens) if kinds[i] != gguf.TokenType.UNUSED}
-    parts = _byte_level(vocab, fields) if model == "gpt2" else _pieces(vocab, fields, kinds)
+    parts = _byte_level(vocab, fields, rule) if rule else _pieces(vocab, fields, kinds)
     tokenizer = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": []} | parts))
     kept = [(tokens[i], kind == gguf.TokenType.CONTROL) for i, kind in enumerate(kinds) if kind in ADDED]
     tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in kept])
     named = {f"{name}_token": tokens[fields[_token_key(name)]] for name in NAMED if _token_key(name) in fields}
-    if fields.get("tokenizer.ggml.add_bos_token"):
+    default = "bos_token" in named and rule in (None, "llama-bpe")  # llama.cpp's, where an older file does not say
+    if fields.get("tokenizer.ggml.add_bos_token", default):
         begin = named["bos_token"]
         tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, vocab[begin])])
     return PreTrainedTokenizerFast(
@@ -156,8 +150,21 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     )
 
 
-def _byte_level(vocab: dict[str, int], fields: dict) -> dict:
-    rule, whole = PRE_TOKENIZERS[fields["tokenizer.ggml.pre"]]
+def _rule(file: Path, fields: dict) -> str | None:
+    """The name in `PRE_TOKENIZERS` of what cuts a text into words; None for SentencePiece's, which nothing cuts."""
+    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if model == "llama":
+        return None
+    rule = ALIASES.get(pre, pre)
+    if model != "gpt2" or rule not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise InputError(f"{file} has a tokenizer of another kind ({pre or model}): give one with {known}, "
+                         "or the folder of safetensors that it was made from")  # fmt: skip
+    return rule
+
+
+def _byte_level(vocab: dict[str, int], fields: dict, name: str) -> dict:
+    rule, whole = PRE_TOKENIZERS[name]
     merges = [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]
     model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": whole}
     return {"model": model, "pre_tokenizer": rule, "decoder": BYTES}
