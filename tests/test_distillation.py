@@ -311,6 +311,20 @@ def test_another_run_begins_anew(student, teacher, windows, clone, tmp_path):
     assert same(weights(other), weights(fresh))
 
 
+@pytest.mark.parametrize("change", ["code", "packages"])
+def test_other_code_and_packages_begin_anew(change, change_code, teacher, windows, clone, tmp_path, monkeypatch):
+    student, steps = clone(teacher), steps_of(monkeypatch)
+    for _ in range(2):
+        distill(clone(student), teacher, windows, FULL, tmp_path)
+    assert len(steps) == 10
+    if change == "code":
+        change_code(module)
+    else:
+        monkeypatch.setattr(trainer, "version", lambda name: "0.1")
+    distill(student, teacher, windows, FULL, tmp_path)
+    assert len(steps) == 20
+
+
 @pytest.mark.parametrize("settings", [FULL, ADAMW, LORA], ids=["muon", "adamw", "lora"])
 def test_a_loss_that_is_not_finite(student, teacher, windows, settings, tmp_path, monkeypatch):
     names, step, muon = weights(student).keys(), Distiller.training_step, "muon_lr from 0.02 or distillation."

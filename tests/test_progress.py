@@ -525,7 +525,7 @@ def test_lora_goes_on(num_steps, lora, counted, monkeypatch, tmp_path):
     }  # fmt: skip
 
 
-def test_lora_that_ended_is_not_trained_again(lora, counted, monkeypatch, tmp_path):
+def test_lora_that_ended_is_not_trained_again(lora, counted, change_code, monkeypatch, tmp_path):
     first, left = lora("folder"), tmp_path / "folder" / "checkpoint-9"
     left.mkdir()  # by a kill between the result and the tidying
     with monkeypatch.context() as patch:
@@ -534,7 +534,7 @@ def test_lora_that_ended_is_not_trained_again(lora, counted, monkeypatch, tmp_pa
     assert not same(lora("folder", learning_rate=1e-3)[0], first[0])
     assert same(lora("folder"), first)
     trained = counted(SFTTrainer, "train")
-    monkeypatch.setattr(recover_lora, "code_hash", lambda _: "another")
+    change_code(recover_lora)
     lora("folder")
     assert len(trained) == 1  # other code finds nothing
 

@@ -33,7 +33,7 @@ from gqalib.recover import trainer
 from gqalib.recover.optimizer import MuonAdamW, rate_at
 from gqalib.run.corpora import training_windows
 from gqalib.run.presets import Distillation, Preset
-from gqalib.run.resume import Progress, code_hash, digest
+from gqalib.run.resume import digest
 
 COLUMNS = ["tokens", "loss", "kl", "cross_entropy", "learning_rate", "seconds"]
 AT_ONCE = {"cpu": 2048, "cuda": 32_768}  # tokens that go through student and teacher together
@@ -73,9 +73,8 @@ def distill(
         return pd.DataFrame(columns=COLUMNS, dtype=float)
     lessons = Lessons.of(rows, settings)
     args = _arguments(lessons, settings, folder, student.device, micro_tokens)
-    start, code = digest(student, teacher, _batch(lessons.rows.dataset)), code_hash(Path(__file__).read_text("utf-8"))
-    with args.main_process_first(local=False):
-        state = Progress(folder, {"settings": dataclasses.asdict(settings), "start": start, "library": code})
+    start = digest(student, teacher, _batch(lessons.rows.dataset))
+    state = trainer.progress(folder, args, "distill", settings, start=start)
     on_cpu = [model for model in (student, teacher) if model is not None and args.device.type == "cpu"]
     narrow_heads = attention_implementation("blocked", *on_cpu)
     with narrow_heads, trainer.quiet(student.config), _trained(student, settings) as trained:

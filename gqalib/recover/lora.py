@@ -4,7 +4,6 @@
 `accelerate launch`, whose settings (plain data parallel, FSDP) reach trl by themselves.
 """
 
-import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from gqalib.recover import trainer
 from gqalib.recover.trainer import merge  # noqa: F401 (06 merges with it)
 from gqalib.run.instructions import examples, read_instructions
 from gqalib.run.presets import Preset, Recovery
-from gqalib.run.resume import Progress, code_hash, digest
+from gqalib.run.resume import digest
 
 COLUMNS = {"step": "step", "num_input_tokens_seen": "tokens"} | {x: x for x in ("loss", "learning_rate", "seconds")}
 
@@ -52,10 +51,8 @@ def finetune_lora(
     rows = rows[: settings.num_examples]
     encoded = examples(rows, tokenizer, settings.max_length)
     args = _arguments(settings, folder, seed, model.device)
-    start, code = digest(model, rows), code_hash(Path(__file__).read_text(encoding="utf-8"))
-    what = {"settings": dataclasses.asdict(settings), "seed": seed, "processes": args.world_size}
-    with args.main_process_first(local=False):
-        state = Progress(folder, what | {"start": start, "library": code})
+    what = {"start": digest(model, rows), "seed": seed, "processes": args.world_size}
+    state = trainer.progress(folder, args, "lora", settings, **what)
     with trainer.quiet(model.config, model.generation_config):
         sft = SFTTrainer(
             model=model,

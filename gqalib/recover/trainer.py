@@ -6,12 +6,14 @@ folder that all see. They share the rows of each step, so a step sees the same r
 rounding. `recover` keeps that folder beside the model that it writes.
 """
 
+import dataclasses
 import math
 import shutil
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,8 +30,9 @@ from transformers.utils import logging
 from gqalib.device import is_one_of_several
 from gqalib.errors import InputError, new_place
 from gqalib.model.load import load_model, load_tokenizer, save_model
-from gqalib.run.resume import Progress, replacing
+from gqalib.run.resume import Progress, code_hash, replacing
 
+PACKAGES = ("torch", "transformers", "peft", "trl")  # that train
 Weights = dict[str, torch.Tensor]
 
 
@@ -55,6 +58,22 @@ def arguments(folder: Path, device: torch.device, cls: type = TrainingArguments,
         torch.cuda.set_device(device)  # accelerate goes by this
         vars(args)["_setup_devices"] = device  # and transformers by this
     return args
+
+
+def progress(folder: Path, args: TrainingArguments, module: str, settings: Any, **what: Any) -> Progress:
+    """Where a training keeps its state. It finds nothing there that began with other settings (a dataclass) or another
+    of `what` (JSON), or by other code or packages.
+
+    Args:
+        module: of gqalib.recover, that trains.
+    """
+    what |= {
+        "settings": dataclasses.asdict(settings),
+        "library": code_hash(f"from gqalib.recover import {module}"),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    with args.main_process_first(local=False):
+        return Progress(folder, what)
 
 
 def training_seconds(log: pd.DataFrame) -> float:
