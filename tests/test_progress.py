@@ -20,6 +20,7 @@ import torch
 from conftest import small_model
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
+from test_distillation import marked
 from test_series import write_notebook
 from torch import nn
 from trl import SFTTrainer
@@ -537,6 +538,17 @@ def test_lora_that_ended_is_not_trained_again(lora, counted, change_code, monkey
     change_code(recover_lora)
     lora("folder")
     assert len(trained) == 1  # other code finds nothing
+
+
+def test_lora_begins_anew_with_other_tokens(lora, tokenizer, counted):
+    """As where a tokenizer was corrected: the text is the same."""
+    lora("folder")
+    trained = counted(SFTTrainer, "train")
+    lora("folder")
+    assert not trained
+    marked(tokenizer)
+    lora("folder")
+    assert len(trained) == 1
 
 
 # ---------------------------------------------------------------- the notebook's

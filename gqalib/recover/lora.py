@@ -51,7 +51,8 @@ def finetune_lora(
     rows = rows[: settings.num_examples]
     encoded = examples(rows, tokenizer, settings.max_length)
     args = _arguments(settings, folder, seed, model.device)
-    what = {"start": digest(model, rows), "seed": seed, "processes": args.world_size}
+    tokens = [torch.tensor(ids) for row in encoded for ids in row.values()]  # what the tokenizer made of the rows
+    what = {"start": digest(model, tokens), "seed": seed, "processes": args.world_size}
     state = trainer.progress(folder, args, "lora", settings, **what)
     with trainer.quiet(model.config, model.generation_config):
         sft = SFTTrainer(
