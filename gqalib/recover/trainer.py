@@ -21,6 +21,7 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -62,7 +63,8 @@ def arguments(folder: Path, device: torch.device, cls: type = TrainingArguments,
 
 def progress(folder: Path, args: TrainingArguments, module: str, settings: Any, **what: Any) -> Progress:
     """Where a training keeps its state. It finds nothing there that began with other settings (a dataclass) or another
-    of `what` (JSON), or by other code or packages.
+    of `what` (JSON), by other code or packages, or in shards (FSDP) where this one is whole, or the other way round:
+    their checkpoints are files of different kinds.
 
     Args:
         module: of gqalib.recover, that trains.
@@ -71,6 +73,7 @@ def progress(folder: Path, args: TrainingArguments, module: str, settings: Any, 
         "settings": dataclasses.asdict(settings),
         "library": code_hash(f"from gqalib.recover import {module}"),
         "versions": {name: version(name) for name in PACKAGES},
+        "shards": parse_flag_from_env("ACCELERATE_USE_FSDP"),  # accelerate goes by this
     }
     with args.main_process_first(local=False):
         return Progress(folder, what)
