@@ -237,12 +237,16 @@ def test_a_killed_merge_leaves_nothing_and_is_done_again(arguments, tmp_path, mo
     assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.json", "out"}
 
 
-def test_what_cannot_be(arguments, tmp_path, capsys):
+def test_what_cannot_be(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    out = ["--out", str(tmp_path / "out")]
     for extra, reason in (
         (["--out", str(tmp_path / "model")], "exists: give another --out"),
         (["--out", str(tmp_path / "missing" / "out")], "does not exist: make it"),
-        (["--out", str(tmp_path / "out"), "--model", str(tmp_path / "none")], "none does not exist: give a folder"),
-        (["--out", str(tmp_path / "out"), "--model", "owner/none"], "owner/none cannot be loaded"),
+        ([*out, "--model", str(tmp_path / "none")], "none does not exist: give a folder"),
+        ([*out, "--model", "owner/none"], "owner/none cannot be loaded"),
+        ([*out, "--set", "recovery.report_to=nobody"], "report_to = 'nobody' cannot be used (nobody is not supported"),
+        ([*out, "--set", "recovery.report_to=wandb"], "wandb`): install it, or set recovery.report_to=none"),
     ):
         assert main([*arguments, *extra]) == 2
         error = capsys.readouterr().err

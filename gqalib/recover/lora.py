@@ -13,10 +13,11 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig, SFTTrainer
 
 from gqalib.device import is_one_of_several
-from gqalib.errors import InputError
+from gqalib.errors import InputError, one_sentence
 from gqalib.measure import memory
 from gqalib.model.load import load_model, load_tokenizer
 from gqalib.recover import trainer
@@ -44,8 +45,9 @@ def finetune_lora(
 
     Raises:
         InputError: no rows, or none whose prompt is short enough, accumulation that the number of processes does not
-            divide, or the loss became infinite or NaN.
+            divide, nothing installed to report to, or the loss became infinite or NaN.
     """
+    check_reporter(settings.report_to)
     if not rows:
         raise InputError("there are no rows to learn from: give instructions with at least one prompt and completion")
     rows = rows[: settings.num_examples]
@@ -67,6 +69,13 @@ def finetune_lora(
     if not is_one_of_several():
         trainer.put(weights, sft.model)
     return sft.model.eval(), pd.DataFrame(log)[list(COLUMNS)].rename(columns=COLUMNS)
+
+
+def check_reporter(name: str) -> None:
+    """Raises InputError if transformers cannot report there, or what does is not installed."""
+    with one_sentence(f"recovery.report_to = {name!r} cannot be used", "install it, or set recovery.report_to=none"):
+        for callback in get_reporting_integration_callbacks(name):
+            callback()
 
 
 def _arguments(settings: Recovery, folder: Path, seed: int, device: torch.device) -> SFTConfig:
@@ -107,6 +116,7 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
         as `finetune_lora`.
     """
     folder, settings = trainer.place_of(out), preset.recovery
+    check_reporter(settings.report_to)
     several = is_one_of_several()  # then the trainer places the model, as the launcher's settings say
     model, tokenizer = load_model(source, preset.dtype, "cpu" if several else preset.device), load_tokenizer(source)
     rows = read_instructions(preset.instructions, "train", preset.corpus, settings.num_examples)

@@ -65,6 +65,12 @@ class Pruning:
     channel_multiple: PositiveInt  # MLP widths that are cut become multiples of it
 
 
+# transformers' schedules that need neither an argument more nor an evaluation
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Recovery:
     """LoRA: what peft and trl are given."""
@@ -79,8 +85,8 @@ class Recovery:
     gradient_accumulation_steps: PositiveInt
     max_length: PositiveInt  # tokens
     warmup_ratio: FromZero
-    lr_scheduler: str
-    report_to: str
+    lr_scheduler: Schedule
+    report_to: str  # none, or what transformers can report to: tensorboard, wandb …
 
 
 @dataclass(frozen=True)
