@@ -374,6 +374,14 @@ def test_impossible_input(student, windows, clone, tmp_path):
 # ---------------------------------------------------------------- batches and steps
 
 
+def test_warm_up_goes_by_tokens():
+    """A row of 60 tokens does not fill a step of 80: after three of them 2.25 steps are over."""
+    settings = Distillation(num_tokens=6000, batch_tokens=80, warmup_steps=4)
+    lessons = Lessons.of(torch.ones(9, 60, dtype=torch.long), settings)
+    rates = [optimizer.rate_at(settings, tokens) for tokens in lessons.tokens_seen[:5]]
+    assert rates == pytest.approx([0.25, 0.4375, 0.625, 0.8125, (6000 - 240) / 6000])
+
+
 def test_rows_cover_a_pass_once_and_then_differ():
     windows = torch.arange(7 * 4).view(7, 4)
     lessons = Lessons.of(windows, Distillation(num_tokens=7 * 4 * 3, batch_tokens=12))

@@ -134,7 +134,7 @@ class Distillation:
     muon_rounds: PositiveInt = 5  # of Newton and Schulz; fewer are faster and less exact
     adamw_lr: PositiveFloat = 1e-3  # embedding, norms, lm_head
     weight_decay: NonNegativeFloat = 0.0  # Muon's, towards zero
-    warmup_steps: PositiveInt = 10  # optimiser steps
+    warmup_steps: PositiveInt = 10  # of `batch_tokens` tokens; an optimiser step may see fewer: see `rate_at`
     decay: AboveZero = 1.0  # the last fraction of the tokens, over which the rates fall linearly to `final_rate`
     final_rate: UpToOne = 0.02  # of the full rates
     lora_r: NonNegativeInt = 0  # rank of a LoRA adapter; 0: all weights are trained
