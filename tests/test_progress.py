@@ -337,6 +337,13 @@ def test_a_broken_part_is_done_anew(name, damage, text, kept, counted, killed_af
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("text", ["{}", '{"seconds": "1.0"}', "[]", '["part"]', "1", '"part"', "null"])
+def test_json_that_holds_no_part_is_none(text, kept, tmp_path):
+    kept().keep("x", 1.5)
+    (tmp_path / "progress" / "x.json").write_text(text)
+    assert kept().load("x") is None and kept().once("x", lambda: 2.5) == kept().load("x") == 2.5
+
+
 def test_a_torn_key_is_no_key(kept, tmp_path):
     kept().keep("x", 1.5)
     (tmp_path / "progress" / "key.json").write_bytes(b"\xff")

@@ -106,7 +106,7 @@ class Progress:
                     return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}
             told = json.loads(self._file(name, "json").read_text(encoding="utf-8"))
             return told.pop("part"), told
-        except (OSError, ValueError, SafetensorError):
+        except (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError):
             return None, {}
 
     def keep(self, name: str, part: Part, seconds: float = 0.0) -> None:
