@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from test_series import write_notebook
 from torch import nn
 from trl import SFTTrainer
 
+from gqalib import InputError
 from gqalib.measure import frontier
 from gqalib.measure.perplexity import perplexity
 from gqalib.model import load
@@ -37,7 +39,7 @@ from gqalib.recover.trainer import Watch, finish, place_of
 from gqalib.run import publish, resume, series
 from gqalib.run.notebook import SHARED, Notebook, code_used, progress_dir, read_record
 from gqalib.run.presets import Distillation, load_preset
-from gqalib.run.resume import NOT_KEPT, PACKED_BYTES, Progress, digest
+from gqalib.run.resume import NOT_KEPT, PACKED_BYTES, Progress, digest, lock
 
 QUICK = refit.Ingredients(newton_rounds=1, newton_steps=1, damping=0.01)
 UNTRIED = refit.Ingredients(newton_rounds=0, damping=0.01)  # so little that every other argument shows
@@ -444,6 +446,25 @@ def test_progress_that_several_begin_at_once(kept, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(begin, "abcd"))
     assert [kept().load(name) for name in "abcd"] == [*"abcd"]
+
+
+def test_a_lock_is_one_process(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    with path.open("w") as late:
+        with path.open("w") as first:
+            lock(first, "taken")
+            with pytest.raises(InputError, match="^taken$"):
+                lock(late, "taken")
+            path.unlink()
+        with pytest.raises(InputError, match="^taken$"):  # others would find another file of this name
+            lock(late, "taken")
+
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(resume.fcntl, "flock", without_locks)
+    with path.open("w") as file:
+        lock(file, "taken")
 
 
 def test_nothing_is_kept_by_default(tmp_path, monkeypatch):

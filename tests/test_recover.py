@@ -351,6 +351,26 @@ def test_too_little_memory(command, knob, lessons, arguments, tmp_path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"model", "dense", "rows.json", "text.txt"}
 
 
+@pytest.mark.parametrize("command", ["recover", "distill"])
+def test_started_again_meanwhile(command, lessons, arguments, tmp_path, monkeypatch, capsys):
+    """The second start is refused; the file that a killed one left is no lock."""
+    start = [*(arguments if command == "recover" else lessons), "--out", str(tmp_path / "one")]
+    codes, train = [], Trainer.train
+
+    def started_again(self, *given, **how):
+        if not codes:
+            codes.append("running")
+            codes.append(main(start))
+        return train(self, *given, **how)
+
+    monkeypatch.setattr(Trainer, "train", started_again)
+    (tmp_path / ".one.training.lock").touch()
+    assert main(start) == 0 and codes == ["running", 2]
+    refusal = f"error: another training is working in {tmp_path / 'one.training'}: wait for it, or give another --out"
+    assert refusal in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "dense", "rows.json", "text.txt", "one"}
+
+
 def test_no_tokens(lessons, tmp_path, capsys):
     assert main([*lessons, "--set", "distillation.num_tokens=0", "--out", str(tmp_path / "one")]) == 2
     assert (

@@ -112,15 +112,15 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
         source: a pruned model's folder.
 
     Raises:
-        InputError: `out` is there, its parent is not, the model cannot be had, too little memory (one process only), or
-        as `finetune_lora`.
+        InputError: `out` is there or being made, its parent is not, the model cannot be had, too little memory (one
+            process only), or as `finetune_lora`.
     """
-    folder, settings = trainer.place_of(out), preset.recovery
+    settings, several = preset.recovery, is_one_of_several()  # then the trainer places the model, as the launcher says
     check_reporter(settings.report_to)
-    several = is_one_of_several()  # then the trainer places the model, as the launcher's settings say
-    model, tokenizer = load_model(source, preset.dtype, "cpu" if several else preset.device), load_tokenizer(source)
-    rows = read_instructions(preset.instructions, "train", preset.corpus, settings.num_examples)
-    terms = memory.expected("LoRA", model, settings.batch_size, settings.max_length, settings=settings)
-    with nullcontext() if several else memory.stage("LoRA", terms, model, "lower recovery.batch_size"):
-        _, log = finetune_lora(model, tokenizer, rows, settings, folder, seed)
-    trainer.finish(out, source, settings, log, preset.dtype, preset.dtype)
+    with trainer.alone_at(out) as folder:
+        model, tokenizer = load_model(source, preset.dtype, "cpu" if several else preset.device), load_tokenizer(source)
+        rows = read_instructions(preset.instructions, "train", preset.corpus, settings.num_examples)
+        terms = memory.expected("LoRA", model, settings.batch_size, settings.max_length, settings=settings)
+        with nullcontext() if several else memory.stage("LoRA", terms, model, "lower recovery.batch_size"):
+            _, log = finetune_lora(model, tokenizer, rows, settings, folder, seed)
+        trainer.finish(out, source, settings, log, preset.dtype, preset.dtype)

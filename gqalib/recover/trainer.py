@@ -8,6 +8,7 @@ rounding. `recover` keeps that folder beside the model that it writes.
 
 import dataclasses
 import math
+import os
 import shutil
 import time
 import warnings
@@ -29,9 +30,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from gqalib.device import is_one_of_several
-from gqalib.errors import InputError, new_place
+from gqalib.errors import InputError, new_place, one_sentence
 from gqalib.model.load import load_model, load_tokenizer, save_model
-from gqalib.run.resume import Progress, code_hash, replacing
+from gqalib.run.resume import Progress, code_hash, lock, replacing
 
 PACKAGES = ("torch", "transformers", "peft", "trl")  # that train
 Weights = dict[str, torch.Tensor]
@@ -204,6 +205,29 @@ def place_of(out: Path) -> Path:
     """
     out = new_place(out)
     return out.with_name(f"{out.name}.training")
+
+
+@contextmanager
+def alone_at(out: Path) -> Iterator[Path]:
+    """`place_of`, where one command works at a time: its main process holds a lock beside that folder, which may be
+    deleted meanwhile.
+
+    Raises:
+        InputError: as `place_of`, or another command is at work there.
+    """
+    training = place_of(out)
+    if os.environ.get("RANK", "0") != "0":  # a launcher's others; they wait for the main process
+        yield training
+        return
+    place = training.with_name(f".{training.name}.lock")
+    with one_sentence(f"{place} cannot be written", "give another --out"):
+        file = place.open("w")
+    with file:
+        lock(file, f"another training is working in {training}: wait for it, or give another --out")
+        try:
+            yield place_of(out)  # whoever had the lock may have filled it
+        finally:
+            place.unlink(missing_ok=True)
 
 
 def finish(out: Path, source: str, settings: Any, log: pd.DataFrame, dtype: str, saved: str) -> None:
