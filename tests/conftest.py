@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,7 @@ from gqalib.measure.perplexity import kl_of_tokens
 from gqalib.model import shapes, surgery
 from gqalib.model.load import REPOSITORY, load_tokenizer, save_model
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
+from gqalib.run import resume
 
 
 # Of processes whose resident set is to show what is in use: a small threshold, so that what is freed goes back at once.
@@ -52,6 +54,19 @@ def small_model(seed: int = 0, **changes) -> GqaLlamaForCausalLM:
 def exact_evaluations(monkeypatch):
     """Whatever a preset of another test said."""
     monkeypatch.setattr("gqalib.measure.perplexity._products", "float32")
+
+
+@pytest.fixture
+def change_code(monkeypatch):
+    """Makes a module's own code another one, as far as what was kept can tell."""
+
+    def change(module):
+        own, bare = Path(module.__file__).read_text(encoding="utf-8"), resume._bare
+        monkeypatch.setattr(resume, "_bare", lambda source: bare(source) + "another" * (source == own))
+        resume.code_hash.cache_clear()
+
+    yield change
+    resume.code_hash.cache_clear()
 
 
 def olmo_wheel(root):

@@ -1,16 +1,20 @@
 """Llama-3-8B's measurements, on the small shape of the same ratios and a CPU."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from conftest import small_model
 
 from gqalib import InputError
 from gqalib.measure import at_size, recovery, speed
 from gqalib.model.load import load_model, random_model, shape_config
+from gqalib.recover import distill
 from gqalib.run.cli import main
 from gqalib.run.notebook import read_record
+from gqalib.run.presets import load_preset
 
 SMALL = {
     "model": "shape:tiny", "device": "cpu", "dtype": "bfloat16", "frontier.calibration.num_examples": 8,
@@ -103,6 +107,18 @@ def test_recovery(tmp_path, monkeypatch):
     assert read_record(tmp_path / "at_size_recovery.json")["tables"]["models"] == tables["models"]
 
 
+def test_a_training_stays_until_its_code_changes(windows, change_code, tmp_path, monkeypatch):
+    settings = {"distillation.num_tokens": 60, "distillation.batch_tokens": 20}
+    nb = SimpleNamespace(run_dir=tmp_path, preset=load_preset("tiny", settings), table=lambda *_: None)
+    bench, steps, step = object.__new__(recovery.Bench), [], distill.Distiller.training_step
+    vars(bench).update(nb=nb, teacher=small_model(), text=windows)
+    monkeypatch.setattr(distill.Distiller, "training_step", lambda *given: steps.append(1) or step(*given))
+    for _ in range(2):
+        assert bench.teach(small_model(seed=5), "a") == 60 and len(steps) == 3
+    change_code(distill)
+    assert bench.teach(small_model(seed=5), "a") == 60 and len(steps) == 6
+
+
 def test_widths_are_multiples_where_some_are_left():
     found = at_size.shapes(shape_config("shape:llama-3-8b"), 128)
     assert found["84.64 % kept"].intermediate_size % 128 == found["half kept"].intermediate_size % 128 == 0
@@ -115,8 +131,6 @@ def test_unknown_step(tmp_path, capsys):
 
 
 def test_fused_models_compute_the_same():
-    from conftest import small_model
-
     model, ids = small_model(), torch.arange(12).view(2, 6)
     with torch.no_grad():
         plain = model(ids).logits

@@ -311,6 +311,20 @@ def test_another_run_begins_anew(student, teacher, windows, clone, tmp_path):
     assert same(weights(other), weights(fresh))
 
 
+@pytest.mark.parametrize("change", ["code", "packages"])
+def test_other_code_and_packages_begin_anew(change, change_code, teacher, windows, clone, tmp_path, monkeypatch):
+    student, steps = clone(teacher), steps_of(monkeypatch)
+    for _ in range(2):
+        distill(clone(student), teacher, windows, FULL, tmp_path)
+    assert len(steps) == 10
+    if change == "code":
+        change_code(module)
+    else:
+        monkeypatch.setattr(trainer, "version", lambda name: "0.1")
+    distill(student, teacher, windows, FULL, tmp_path)
+    assert len(steps) == 20
+
+
 @pytest.mark.parametrize("settings", [FULL, ADAMW, LORA], ids=["muon", "adamw", "lora"])
 def test_a_loss_that_is_not_finite(student, teacher, windows, settings, tmp_path, monkeypatch):
     names, step, muon = weights(student).keys(), Distiller.training_step, "muon_lr from 0.02 or distillation."
@@ -358,6 +372,14 @@ def test_impossible_input(student, windows, clone, tmp_path):
 
 
 # ---------------------------------------------------------------- batches and steps
+
+
+def test_warm_up_goes_by_tokens():
+    """A row of 60 tokens does not fill a step of 80: after three of them 2.25 steps are over."""
+    settings = Distillation(num_tokens=6000, batch_tokens=80, warmup_steps=4)
+    lessons = Lessons.of(torch.ones(9, 60, dtype=torch.long), settings)
+    rates = [optimizer.rate_at(settings, tokens) for tokens in lessons.tokens_seen[:5]]
+    assert rates == pytest.approx([0.25, 0.4375, 0.625, 0.8125, (6000 - 240) / 6000])
 
 
 def test_rows_cover_a_pass_once_and_then_differ():

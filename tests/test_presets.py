@@ -1,7 +1,10 @@
+import contextlib
 from dataclasses import asdict
+from typing import get_args
 
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import small_model
 
@@ -116,6 +119,8 @@ def test_another_corpus_brings_its_own_instructions():
         ({"pruning.mean_rate": 0.0}, "cannot be"),
         ({"pruning.mean_rate": 0.9}, "out of reach between pruning.min_rate"),
         ({"pruning.strategy": "best"}, "pruning.strategy = 'best'"),
+        ({"recovery.lr_scheduler": "cosin"}, "lr_scheduler = 'cosin' cannot be: it should be 'linear', 'cosine',"),
+        ({"recovery.lr_scheduler": "warmup_stable_decay"}, "cannot be: it should be 'linear'"),
         ({"recovery.lora_r": 1.5}, "recovery.lora_r = 1.5 cannot be: it should be a valid integer"),
         ({"recovery.lora_r": True}, "recovery.lora_r = True cannot be"),
         ({"evaluation.num_tokens": -1}, "it should be greater than 0"),
@@ -128,6 +133,18 @@ def test_another_corpus_brings_its_own_instructions():
 def test_bad_overrides(changes, says):
     with pytest.raises(InputError, match=says.replace("(", r"\(")):
         load_preset("tiny", changes)
+
+
+def test_schedules_are_those_that_need_nothing_more():
+    def is_enough(name):
+        steps = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        with contextlib.suppress(TypeError, ValueError):
+            schedule = transformers.get_scheduler(name, steps, num_warmup_steps=2, num_training_steps=10)
+            steps.step()
+            schedule.step()
+            return True
+
+    assert {name.value for name in transformers.SchedulerType if is_enough(name)} == {*get_args(presets.Schedule)}
 
 
 def test_unknown_preset():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import torch
 from conftest import small_model
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
+from test_distillation import marked
 from test_series import write_notebook
 from torch import nn
 from trl import SFTTrainer
@@ -37,7 +39,7 @@ from gqalib.recover.trainer import Watch, finish, place_of
 from gqalib.run import publish, resume, series
 from gqalib.run.notebook import SHARED, Notebook, code_used, progress_dir, read_record
 from gqalib.run.presets import Distillation, load_preset
-from gqalib.run.resume import NOT_KEPT, PACKED_BYTES, Progress, digest
+from gqalib.run.resume import NOT_KEPT, PACKED_BYTES, Progress, digest, lock
 
 QUICK = refit.Ingredients(newton_rounds=1, newton_steps=1, damping=0.01)
 UNTRIED = refit.Ingredients(newton_rounds=0, damping=0.01)  # so little that every other argument shows
@@ -337,6 +339,13 @@ def test_a_broken_part_is_done_anew(name, damage, text, kept, counted, killed_af
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("text", ["{}", '{"seconds": "1.0"}', "[]", '["part"]', "1", '"part"', "null"])
+def test_json_that_holds_no_part_is_none(text, kept, tmp_path):
+    kept().keep("x", 1.5)
+    (tmp_path / "progress" / "x.json").write_text(text)
+    assert kept().load("x") is None and kept().once("x", lambda: 2.5) == kept().load("x") == 2.5
+
+
 def test_a_torn_key_is_no_key(kept, tmp_path):
     kept().keep("x", 1.5)
     (tmp_path / "progress" / "key.json").write_bytes(b"\xff")
@@ -439,6 +448,25 @@ def test_progress_that_several_begin_at_once(kept, monkeypatch):
     assert [kept().load(name) for name in "abcd"] == [*"abcd"]
 
 
+def test_a_lock_is_one_process(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    with path.open("w") as late:
+        with path.open("w") as first:
+            lock(first, "taken")
+            with pytest.raises(InputError, match="^taken$"):
+                lock(late, "taken")
+            path.unlink()
+        with pytest.raises(InputError, match="^taken$"):  # others would find another file of this name
+            lock(late, "taken")
+
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(resume.fcntl, "flock", without_locks)
+    with path.open("w") as file:
+        lock(file, "taken")
+
+
 def test_nothing_is_kept_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert NOT_KEPT.of(object()).once("x", lambda: 1) == 1 and NOT_KEPT.once("x", lambda: 2) == 2
@@ -526,7 +554,7 @@ def test_lora_goes_on(num_steps, lora, counted, monkeypatch, tmp_path):
     }  # fmt: skip
 
 
-def test_lora_that_ended_is_not_trained_again(lora, counted, monkeypatch, tmp_path):
+def test_lora_that_ended_is_not_trained_again(lora, counted, change_code, monkeypatch, tmp_path):
     first, left = lora("folder"), tmp_path / "folder" / "checkpoint-9"
     left.mkdir()  # by a kill between the result and the tidying
     with monkeypatch.context() as patch:
@@ -535,9 +563,20 @@ def test_lora_that_ended_is_not_trained_again(lora, counted, monkeypatch, tmp_pa
     assert not same(lora("folder", learning_rate=1e-3)[0], first[0])
     assert same(lora("folder"), first)
     trained = counted(SFTTrainer, "train")
-    monkeypatch.setattr(recover_lora, "code_hash", lambda _: "another")
+    change_code(recover_lora)
     lora("folder")
     assert len(trained) == 1  # other code finds nothing
+
+
+def test_lora_begins_anew_with_other_tokens(lora, tokenizer, counted):
+    """As where a tokenizer was corrected: the text is the same."""
+    lora("folder")
+    trained = counted(SFTTrainer, "train")
+    lora("folder")
+    assert not trained
+    marked(tokenizer)
+    lora("folder")
+    assert len(trained) == 1
 
 
 # ---------------------------------------------------------------- the notebook's

@@ -18,6 +18,7 @@ import trl
 from accelerate import PartialState
 from accelerate.commands import launch
 from conftest import kl_to, small_model
+from transformers import Trainer
 
 from gqalib import InputError
 from gqalib.device import is_one_of_several
@@ -119,6 +120,7 @@ LOADED.set_forkserver_preload(["gqalib.run.cli", "gqalib.recover.lora", "gqalib.
 
 def one_of_two(rank, environment, site, arguments):
     """A process as torchrun starts it; what it says goes into a file."""
+    os.environ.clear()  # the server was forked with the settings of the first launch
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.set_num_threads(1)
     with (site / f"said{rank}").open("w") as said, contextlib.redirect_stderr(said):
@@ -126,6 +128,10 @@ def one_of_two(rank, environment, site, arguments):
         code = main(arguments)
         assert code or PartialState().num_processes == 2, "each worked alone"
     sys.exit(code)
+
+
+def checkpoints(folder):
+    return [path.name for path in folder.glob("checkpoint-*")]
 
 
 def weights(folder):
@@ -231,12 +237,16 @@ def test_a_killed_merge_leaves_nothing_and_is_done_again(arguments, tmp_path, mo
     assert {path.name for path in tmp_path.iterdir()} == {"model", "rows.json", "out"}
 
 
-def test_what_cannot_be(arguments, tmp_path, capsys):
+def test_what_cannot_be(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    out = ["--out", str(tmp_path / "out")]
     for extra, reason in (
         (["--out", str(tmp_path / "model")], "exists: give another --out"),
         (["--out", str(tmp_path / "missing" / "out")], "does not exist: make it"),
-        (["--out", str(tmp_path / "out"), "--model", str(tmp_path / "none")], "none does not exist: give a folder"),
-        (["--out", str(tmp_path / "out"), "--model", "owner/none"], "owner/none cannot be loaded"),
+        ([*out, "--model", str(tmp_path / "none")], "none does not exist: give a folder"),
+        ([*out, "--model", "owner/none"], "owner/none cannot be loaded"),
+        ([*out, "--set", "recovery.report_to=nobody"], "report_to = 'nobody' cannot be used (nobody is not supported"),
+        ([*out, "--set", "recovery.report_to=wandb"], "wandb`): install it, or set recovery.report_to=none"),
     ):
         assert main([*arguments, *extra]) == 2
         error = capsys.readouterr().err
@@ -286,9 +296,28 @@ def test_shards_are_taught_as_one_also_when_they_are_stopped(lessons, site, tmp_
     two = [*lessons, "--out", str(tmp_path / "two")]
     assert main([*lessons, "--out", str(tmp_path / "one")]) == 0
     assert "the same command goes on" in in_shards(two, site, STOP_AFTER_SIX_STEPS, succeeds=False)
-    assert [path.name for path in (tmp_path / "two.training").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert checkpoints(tmp_path / "two.training") == ["checkpoint-6"]
     in_shards(two, site)
     check_taught(tmp_path, 1e-5)
+
+
+def test_begun_in_shards_it_begins_anew_without(lessons, site, tmp_path, monkeypatch):
+    """Checkpoints of shards are files of another kind."""
+    steps, step, two = [], Trainer.training_step, [*lessons, "--out", str(tmp_path / "two")]
+    in_shards(two, site, STOP_AFTER_SIX_STEPS, succeeds=False)
+    assert checkpoints(tmp_path / "two.training") == ["checkpoint-6"]
+    monkeypatch.setattr(Trainer, "training_step", lambda *given: steps.append(1) or step(*given))
+    assert main(two) == 0 and len(steps) == 12
+
+
+def test_lora_begins_anew_in_shards(arguments, site, tmp_path):
+    """In as many processes as before."""
+    two = [*arguments, "--out", str(tmp_path / "two")]
+    (site / "sitecustomize.py").write_text(IN_FLOAT32 + STOP_AFTER_SIX_STEPS)
+    in_two(two, site, "--multi_gpu", succeeds=False)
+    assert checkpoints(tmp_path / "two.training") == ["checkpoint-6"]
+    in_shards(two, site)
+    assert (tmp_path / "two" / "config.json").exists()
 
 
 def test_an_adapter_in_shards_is_merged(lessons, site, tmp_path):
@@ -320,6 +349,26 @@ def test_too_little_memory(command, knob, lessons, arguments, tmp_path, monkeypa
     assert main([*(arguments if command == "recover" else lessons), "--out", str(tmp_path / "one")]) == 2
     assert re.search(rf"error: .* needs .* GB, but 0.0 GB are free on cpu: lower {knob}", capsys.readouterr().err)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "dense", "rows.json", "text.txt"}
+
+
+@pytest.mark.parametrize("command", ["recover", "distill"])
+def test_started_again_meanwhile(command, lessons, arguments, tmp_path, monkeypatch, capsys):
+    """The second start is refused; the file that a killed one left is no lock."""
+    start = [*(arguments if command == "recover" else lessons), "--out", str(tmp_path / "one")]
+    codes, train = [], Trainer.train
+
+    def started_again(self, *given, **how):
+        if not codes:
+            codes.append("running")
+            codes.append(main(start))
+        return train(self, *given, **how)
+
+    monkeypatch.setattr(Trainer, "train", started_again)
+    (tmp_path / ".one.training.lock").touch()
+    assert main(start) == 0 and codes == ["running", 2]
+    refusal = f"error: another training is working in {tmp_path / 'one.training'}: wait for it, or give another --out"
+    assert refusal in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "dense", "rows.json", "text.txt", "one"}
 
 
 def test_no_tokens(lessons, tmp_path, capsys):

@@ -33,7 +33,7 @@ from gqalib.recover import trainer
 from gqalib.recover.optimizer import MuonAdamW, rate_at
 from gqalib.run.corpora import training_windows
 from gqalib.run.presets import Distillation, Preset
-from gqalib.run.resume import Progress, code_hash, digest
+from gqalib.run.resume import digest
 
 COLUMNS = ["tokens", "loss", "kl", "cross_entropy", "learning_rate", "seconds"]
 AT_ONCE = {"cpu": 2048, "cuda": 32_768}  # tokens that go through student and teacher together
@@ -73,9 +73,8 @@ def distill(
         return pd.DataFrame(columns=COLUMNS, dtype=float)
     lessons = Lessons.of(rows, settings)
     args = _arguments(lessons, settings, folder, student.device, micro_tokens)
-    start, code = digest(student, teacher, _batch(lessons.rows.dataset)), code_hash(Path(__file__).read_text("utf-8"))
-    with args.main_process_first(local=False):
-        state = Progress(folder, {"settings": dataclasses.asdict(settings), "start": start, "library": code})
+    start = digest(student, teacher, _batch(lessons.rows.dataset))
+    state = trainer.progress(folder, args, "distill", settings, start=start)
     on_cpu = [model for model in (student, teacher) if model is not None and args.device.type == "cpu"]
     narrow_heads = attention_implementation("blocked", *on_cpu)
     with narrow_heads, trainer.quiet(student.config), _trained(student, settings) as trained:
@@ -344,22 +343,22 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
         source: a pruned model's folder.
 
     Raises:
-        InputError: `out` is there, its parent is not, a model cannot be had, too little memory (one process only), or
-        as `distill`.
+        InputError: `out` is there or being made, its parent is not, a model cannot be had, too little memory (one
+            process only), or as `distill`.
     """
     settings = dataclasses.replace(preset.distillation, seed=preset.distillation.seed + seed)
     if not settings.num_tokens:
         raise InputError("distillation.num_tokens is 0, so there is nothing to learn: give a number of tokens")
-    folder = trainer.place_of(out)
-    several = is_one_of_several()  # then the trainer places the models, as the launcher's settings say
-    device, dtype = "cpu" if several else preset.device, preset.dtype if settings.lora_r else "float32"
-    student, teacher = load_model(source, dtype, device), load_teacher(preset, device)
-    tokenizer = load_tokenizer(source)
-    length = min(preset.frontier.calibration.length, student.config.max_position_embeddings)
-    text = training_windows(preset.corpus, tokenizer, length, settings.num_tokens)
-    terms = memory.expected("distillation", student, *at_once(settings, length, student.device), settings=settings)
-    terms["weights"] += weight_bytes(teacher)  # both models are there already
-    knob = "lower distillation.batch_tokens, or take more cards (see README)"
-    with nullcontext() if several else memory.stage("distillation", terms, student, knob):
-        log = distill(student, teacher, text, settings, folder)
-    trainer.finish(out, source, settings, log, dtype, preset.dtype)
+    with trainer.alone_at(out) as folder:
+        several = is_one_of_several()  # then the trainer places the models, as the launcher's settings say
+        device, dtype = "cpu" if several else preset.device, preset.dtype if settings.lora_r else "float32"
+        student, teacher = load_model(source, dtype, device), load_teacher(preset, device)
+        tokenizer = load_tokenizer(source)
+        length = min(preset.frontier.calibration.length, student.config.max_position_embeddings)
+        text = training_windows(preset.corpus, tokenizer, length, settings.num_tokens)
+        terms = memory.expected("distillation", student, *at_once(settings, length, student.device), settings=settings)
+        terms["weights"] += weight_bytes(teacher)  # both models are there already
+        knob = "lower distillation.batch_tokens, or take more cards (see README)"
+        with nullcontext() if several else memory.stage("distillation", terms, student, knob):
+            log = distill(student, teacher, text, settings, folder)
+        trainer.finish(out, source, settings, log, dtype, preset.dtype)

@@ -4,7 +4,6 @@
 `accelerate launch`, whose settings (plain data parallel, FSDP) reach trl by themselves.
 """
 
-import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,17 +13,18 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig, SFTTrainer
 
 from gqalib.device import is_one_of_several
-from gqalib.errors import InputError
+from gqalib.errors import InputError, one_sentence
 from gqalib.measure import memory
 from gqalib.model.load import load_model, load_tokenizer
 from gqalib.recover import trainer
 from gqalib.recover.trainer import merge  # noqa: F401 (06 merges with it)
 from gqalib.run.instructions import examples, read_instructions
 from gqalib.run.presets import Preset, Recovery
-from gqalib.run.resume import Progress, code_hash, digest
+from gqalib.run.resume import digest
 
 COLUMNS = {"step": "step", "num_input_tokens_seen": "tokens"} | {x: x for x in ("loss", "learning_rate", "seconds")}
 
@@ -45,17 +45,17 @@ def finetune_lora(
 
     Raises:
         InputError: no rows, or none whose prompt is short enough, accumulation that the number of processes does not
-            divide, or the loss became infinite or NaN.
+            divide, nothing installed to report to, or the loss became infinite or NaN.
     """
+    check_reporter(settings.report_to)
     if not rows:
         raise InputError("there are no rows to learn from: give instructions with at least one prompt and completion")
     rows = rows[: settings.num_examples]
     encoded = examples(rows, tokenizer, settings.max_length)
     args = _arguments(settings, folder, seed, model.device)
-    start, code = digest(model, rows), code_hash(Path(__file__).read_text(encoding="utf-8"))
-    what = {"settings": dataclasses.asdict(settings), "seed": seed, "processes": args.world_size}
-    with args.main_process_first(local=False):
-        state = Progress(folder, what | {"start": start, "library": code})
+    tokens = [torch.tensor(ids) for row in encoded for ids in row.values()]  # what the tokenizer made of the rows
+    what = {"start": digest(model, tokens), "seed": seed, "processes": args.world_size}
+    state = trainer.progress(folder, args, "lora", settings, **what)
     with trainer.quiet(model.config, model.generation_config):
         sft = SFTTrainer(
             model=model,
@@ -69,6 +69,13 @@ def finetune_lora(
     if not is_one_of_several():
         trainer.put(weights, sft.model)
     return sft.model.eval(), pd.DataFrame(log)[list(COLUMNS)].rename(columns=COLUMNS)
+
+
+def check_reporter(name: str) -> None:
+    """Raises InputError if transformers cannot report there, or what does is not installed."""
+    with one_sentence(f"recovery.report_to = {name!r} cannot be used", "install it, or set recovery.report_to=none"):
+        for callback in get_reporting_integration_callbacks(name):
+            callback()
 
 
 def _arguments(settings: Recovery, folder: Path, seed: int, device: torch.device) -> SFTConfig:
@@ -105,14 +112,15 @@ def recover(source: str, preset: Preset, out: Path, seed: int = 0) -> None:
         source: a pruned model's folder.
 
     Raises:
-        InputError: `out` is there, its parent is not, the model cannot be had, too little memory (one process only), or
-        as `finetune_lora`.
+        InputError: `out` is there or being made, its parent is not, the model cannot be had, too little memory (one
+            process only), or as `finetune_lora`.
     """
-    folder, settings = trainer.place_of(out), preset.recovery
-    several = is_one_of_several()  # then the trainer places the model, as the launcher's settings say
-    model, tokenizer = load_model(source, preset.dtype, "cpu" if several else preset.device), load_tokenizer(source)
-    rows = read_instructions(preset.instructions, "train", preset.corpus, settings.num_examples)
-    terms = memory.expected("LoRA", model, settings.batch_size, settings.max_length, settings=settings)
-    with nullcontext() if several else memory.stage("LoRA", terms, model, "lower recovery.batch_size"):
-        _, log = finetune_lora(model, tokenizer, rows, settings, folder, seed)
-    trainer.finish(out, source, settings, log, preset.dtype, preset.dtype)
+    settings, several = preset.recovery, is_one_of_several()  # then the trainer places the model, as the launcher says
+    check_reporter(settings.report_to)
+    with trainer.alone_at(out) as folder:
+        model, tokenizer = load_model(source, preset.dtype, "cpu" if several else preset.device), load_tokenizer(source)
+        rows = read_instructions(preset.instructions, "train", preset.corpus, settings.num_examples)
+        terms = memory.expected("LoRA", model, settings.batch_size, settings.max_length, settings=settings)
+        with nullcontext() if several else memory.stage("LoRA", terms, model, "lower recovery.batch_size"):
+            _, log = finetune_lora(model, tokenizer, rows, settings, folder, seed)
+        trainer.finish(out, source, settings, log, preset.dtype, preset.dtype)

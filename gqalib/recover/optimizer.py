@@ -90,7 +90,9 @@ def orthogonal(matrices: torch.Tensor, group: dict) -> torch.Tensor:
 
 
 def rate_at(recipe, tokens_seen: int) -> float:
-    """The factor on all learning rates: warm-up, constant, linear decay over the last `recipe.decay_tokens`."""
+    """The factor on all learning rates: warm-up over the first `recipe.warmup_steps` steps of `recipe.batch_tokens`
+    tokens, constant, linear decay over the last `recipe.decay_tokens`. It goes by tokens: where rows do not fill an
+    optimiser step, as where their length does not divide `batch_tokens`, warm-up takes more of those."""
     warmup = (tokens_seen / recipe.batch_tokens + 1) / recipe.warmup_steps
     decay = (recipe.num_tokens - tokens_seen) / recipe.decay_tokens
     return min(1.0, warmup, max(recipe.final_rate, decay))

@@ -6,12 +6,15 @@ folder that all see. They share the rows of each step, so a step sees the same r
 rounding. `recover` keeps that folder beside the model that it writes.
 """
 
+import dataclasses
 import math
+import os
 import shutil
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +22,7 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -26,10 +30,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from gqalib.device import is_one_of_several
-from gqalib.errors import InputError, new_place
+from gqalib.errors import InputError, new_place, one_sentence
 from gqalib.model.load import load_model, load_tokenizer, save_model
-from gqalib.run.resume import Progress, replacing
+from gqalib.run.resume import Progress, code_hash, lock, replacing
 
+PACKAGES = ("torch", "transformers", "peft", "trl")  # that train
 Weights = dict[str, torch.Tensor]
 
 
@@ -55,6 +60,24 @@ def arguments(folder: Path, device: torch.device, cls: type = TrainingArguments,
         torch.cuda.set_device(device)  # accelerate goes by this
         vars(args)["_setup_devices"] = device  # and transformers by this
     return args
+
+
+def progress(folder: Path, args: TrainingArguments, module: str, settings: Any, **what: Any) -> Progress:
+    """Where a training keeps its state. It finds nothing there that began with other settings (a dataclass) or another
+    of `what` (JSON), by other code or packages, or in shards (FSDP) where this one is whole, or the other way round:
+    their checkpoints are files of different kinds.
+
+    Args:
+        module: of gqalib.recover, that trains.
+    """
+    what |= {
+        "settings": dataclasses.asdict(settings),
+        "library": code_hash(f"from gqalib.recover import {module}"),
+        "versions": {name: version(name) for name in PACKAGES},
+        "shards": parse_flag_from_env("ACCELERATE_USE_FSDP"),  # accelerate goes by this
+    }
+    with args.main_process_first(local=False):
+        return Progress(folder, what)
 
 
 def training_seconds(log: pd.DataFrame) -> float:
@@ -182,6 +205,29 @@ def place_of(out: Path) -> Path:
     """
     out = new_place(out)
     return out.with_name(f"{out.name}.training")
+
+
+@contextmanager
+def alone_at(out: Path) -> Iterator[Path]:
+    """`place_of`, where one command works at a time: its main process holds a lock beside that folder, which may be
+    deleted meanwhile.
+
+    Raises:
+        InputError: as `place_of`, or another command is at work there.
+    """
+    training = place_of(out)
+    if os.environ.get("RANK", "0") != "0":  # a launcher's others; they wait for the main process
+        yield training
+        return
+    place = training.with_name(f".{training.name}.lock")
+    with one_sentence(f"{place} cannot be written", "give another --out"):
+        file = place.open("w")
+    with file:
+        lock(file, f"another training is working in {training}: wait for it, or give another --out")
+        try:
+            yield place_of(out)  # whoever had the lock may have filled it
+        finally:
+            place.unlink(missing_ok=True)
 
 
 def finish(out: Path, source: str, settings: Any, log: pd.DataFrame, dtype: str, saved: str) -> None:

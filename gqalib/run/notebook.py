@@ -6,7 +6,6 @@ progress, from which the next run goes on.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -40,7 +39,7 @@ from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run.checks import NOTEBOOKS, code_of
 from gqalib.run.corpora import corpus_path
 from gqalib.run.presets import Preset, load_preset
-from gqalib.run.resume import FRAME, Part, Progress, alone_in, code_hash, replacing, spent, unpack
+from gqalib.run.resume import FRAME, Part, Progress, alone_in, code_hash, lock, replacing, spent, unpack
 
 SCHEMA = 1
 COMMITTED = REPOSITORY / "data" / "results"
@@ -173,11 +172,8 @@ def locked(run_dir: Path, shared: bool = False) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("w")
     with file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            others = "another run" if shared else "another run, or a notebook that is open,"
-            raise InputError(f"{others} is working in {run_dir}: wait for it, or give another --run-dir") from error
+        others = "another run" if shared else "another run, or a notebook that is open,"
+        lock(file, f"{others} is working in {run_dir}: wait for it, or give another --run-dir", shared)
         try:
             yield
         finally:

@@ -65,6 +65,12 @@ class Pruning:
     channel_multiple: PositiveInt  # MLP widths that are cut become multiples of it
 
 
+# transformers' schedules that need neither an argument more nor an evaluation
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Recovery:
     """LoRA: what peft and trl are given."""
@@ -79,8 +85,8 @@ class Recovery:
     gradient_accumulation_steps: PositiveInt
     max_length: PositiveInt  # tokens
     warmup_ratio: FromZero
-    lr_scheduler: str
-    report_to: str
+    lr_scheduler: Schedule
+    report_to: str  # none, or what transformers can report to: tensorboard, wandb …
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ class Distillation:
     muon_rounds: PositiveInt = 5  # of Newton and Schulz; fewer are faster and less exact
     adamw_lr: PositiveFloat = 1e-3  # embedding, norms, lm_head
     weight_decay: NonNegativeFloat = 0.0  # Muon's, towards zero
-    warmup_steps: PositiveInt = 10  # optimiser steps
+    warmup_steps: PositiveInt = 10  # of `batch_tokens` tokens; an optimiser step may see fewer: see `rate_at`
     decay: AboveZero = 1.0  # the last fraction of the tokens, over which the rates fall linearly to `final_rate`
     final_rate: UpToOne = 0.02  # of the full rates
     lora_r: NonNegativeInt = 0  # rank of a LoRA adapter; 0: all weights are trained

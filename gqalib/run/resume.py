@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import quote
 
 import numpy as np
@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from gqalib.errors import InputError
 from gqalib.steps import drive
 
 PACKAGE = Path(__file__).parents[1]
@@ -106,7 +107,7 @@ class Progress:
                     return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}
             told = json.loads(self._file(name, "json").read_text(encoding="utf-8"))
             return told.pop("part"), told
-        except (OSError, ValueError, SafetensorError):
+        except (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError):
             return None, {}
 
     def keep(self, name: str, part: Part, seconds: float = 0.0) -> None:
@@ -195,6 +196,23 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(place)
+
+
+def lock(file: TextIO, refusal: str, shared: bool = False) -> None:
+    """Lock an open file until it is closed, for one process or for several (`shared`), as far as the file system has
+    locks. It goes with the process, however it ends.
+
+    Raises:
+        InputError: `refusal`, because another process has locked it.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(refusal) from error
+    except OSError:
+        return  # there are no locks here, and work goes on as it did without
+    if not os.fstat(file.fileno()).st_nlink:  # whoever had it removed it just now: others would lock a new one
+        raise InputError(refusal)
 
 
 # ---------------------------------------------------------------- what a result depends on
