@@ -32,7 +32,7 @@ from transformers.utils import logging
 from gqalib.device import is_one_of_several
 from gqalib.errors import InputError, new_place, one_sentence
 from gqalib.model.load import load_model, load_tokenizer, save_model
-from gqalib.run.resume import Progress, code_hash, lock, replacing
+from gqalib.run.resume import FRAME, Progress, code_hash, lock, replacing
 
 PACKAGES = ("torch", "transformers", "peft", "trl")  # that train
 Weights = dict[str, torch.Tensor]
@@ -72,7 +72,7 @@ def progress(folder: Path, args: TrainingArguments, module: str, settings: Any, 
     """
     what |= {
         "settings": dataclasses.asdict(settings),
-        "library": code_hash(f"from gqalib.recover import {module}"),
+        "library": code_hash(f"from gqalib.recover import {module}", FRAME),
         "versions": {name: version(name) for name in PACKAGES},
         "shards": parse_flag_from_env("ACCELERATE_USE_FSDP"),  # accelerate goes by this
     }
