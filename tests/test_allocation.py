@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqalib import InputError
+from gqalib.prune import allocate
 from gqalib.prune.allocate import cheapest
 from gqalib.prune.founding import layer_rates, layer_weights
 from gqalib.prune.plans import some_units, whole_units
@@ -140,3 +141,18 @@ def test_cheapest_equals_brute_force(seed):
 def test_cheapest_without_a_solution():
     with pytest.raises(InputError, match="11 parameters cannot go, 10 at most"):
         cheapest([np.zeros(2)] * 2, [np.array([0, 5])] * 2, 11, 5)
+
+
+def test_sizes_without_a_common_divisor_take_no_longer(monkeypatch):
+    """As biases make them: the sum is met to a step for each item, and costs what the exact one does, or hardly more."""
+    draw = np.random.default_rng(3)
+    sizes = [np.arange(20) * prime for prime in (10_007, 10_009, 10_037, 10_039)]
+    costs = [np.sort(draw.random(20)) for _ in sizes]
+    exact = cheapest(costs, sizes, 300_000, 10_039)
+    monkeypatch.setattr(allocate, "MOST_UNITS", 500)
+    arrays, full = [], np.full
+    monkeypatch.setattr(np, "full", lambda length, value: arrays.append(length) or full(length, value))
+    chosen = cheapest(costs, sizes, 300_000, 10_039)
+    total, cost = (sum(row[i] for row, i in zip(rows, chosen, strict=True)) for rows in (sizes, costs))
+    assert 300_000 <= total <= 310_039 + 4 * 620 and max(arrays) <= 502
+    assert cost <= 1.02 * sum(row[i] for row, i in zip(costs, exact, strict=True))

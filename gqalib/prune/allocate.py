@@ -29,6 +29,7 @@ from gqalib.prune.sublayers import Sublayer, sublayers
 from gqalib.steps import in_steps
 from gqalib.stream import at_work
 
+MOST_UNITS = 2**20  # of a sum of sizes: the dynamic programme has an entry for each
 Covariances = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -156,13 +157,14 @@ def cost_table(
 
 def cheapest(costs: Sequence[np.ndarray], sizes: Sequence[np.ndarray], target: int, slack: int) -> list[int]:
     """One option for each item, so that the sizes add up to `target` … `target + slack` and the costs to as little as
-    possible; exact.
+    possible; exact, where the sizes have a common divisor of some size. Where biases leave them none, sizes are rounded
+    down to a millionth of the target, and the sum may be that much more for each item.
 
     Dynamic programme over the sum of sizes, in units of their greatest common divisor: best(s) = the least cost of the
     items so far whose sizes add up to s. `costs` and `sizes` have an array [options] for each item. OutOfReach: nothing
     comes to the target.
     """
-    unit = math.gcd(*(int(size) for item in sizes for size in item)) or 1
+    unit = max(1, math.gcd(*(int(size) for item in sizes for size in item)), (target + slack) // MOST_UNITS)
     best, chosen = np.full((target + slack) // unit + 1, np.inf), []
     best[0] = 0.0
     for cost, size in zip(costs, sizes, strict=True):
