@@ -275,7 +275,7 @@ def stretch_around_zero(axis, linear_up_to: float) -> None:
 
 def role_of(name: str) -> str:
     """What a model is in `COLORS`, by its name."""
-    if "LoRA" in name or name.startswith(("distilled", "literal")):
+    if "LoRA" in name or name.startswith(("distilled", "literal", "long-")):
         return "recovered"
     role = next((role for role in ("dense", "v2", "v3", "refit") if name.startswith(role)), None)
     return role or ("v3" if name.startswith("founding") or name.lower().endswith("taylor") else "other")

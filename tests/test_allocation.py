@@ -144,7 +144,7 @@ def test_cheapest_without_a_solution():
 
 
 def test_sizes_without_a_common_divisor_take_no_longer(monkeypatch):
-    """As biases make them: the sum is met to a step for each item, and costs what the exact one does, or hardly more."""
+    """As biases make them: the sum is met to a step for each item, and costs hardly more than the exact one."""
     draw = np.random.default_rng(3)
     sizes = [np.arange(20) * prime for prime in (10_007, 10_009, 10_037, 10_039)]
     costs = [np.sort(draw.random(20)) for _ in sizes]

@@ -132,7 +132,8 @@ def test_the_best_peer_is_one_that_removed_enough():
 
 def test_a_peer_that_broke_in_one_sample_of_a_record_is_not_the_best():
     """A record has null for an infinite ratio; and only samples that both methods have are paired."""
-    rows = rows_of("own", 0.5, [1.2, 1.2, 2.4]) + rows_of("p", 0.5, [1.5, 1.5]) + rows_of("q", 0.5, [1.1, 1.1, math.inf])
+    rows = rows_of("own", 0.5, [1.2, 1.2, 2.4]) + rows_of("p", 0.5, [1.5, 1.5])
+    rows += rows_of("q", 0.5, [1.1, 1.1, math.inf])
     rows[-1]["ratio"] = None
     result = frontier.against_peers(pd.DataFrame(rows), "own", ["p", "q"]).iloc[0]
     assert result["peer"] == "p" and result["times"] == pytest.approx(0.8)

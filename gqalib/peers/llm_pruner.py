@@ -19,8 +19,8 @@ def llm_pruner(
 
     Heads are chosen by its own sum over a dependency group: the fold of q_proj (`misaligned_group_scores`), k_proj,
     v_proj, and the *first* columns of o_proj, which its graph maps one to one onto the rows of k_proj
-    (`local_norm[idxs]`, hf_llama_pruner.py); channels by gate, up and down. Its script for Llama-7B prunes layers 4 to 29 of 32: the first eighth and
-    the last sixteenth of the layers stay whole.
+    (`local_norm[idxs]`, hf_llama_pruner.py); channels by gate, up and down. Its script for Llama-7B prunes layers 4 to
+    29 of 32: the first eighth and the last sixteenth of the layers stay whole.
 
     Choices: the chosen KV heads go with the query heads that read them; all of `windows` is used, not ten short
     samples; a budget that the unprotected layers cannot give is taken from all layers, and so is any without `protect`.

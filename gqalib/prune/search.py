@@ -3,8 +3,8 @@
 The cost table adds its estimates up, each of them an error in an otherwise dense model; in truth errors in different
 layers act together. So the search looks at a plan in its own context: it carries the plan out by a sweep that keeps the
 model's shape (zeros where units went), fits every module at its other levels as well, and takes the gradient of the KL
-to the dense logits, on text that the sweep is not fitted to. To first order ⟨∂KL/∂W, W(level) − W⟩ is what another level of
-a module adds or saves there; the cheapest plan for these costs is tried next.
+to the dense logits, on text that the sweep is not fitted to. To first order ⟨∂KL/∂W, W(level) − W⟩ is what another
+level of a module adds or saves there; the cheapest plan for these costs is tried next.
 """
 
 import copy

@@ -321,12 +321,14 @@ class Notebook:
         reasons = self._reasons() | {"parameters": base, "library": code_hash(code, FRAME)}
         return Progress(progress_dir(self.run_dir, SHARED) / name, reasons, self.name)
 
-    def trained(self, name: str, train: Callable[[Path], Part], *of: Any) -> Part:
+    def trained(self, name: str, train: Callable[[Path], Part], *of: Any, model: Path | None = None) -> Part:
         """What `train(folder)` comes to, kept as progress of these inputs (see `Progress.of`); the folder, where a
-        killed training goes on, goes then."""
+        killed training goes on, goes then. Where the `model` that it saves is gone, it trains again."""
         progress = self.progress("training")
         progress = progress.of(*of) if of else progress
         folder = progress.folder / name
+        if model and not model.is_dir():
+            progress.forget(name)
         result = progress.once(name, lambda: train(folder))
         shutil.rmtree(folder, ignore_errors=True)
         return result

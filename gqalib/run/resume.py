@@ -120,6 +120,11 @@ class Progress:
             with replacing(self._file(name, "json")) as file:
                 file.write_text(json.dumps({"part": part} | told), encoding="utf-8")
 
+    def forget(self, name: str) -> None:
+        """Compute a part anew the next time."""
+        for kind in ("json", "safetensors"):
+            self._file(name, kind).unlink(missing_ok=True)
+
     def _file(self, name: str, kind: str) -> Path:
         return self.folder / f"{quote(name, safe=' ,')}.{kind}"
 
