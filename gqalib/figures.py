@@ -190,7 +190,8 @@ def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
 def task_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
     """Accuracy on each task, tasks down, a dot per model with two standard errors, a dash where guessing stands.
 
-    `table` is of `report_card.task_table`; a second model of a colour is hollow, a third a triangle.
+    `table` is of `report_card.task_table`; the second model of a colour is hollow, the third a
+    triangle that points down, the fourth a hollow one.
     """
     names, places = table["model"].unique(), {task: -i for i, task in enumerate(table["task"].unique())}
     seen: list[str] = []
@@ -198,7 +199,7 @@ def task_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
         rows, role = table[table["model"] == name], role_of(name)
         y = rows["task"].map(places) + 0.6 * (0.5 - (index + 0.5) / len(names))
         style = {"color": COLORS[role], "marker": "v" if seen.count(role) > 1 else MARKERS[role], "ms": 6}
-        style |= {"mfc": "white"} if seen.count(role) == 1 else {}
+        style |= {"mfc": "white"} if seen.count(role) % 2 else {}
         ax.errorbar(rows["accuracy"], y, xerr=2 * rows["error"], ls="", capsize=2, lw=1, label=name, **style)
         seen.append(role)
     chance = table.groupby("task", sort=False)["chance"].first()

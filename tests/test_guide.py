@@ -19,16 +19,20 @@ FRONTIER = [row(OWN, 0.25, 1.10, 20), row("FLAP", 0.25, 1.12, 2), row("random", 
 FRONTIER += [row(OWN, 0.5, 1.5, 20), row("FLAP", 0.5, 2.5, 2), row("OSSCAR", 0.5, None, None, "cannot")]
 START = {"backbone_removed_percent": 50.0, "times dense": 1.5}
 RUN = {"start": "refitted-50", "times dense": 1.2, "± standard error": 0.1, "seconds": 9.0}
-RUN |= {"way": "logits", "model": ""}
+RUN |= {"way": "logits", "model": "long-50"}
+QUARTER = {"start": "refitted-25", "times dense": 1.3, "model": "distilled-25", "tokens": 500}
 RECORDS = {
-    "10_frontier": {"frontier": FRONTIER, "other_text": [{"method": OWN, "times": 1.1}]},
+    "10_frontier": {"frontier": FRONTIER, "other_text": [{"method": OWN, "times": 1.1, "± standard error": 0.01}]},
     "11_search": {
-        "plans": [{"plan": "uniform", "times dense": 1.7}],
+        "plans": [{"plan": "uniform", "times dense": 1.7, "± standard error": 0.02}],
         "how_far": [{"target": target, "backbone_removed_percent": 31.0} for target in (1.25, 1.92)],
     },
     "12_distillation": {
-        "starts": [START | {"start": "founding-50"}, START | {"start": "refitted-50"}],
-        "tokens": [RUN | {"tokens": 100, "times dense": 1.9}, RUN | {"tokens": 1000}],
+        "starts": [START | {"start": "founding-50"}, START | {"start": "refitted-50"},
+                   {"start": "refitted-25", "backbone_removed_percent": 25.0, "times dense": 1.4}],
+        "tokens": [RUN | {"tokens": 100, "times dense": 1.9}, RUN | {"tokens": 1000}, RUN | QUARTER],
+        "other_text": [{"model": model, "window": 2048, "ratio": ratio}
+                       for model, ratio in (("refitted-50", 2.0), ("long-50", 1.8), ("distilled-25", 1.6))],
         "stages": [{"stage": "starts", "expected_gb": 9.0}, {"stage": "more tokens", "expected_gb": 2.0}],
         "how_far": [{"target": 1.25, "recovery": way, "backbone_removed_percent": part}
                     for way, part in (("none", 25.0), ("logits of the dense model", 50.0))],
@@ -56,4 +60,8 @@ def test_guide(after, said, tmp_path, monkeypatch, capsys):
     assert "; only pruning as well makes files of 3.0 MB and less\n" in out
     assert "decode of v3: 1.10 to 1.30 times as fast as dense, where its size allows 1.50 to 1.50 (07)" in out
     assert names["nb"].metrics["removed_at_1.25"]["value"] == 50
-    assert "by what a model learned from: 31 % (untrained), 50 % (logits of the dense model)\n" in out
+    assert "1.25 × dense: this much of the backbone can go: 25 % (untrained), 50 % (logits of the dense model)\n" in out
+    assert "at most 1.92 × dense: this much of the backbone can go: no measured model\n" in out
+    assert "rates by another plan, × dense: uniform 1.70 ± 0.02\n" in out and f"to be worse for it: {OWN}\n" in out
+    another = "on the second text the trained sizes stand in another order, the best first: 25 %, 50 %\n"
+    assert (another in out) == (after < QUARTER["times dense"])  # there the quarter is ahead

@@ -192,6 +192,7 @@ def test_right_answers_count_where_the_dense_model_knows_more_than_guessing():
 
 def test_dots_of_models_that_share_a_role_differ():
     rows = {"dense": DENSE, "v2 + LoRA": PRUNED, "v3 + LoRA": DENSE, "refitted-25": PRUNED}
+    rows |= {"distilled-50": DENSE, "long-50": PRUNED}
     fig, ax = plt.subplots()
     figures.task_dots(ax, report_card.task_table(rows))
     labels = ax.get_legend_handles_labels()[1]
@@ -199,7 +200,7 @@ def test_dots_of_models_that_share_a_role_differ():
     dots = {name: bars[0] for name, bars in zip(rows, ax.containers, strict=True)}
     faces = {name: (dot.get_markerfacecolor(), dot.get_marker()) for name, dot in dots.items()}
     assert faces["v2 + LoRA"] == (figures.COLORS["recovered"], "^") and faces["v3 + LoRA"] == ("white", "^")
-    assert faces["refitted-25"] == (figures.COLORS["refit"], "P")
+    assert faces["refitted-25"] == (figures.COLORS["refit"], "P") and len(set(faces.values())) == len(rows)
     plt.close(fig)
 
 

@@ -57,7 +57,7 @@ def test_shape_of_a_page(notebook):
         assert word in last
     assert "Exercise" in "\n".join(cell.source for cell in notebook.cells)
     lengths = sorted(len(cell.source.splitlines()) for cell in code_cells(notebook))
-    assert lengths[len(lengths) // 2] <= 10 and lengths[-1] <= 24
+    assert lengths[len(lengths) // 2] <= 9 and lengths[-1] <= 24
     assert [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
 
 
