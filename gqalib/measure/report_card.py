@@ -150,9 +150,9 @@ def above_chance_kept(
         chance = tasks.CHANCE[name]
         own, reference = (_right(frame, name, group["example"]) for frame in (group, dense))
         own = own - (chance if start is None else _right(start, name, group["example"]))
-        reference = reference - chance
-        if reference.mean() > SURE * reference.std(ddof=1) / math.sqrt(len(reference)):
-            found[name] = _quotient(own, reference)
+        reference, samples = reference - chance, tasks.independent(group)
+        if reference.mean() > SURE * tasks.standard_error(reference, samples):
+            found[name] = _quotient(own, reference, samples)
     if not found:
         return math.nan, math.nan, []
     shares, errors = zip(*found.values(), strict=True)
@@ -174,11 +174,11 @@ def _right(rows: pd.DataFrame, name: str, examples: pd.Series) -> np.ndarray:
     return rows[rows["task"] == name].set_index("example")["right"].loc[examples].to_numpy()
 
 
-def _quotient(own: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+def _quotient(own: np.ndarray, reference: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
     """r = mean(own) / mean(reference) of paired examples, and its standard error by the delta method: that of the mean
     of (own − r · reference) / mean(reference)."""
     r = own.mean() / reference.mean()
-    return r, (own - r * reference).std(ddof=1) / math.sqrt(len(own)) / reference.mean()
+    return r, tasks.standard_error(own - r * reference, samples) / reference.mean()
 
 
 def verdict(rows: Rows) -> list[str]:

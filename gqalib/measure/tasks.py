@@ -19,13 +19,14 @@ import gzip
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import numpy as np
 import pandas as pd
 
 from gqalib.errors import InputError
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # whoever only checks a name need not wait for torch
     from transformers import PreTrainedTokenizerBase
 
 Question = dict[str, Any]
-COLUMNS = "task", "example", "right", "nats", "exact"
+COLUMNS = "task", "example", "right", "nats", "exact", "source"
 
 
 def _held_out(name: str, key: str) -> list[Question]:
@@ -54,8 +55,8 @@ def _squad() -> list[Question]:
     rows = []
     for doc in _held_out("squad/bpb_5shot", "title"):
         context, _, question = doc["query"].partition("\nBackground: ")[2].rpartition("\nQuestion: ")
-        answers = {"text": doc["answers_text"]}
-        rows.append({"context": context, "question": question.removesuffix("\nAnswer:"), "answers": answers})
+        answers, question = {"text": doc["answers_text"]}, question.removesuffix("\nAnswer:")
+        rows.append({"title": doc["title"], "context": context, "question": question, "answers": answers})
     return rows
 
 
@@ -100,8 +101,8 @@ def _humaneval() -> list[Question]:
 @dataclass(frozen=True)
 class Task:
     """A task: its name in lm-eval (one task per subject where it has a field of a question), the metric that counts,
-    what guessing gives, its questions in the columns that lm-eval reads, when to stop writing, and whether what was
-    written is run."""
+    what guessing gives, its questions in the columns that lm-eval reads, when to stop writing, whether what was written
+    is run, and the field of a question that others share with it, if they are about the same text."""
 
     harness: str
     metric: str
@@ -109,6 +110,7 @@ class Task:
     questions: Callable[[], list[Question]]
     generation: dict[str, Any] = field(default_factory=dict)
     runs_code: bool = False
+    source: str = ""
 
 
 LINE = {"until": ["\n"], "do_sample": False, "max_gen_toks": 32}
@@ -127,7 +129,7 @@ MORE = {
     "sciq": Task("sciq", "acc", 1 / 4, partial(_validation, "sciq/none")),
     "mmlu": Task("mmlu_{subject}", "acc", 1 / 4, _mmlu),
     "mmlu_continuation": Task("mmlu_{subject}_continuation", "acc", 1 / 4, _mmlu),
-    "squad": Task("mlqa_en_en", "f1", 0, _squad, LINE),
+    "squad": Task("mlqa_en_en", "f1", 0, _squad, LINE, source="title"),
     "humaneval": Task("humaneval", "pass@1", 0, _humaneval, PROGRAM, runs_code=True),
 }
 TASKS = SEVEN | MORE
@@ -176,7 +178,7 @@ def score_tasks(
     Returns:
         Per example `task`, `example`, `right` (1 or 0 by the task's metric; SQuAD's F1, the overlap in words, lies
         between), `nats`, the log-likelihood of the right answer per byte of it (none where the answer is written), and
-        for SQuAD `exact`, whether the answer is the right one word for word.
+        for SQuAD `exact`, whether the answer is the right one word for word, and the article that is its `source`.
 
     Raises:
         InputError: as `check_tasks`, a limit that cannot be, or a package that cannot be had.
@@ -235,8 +237,10 @@ def _dataset(questions: list[Question], **_) -> dict:
 
 def _answer(name: str, sample: dict) -> dict[str, float]:
     """What counts of an example, from lm-eval's account of it."""
-    answer = {"right": float(sample[TASKS[name].metric]), "nats": math.nan}
-    if not TASKS[name].generation:
+    task = TASKS[name]
+    answer = {"right": float(sample[task.metric]), "nats": math.nan}
+    answer |= {"source": sample["doc"][task.source]} if task.source else {}
+    if not task.generation:
         responses = sample["filtered_resps"]
         if name == "winogrande":  # its choices are two beginnings with one end, which is its target
             right = int(sample["doc"]["answer"]) - 1
@@ -267,7 +271,8 @@ def summary(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> pd.DataFra
 
 
 def _task_row(name: str, rows: pd.DataFrame, dense: pd.DataFrame | None) -> dict:
-    row = {"task": name, "examples": len(rows), **mean_and_error("accuracy", 100 * rows["right"])}
+    samples = independent(rows)
+    row = {"task": name, "examples": len(rows), **mean_and_error("accuracy", 100 * rows["right"], samples)}
     row["error"] = row.pop("accuracy_error")
     row |= {"chance": 100 * CHANCE[name], "nats": rows["nats"].mean()}
     row |= {"exact": 100 * rows["exact"].mean()} if name == "squad" else {}
@@ -275,10 +280,23 @@ def _task_row(name: str, rows: pd.DataFrame, dense: pd.DataFrame | None) -> dict
         return row
     other = dense[dense["task"] == name].set_index("example").loc[rows["example"]]
     for column, scale, label in (("right", 100, "difference"), ("nats", 1, "nats_difference")):
-        row |= mean_and_error(label, scale * (rows[column].to_numpy() - other[column]))
+        row |= mean_and_error(label, scale * (rows[column].to_numpy() - other[column]), samples)
     return row
 
 
-def mean_and_error(label: str, values: pd.Series) -> dict[str, float]:
-    """The mean of some values and its standard error."""
-    return {label: values.mean(), f"{label}_error": values.std() / math.sqrt(len(values))}
+def independent(rows: pd.DataFrame) -> np.ndarray:
+    """By what the examples of a task are independent samples: each by itself, or all of one source together."""
+    source = rows.get("source")
+    return (rows["example"] if source is None or source.isna().any() else source).to_numpy()
+
+
+def mean_and_error(label: str, values: pd.Series, samples: np.ndarray) -> dict[str, float]:
+    """The mean of some values and its standard error, see `standard_error`."""
+    return {label: values.mean(), f"{label}_error": standard_error(values, samples)}
+
+
+def standard_error(values: Sequence[float], samples: np.ndarray) -> float:
+    """Of the mean: it scatters by the sums over each independent sample (`independent`; Liang & Zeger 1986)."""
+    values = pd.Series(np.asarray(values))
+    sums = (values - values.mean()).groupby(samples).sum()
+    return math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(values) if len(sums) > 1 else math.nan
