@@ -26,6 +26,7 @@ AT_SIZE = "llama3-8b-shape"  # the preset that measures cost at real size
 RECOVERY = "smollm2-gpu"  # the preset that prunes and distils a real model on a GPU
 RESULTS = {"parameters kept %": 1, "backbone removed %": 1, "perplexity": 2, "speed-up": 2, "ceiling": 2}  # digits
 STAYS = ("decode speed",)  # of shared progress: a speed is of one machine, and each measures its own
+FILES = {"MB": 1, "times dense": 3, "± standard error": 3}
 TOKENS = {"tokens": 0, "minutes": 1, "times dense": 3, "± standard error": 3, "bought back %": 1}
 
 
@@ -45,6 +46,19 @@ def tokens_table(record: dict[str, Any]) -> pd.DataFrame:
     return _rounded(table.assign(minutes=table["seconds"] / 60)[["start", "way", *TOKENS]], TOKENS)
 
 
+def files_table(record: dict[str, Any]) -> pd.DataFrame:
+    """The .gguf files to which no other of at most their size is better, as 14_serving recorded them."""
+    table = pd.DataFrame(record["tables"]["files"]).query("front").assign(MB=lambda found: found["bytes"] / 1e6)
+    return _rounded(table[["model", "type", *FILES]], FILES)
+
+
+def served_table(record: dict[str, Any]) -> pd.DataFrame:
+    """What quantising, pruning and both do to a served model's times and throughput, from 14_serving's A/B test."""
+    table = pd.DataFrame(record["tables"]["ab_steps"])
+    table["reads"] = [f"{row.ratio:.2f} ({row.ratio_low:.2f}–{row.ratio_high:.2f})" for row in table.itertuples()]
+    return _wide(table, ["what"], "step", "reads").rename(columns={"what": "times what it was before"})
+
+
 def _rounded(table: pd.DataFrame, digits: dict[str, int]) -> pd.DataFrame:
     """Numbers as words, with so many digits behind the point; a record has null for what there is not."""
     said = {n: ["–" if math.isnan(x) else f"{x:,.{d}f}" for x in table[n].astype(float)] for n, d in digits.items()}
@@ -55,6 +69,7 @@ MAIN_TABLES = {  # by the record that they are of
     "07_cost_analysis": ("Results", results_table),
     "10_frontier": ("Perplexity over dense, by the part of the backbone removed", frontier_table),
     "12_distillation": ("Perplexity over dense after training, by way and tokens", tokens_table),
+    "14_serving": ("The best files of their size", files_table),
 }
 
 
@@ -224,6 +239,8 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         "results": _block(results, "07_cost_analysis", results_table, partial(_results_said, results)),
         "frontier": _block(results, "10_frontier", frontier_table, _frontier_said),
         "tokens": _block(results, "12_distillation", tokens_table, _tokens_said),
+        "files": _block(results, "14_serving", files_table, _files_said),
+        "served": _block(results, "14_serving", served_table, lambda _: "an A/B test; intervals of 95 %"),
         "cost": cost_block(results),
         "recovery": recovery_block(results),
         "series": as_markdown(pd.DataFrame(rows, columns=columns)),
@@ -270,6 +287,11 @@ def _frontier_said(record: dict[str, Any]) -> str:
 
 def _tokens_said(record: dict[str, Any]) -> str:
     return f"{record['parameters']['frontier']['test']['num_examples']} test windows; each row a run of its own"
+
+
+def _files_said(record: dict[str, Any]) -> str:
+    windows = record["parameters"]["frontier"]["test"]["num_examples"]
+    return f"the best of {len(record['tables']['files'])} files at their size; {windows} test windows"
 
 
 def title(path: Path) -> str:
