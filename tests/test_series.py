@@ -23,7 +23,7 @@ from gqalib.run import publish, resume, series
 from gqalib.run.checks import waits_for
 from gqalib.run.cli import main
 from gqalib.run.notebook import (
-    COMMITTED, HELD, Notebook, default_run_dir, fitting_record, locked, machine, progress_dir, read_record,
+    HELD, Notebook, default_run_dir, fitting_record, locked, machine, progress_dir, read_record,
 )  # fmt: skip
 from gqalib.run.presets import load_preset
 from gqalib.run.resume import NOT_KEPT
@@ -368,14 +368,6 @@ def test_a_metric_with_an_error_has_ends(tmp_path):
     nb = Notebook("01_baseline", "tiny", {}, tmp_path)
     nb.metric("x", 3.0, "u", 0.5), nb.metric("y", 2.0, "u", math.nan)  # a single window has no error
     assert {name: found["value"] for name, found in nb.metrics.items()} == {"x": 3, "x_low": 2, "x_high": 4, "y": 2}
-
-
-def test_a_reader_is_promised_what_the_committed_run_took(tmp_path):
-    nb = Notebook("01_baseline", "tiny", {}, tmp_path)
-    seconds = read_record(COMMITTED / "tiny" / "01_baseline.json")["seconds"]
-    assert nb.time_taken().startswith(f"the committed run of preset tiny took {seconds:.0f} s (")
-    nb.name = "00_nothing"
-    assert nb.time_taken().startswith("no committed run of preset tiny yet")
 
 
 def test_metrics_must_be_finite(tmp_path):

@@ -279,16 +279,6 @@ class Notebook:
             peak.peak_gb = math.nan
         self.stages.append({"stage": name, **asdict(peak), "seconds": peak.seconds + earlier})
 
-    def time_taken(self) -> str:
-        """What to promise a reader: how long this preset's committed run took, and on what; or that there is none."""
-        preset = self.parameters["name"]
-        with contextlib.suppress(InputError):
-            record = read_record(COMMITTED / preset / f"{self.name}.json")
-            seconds = record["seconds"]
-            took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
-            return f"the committed run of preset {preset} took {took} ({record['machine']})"
-        return f"no committed run of preset {preset} yet: the last output of this page will say how long this run took"
-
     def metric(self, name: str, value: float, unit: str, error: float = math.nan) -> None:
         """A finite number for the record; with a standard `error`, also `name_low` and `name_high`, two errors away."""
         if isinstance(value, bool) or not math.isfinite(value):
