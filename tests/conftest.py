@@ -5,6 +5,7 @@ import copy
 import gzip
 import json
 import os
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -209,3 +210,10 @@ def is_running(process_id: int) -> bool:
         return psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def is_gone(process_id: int, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while is_running(process_id) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not is_running(process_id)

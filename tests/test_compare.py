@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import small_model
+from conftest import is_gone, small_model
 from test_export import IDS, SHAPE, byte_tokenizer
 
 from gqalib import figures
@@ -365,7 +365,7 @@ def test_speeds_are_of_the_machine_and_the_server(monkeypatch, tmp_path):
 
 
 FAKE = """#!{python}
-import json, sys
+import json, subprocess, sys
 told = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 value = {{name: text.rpartition("=")[2] for name, text in told.items()}}
 rows = [json.loads(line) for line in open(value["--data"])]
@@ -374,7 +374,9 @@ assert backend["extras"]["body"] == {{"ignore_eos": True, "cache_prompt": False,
 assert backend["target"] == "http://there" and value["--constraint"] == "2" and value["--profile"] == "4"
 print("guidellm:", rows[0]["prompt"])
 if rows[0]["prompt"] == "fail":
-    sys.exit("no such server")
+    raise OSError("no such server")
+if rows[0]["prompt"] == "leave":
+    print(subprocess.Popen(["sleep", "60"]).pid, file=open(sys.argv[0] + ".child", "w"))
 tokens = sum(row["output_tokens_count"] for row in rows)
 found = {{"output_tokens_per_second": {{"successful": {{"mean": tokens}}}}}}
 found |= {{f"{{name}}_ms": {{"successful": {{"median": 9}}}} for name in ("time_to_first_token", "inter_token_latency")}}
@@ -382,14 +384,26 @@ json.dump({{"benchmarks": [{{"metrics": found}}]}}, open(value["--output"], "w")
 """
 
 
-def test_guidellm_is_asked_for_the_same_answers(tmp_path):
+@pytest.fixture
+def guidellm(tmp_path):
+    """What the stand-in finds for prompts."""
     program = tmp_path / "guidellm"
     program.write_text(FAKE.format(python=sys.executable))
     program.chmod(0o755)
-    found = compare.guidellm(str(program), "http://there", byte_tokenizer(), ["one", "two"], 16, at_once=4)
-    assert found == {"tokens_per_s": 32, "first_ms": 9, "token_ms": 9}
-    with pytest.raises(InputError, match="guidellm ended without a result: no such server"):
-        compare.guidellm(str(program), "http://there", byte_tokenizer(), ["fail", "two"], 16, at_once=4)
+    return lambda *prompts: compare.guidellm(str(program), "http://there", byte_tokenizer(), prompts, 16, at_once=4)
+
+
+def test_guidellm_is_asked_for_the_same_answers(guidellm):
+    assert guidellm("one", "two") == {"tokens_per_s": 32, "first_ms": 9, "token_ms": 9}
+    with pytest.raises(InputError, match="guidellm ended without a result: OSError: no such server$"):
+        guidellm("fail", "two")
+
+
+def test_no_process_of_guidellm_outlives_it(guidellm, tmp_path, monkeypatch):
+    """Nor does one that keeps the pipes hold us up."""
+    monkeypatch.setattr(compare, "LONGEST", 20)
+    assert guidellm("leave", "two")["tokens_per_s"] == 32
+    assert is_gone(int((tmp_path / "guidellm.child").read_text()))
 
 
 def test_paired_interval_is_that_of_the_differences():

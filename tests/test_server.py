@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import is_running, small_model
+from conftest import is_gone, is_running, small_model
 from gguf import GGUFReader
 from matplotlib.figure import Figure
 from openai import OpenAI
@@ -63,13 +62,6 @@ def server(file):
 def client(server):
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def is_gone(process_id: int, seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while is_running(process_id) and time.monotonic() < end:
-        time.sleep(0.05)
-    return not is_running(process_id)
 
 
 # ---------------------------------------------------------------- answers

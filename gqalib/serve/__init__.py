@@ -1,7 +1,11 @@
 """From a pruned model to a served one. Light: what can be refused before torch is there."""
 
+import os
 import re
+import signal
 import socket
+import subprocess
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
@@ -14,6 +18,7 @@ TYPES = ("f32", "f16", "q8_0", "q5_0", "q4_0")  # of the weights of a .gguf file
 BLOCK = 32  # weights of a row that the small types keep under one scale
 HOST = "127.0.0.1"  # a server without keys is for this machine alone
 OPENER = build_opener(ProxyHandler({}))  # of requests to it: a proxy does not reach this machine
+END = 30  # seconds that a process may take for its end
 CONTEXT = 2048  # tokens that a request and its answer may have, if nobody asks for more
 TRAINED = re.compile(rb"\.context_length\x04\0\0\0(.{4})", re.DOTALL)  # a key of .gguf metadata, uint32, its value
 
@@ -96,3 +101,13 @@ def cause(log: IO[bytes], error: re.Pattern) -> str:
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [found[1] for line in lines if (found := error.search(line))]
     return (errors or lines[-1:] or [""])[0].strip()
+
+
+def end_session(process: subprocess.Popen) -> None:
+    """End a process that began a session of its own; whatever is left of that after a while is killed."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -9,6 +9,7 @@ import asyncio
 import json
 import math
 import random
+import re
 import subprocess
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from gqalib.errors import InputError, one_sentence
 from gqalib.run.notebook import machine
 from gqalib.run.resume import NOT_KEPT, Progress
+from gqalib.serve import cause, end_session
 from gqalib.serve.server import Server, num_threads
 from gqalib.stream import batches
 
@@ -41,6 +43,7 @@ GUIDELLM = {  # what it calls our numbers
     "tokens_per_s": ("output_tokens_per_second", "mean"), "first_ms": ("time_to_first_token_ms", "median"),
     "token_ms": ("inter_token_latency_ms", "median"),
 }  # fmt: skip
+ERROR = re.compile(r"^([\w.]*Error: .+)")  # in what it says
 LONGEST = 120  # seconds of a load by guidellm, which then ends by itself, whoever is still there
 Urls = dict[str, str]  # of servers, without /v1, by name
 
@@ -147,12 +150,22 @@ def guidellm(
         data.write_text("".join(json.dumps(line) + "\n" for line in asked), encoding="utf-8")
         options = _guidellm_options(url, Path(folder), data, out, len(asked), at_once)
         with one_sentence(f"{program} does not come to an end", "see whether the server answers"):
-            ended = subprocess.run([program, "run", *options], capture_output=True, text=True, timeout=2 * LONGEST)
+            said = _run([program, "run", *options])
         if not out.exists():
-            last = (ended.stderr.strip() or ended.stdout.strip() or "nothing said").splitlines()[-1]
-            raise InputError(f"{program} ended without a result: {last}")
+            raise InputError(f"{program} ended without a result: {said or 'nothing said'}")
         found = json.loads(out.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
     return {name: found[of]["successful"][which] for name, (of, which) in GUIDELLM.items()}
+
+
+def _run(command: list[str]) -> str:
+    """Run a program to its end, and no process of it longer; its first error, or the last that it said."""
+    with TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(2 * LONGEST)
+            return cause(log, ERROR)
+        finally:
+            end_session(process)
 
 
 def _guidellm_options(url: str, tokenizer: Path, data: Path, out: Path, num_requests: int, at_once: int) -> list[str]:

@@ -16,7 +16,7 @@ from typing import IO, Any, Self
 from prometheus_client.parser import text_string_to_metric_families
 
 from gqalib.errors import InputError, one_sentence
-from gqalib.serve import HOST, OPENER, cause, check_serve
+from gqalib.serve import HOST, OPENER, cause, check_serve, end_session
 
 GREETING = """\
 {name}: {n_params:,} parameters, {size:,} bytes, mostly {ftype}; {parallel} requests at a time, of {n_ctx:,} tokens each
@@ -29,7 +29,7 @@ from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="none")
 client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])"""
 ERROR = re.compile(r" E .*?: (.*)")  # in llama.cpp's log
-PATIENCE = 10  # seconds for a request of ours, and for the server's end
+PATIENCE = 10  # seconds for a request of ours
 
 
 class Server:
@@ -79,11 +79,7 @@ class Server:
     def stop(self) -> None:
         """End the process; requests under way are dropped."""
         self._process.stdin.close()
-        try:
-            self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_session(self._process)
         self._process.stdout.close()
 
     def wait(self) -> int:

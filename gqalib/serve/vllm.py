@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import IO
@@ -26,14 +26,14 @@ from urllib.request import Request
 
 from gqalib.errors import InputError
 from gqalib.model.names import check_model
-from gqalib.serve import HOST, OPENER, cause
+from gqalib.serve import HOST, OPENER, cause, end_session
 
 TOKENS = 128  # of the text, or as many as the model takes
 TOLERANCE = 1e-4  # nats, of the mean difference in float32; rounding to dtype comes on top
 # in vLLM's log; the second is pydantic's
 ERROR = re.compile(r"^(?:\(.+?\) )?(?:ERROR .+?\] |\s*)(\w+Error: .+|Value error, .+)")
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that follows the end of the parent
-START, PATIENCE = 600, 30  # seconds that the server may take to come up, and for an answer or its end
+START, PATIENCE = 600, 30  # seconds that the server may take to come up, and for an answer
 
 
 def register() -> None:
@@ -62,7 +62,7 @@ def server(folder: str, dtype: str, options: list[str]) -> Iterator[str]:
             why = f"vLLM does not serve {folder} ({cause(log, ERROR) or 'it said nothing'})"
             raise InputError(f"{why}: see the limits in README, Serve with vLLM") from error
         finally:
-            _end(process)
+            end_session(process)
 
 
 def _start(folder: str, dtype: str, options: list[str], log: IO[bytes]) -> tuple[subprocess.Popen, str]:
@@ -88,16 +88,6 @@ def _wait(process: subprocess.Popen, url: str) -> None:
         except OSError:
             time.sleep(1)
     raise TimeoutError
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End the server; whatever of its processes is left after a while is killed."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(PATIENCE)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def served(url: str, model: str, tokens: list[int]) -> list[float]:
