@@ -282,6 +282,18 @@ def test_servers_that_cannot_be_timed():
         asyncio.run(compare.answer(compare.client_of(server.url), "once", 5))
 
 
+class FakeClient(str):
+    """A client that is its URL."""
+
+    closed = False
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        self.closed = True
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """Servers that answer at once; what each was asked, in order, and how many answers were under way at most."""
@@ -291,13 +303,14 @@ def asked(monkeypatch):
         log.append((client, prompt))
         under_way.append(client)
         most[0] = max(most[0], len(under_way))
+        assert not client.closed and prompt != "fail"
         assert len(set(under_way)) == 1, "one server waits while the other is timed"
         await asyncio.sleep(0)
         under_way.remove(client)
         return {"first_ms": 1.0, "token_ms": 2.0 if client == "fast" else 4.0, "tokens": num_new_tokens, "text": ""}
 
     monkeypatch.setattr(compare, "answer", answer)
-    monkeypatch.setattr(compare, "client_of", lambda url: url)
+    monkeypatch.setattr(compare, "client_of", FakeClient)
     return log, most
 
 
@@ -306,6 +319,7 @@ def test_in_pairs_asks_both_each_prompt_in_random_order(asked):
     rows = asyncio.run(compare.in_pairs(urls, prompts, 3, seed=1))
     log, most = asked
     assert log[:2] == [("slow", compare.BACKGROUND), ("fast", compare.BACKGROUND)] and most == [1]
+    assert all(client.closed for client, _ in log)
     assert log[2:] == [(urls[row.server], prompts[row.prompt]) for row in rows.itertuples()]
     assert rows["prompt"][::2].tolist() == rows["prompt"][1::2].tolist() != list(range(12))
     assert sorted(rows["prompt"][::2]) == list(range(12))
@@ -322,6 +336,16 @@ def test_under_load_as_many_at_once_as_asked(asked):
     rows = asyncio.run(compare.under_load(urls, ["a"] * 6, 3, at_once=(1, 3), rounds=2))
     assert rows.groupby(["at_once", "round", "server"]).size().tolist() == [1] * 8
     assert most == [3] and len(log) == 8 * 6 and (rows["tokens_per_s"] > 0).all()
+
+
+def test_where_one_answer_fails_the_others_end(asked):
+    async def load():
+        with pytest.raises(AssertionError):
+            await compare.under_load({"dense": "slow"}, ["a", "fail", *"bcdefgh"], 3, at_once=[2], rounds=1)
+        await asyncio.sleep(0)
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(load()) == 1 and len(asked[0]) < 9 and asked[0][0][0].closed
 
 
 def test_files_are_timed_in_turn(monkeypatch, tmp_path):

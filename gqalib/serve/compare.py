@@ -13,6 +13,7 @@ import re
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -93,13 +94,15 @@ async def in_pairs(urls: Urls, prompts: Sequence[str], num_new_tokens: int, seed
     Returns:
         A row for each answer, in the order of asking: `prompt` (its index), `server`, and what `answer` gives.
     """
-    draw, clients, rows = random.Random(seed), {name: client_of(url) for name, url in urls.items()}, []
-    for client in clients.values():
-        await answer(client, BACKGROUND, 2)  # the first one of a server is slower
-    for index in draw.sample(range(len(prompts)), len(prompts)):
-        for name in draw.sample(list(clients), len(clients)):
-            row = await answer(clients[name], prompts[index], num_new_tokens)
-            rows.append({"prompt": index, "server": name} | row)
+    draw, rows = random.Random(seed), []
+    async with AsyncExitStack() as stack:
+        clients = {name: await stack.enter_async_context(client_of(url)) for name, url in urls.items()}
+        for client in clients.values():
+            await answer(client, BACKGROUND, 2)  # the first one of a server is slower
+        for index in draw.sample(range(len(prompts)), len(prompts)):
+            for name in draw.sample(list(clients), len(clients)):
+                row = await answer(clients[name], prompts[index], num_new_tokens)
+                rows.append({"prompt": index, "server": name} | row)
     return pd.DataFrame(rows)
 
 
@@ -122,15 +125,20 @@ async def under_load(
 
 
 async def _throughput(url: str, prompts: Sequence[str], num_new_tokens: int, at_once: int) -> float:
-    client, gate = client_of(url), asyncio.Semaphore(at_once)
+    gate = asyncio.Semaphore(at_once)
 
-    async def one(prompt: str) -> int:
+    async def one(client, prompt: str) -> int:
         async with gate:
             return (await answer(client, prompt, num_new_tokens))["tokens"]
 
-    start = time.perf_counter()
-    tokens = await asyncio.gather(*map(one, prompts))
-    return sum(tokens) / (time.perf_counter() - start)
+    async with client_of(url) as client:
+        start = time.perf_counter()
+        asked = [asyncio.create_task(one(client, prompt)) for prompt in prompts]
+        try:
+            return sum(await asyncio.gather(*asked)) / (time.perf_counter() - start)
+        finally:
+            for each in asked:
+                each.cancel()  # where one has failed; a TaskGroup would do so and raise a group of errors
 
 
 def guidellm(
@@ -184,8 +192,8 @@ def decode_speed(file: Path, num_new_tokens: int = 32) -> float:
     from openai import OpenAI
 
     how = {"model": "any", "prompt": BACKGROUND, "temperature": 0, "extra_body": ALL_WORK}
-    with Server(file) as server:
-        ask = OpenAI(base_url=f"{server.url}/v1", api_key="none").completions.create
+    with Server(file) as server, OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        ask = client.completions.create
         ask(max_tokens=2, **how)  # the first one of a server is slower
         return ask(max_tokens=num_new_tokens, **how).timings["predicted_per_second"]
 
