@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-from gqalib.errors import InputError, one_sentence
+from gqalib.errors import InputError, reason
 from gqalib.model import deci
 from gqalib.model.load import load_model, load_tokenizer
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
@@ -68,9 +68,12 @@ def export(source: str, out: Path, kind: str = "f16") -> str:
     model = load_model(source, "auto", "cpu")
     check_config(model.config)
     check_type(stored(model, kind).values(), kind)
-    with one_sentence(f"{out} cannot be written", "give a folder with room"), replacing(out) as file:
-        tensors = write_model(file, model, kind, {"name": out.stem} | vocabulary)
-        check_tokens(tokenizer, there := deci.read_tokenizer(file))
+    try:
+        with replacing(out) as file:
+            tensors = write_model(file, model, kind, {"name": out.stem} | vocabulary)
+            check_tokens(tokenizer, there := deci.read_tokenizer(file))
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({reason(error)}): give a folder with room") from error
     return f"{out}: {summary(list(tensors.values()), kind)}{after_special(tokenizer, there)}"
 
 
