@@ -163,13 +163,33 @@ def test_a_server_that_ends_by_itself(command):
     assert process.wait(10) == 2
 
 
-def test_a_server_that_says_nothing(file, tmp_path, monkeypatch):
+def test_how_a_server_has_ended_by_itself(file):
+    """Not that of a request which it refused before."""
+    with Server(file) as server:
+        server._log.write(b"0.00.130.274 E srv    send_error: task id = 0, error: too long\nout of memory\n")
+        os.kill(server._process.pid, signal.SIGKILL)
+        assert server.wait() == "status -9, last said: out of memory"
+
+
+@pytest.mark.parametrize(
+    ("does", "says"), [("exit 7", "it ended with status 7 and said nothing"), ("exec sleep 60", "not loaded after 3 s")]
+)
+def test_a_server_that_says_nothing(does, says, file, tmp_path, monkeypatch):
     """Killed for memory, say: then its exit status is all that is known."""
-    (tmp_path / "python").write_text("#!/bin/sh\nexit 7\n")
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{does}\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr("gqalib.serve.server.sys.executable", str(tmp_path / "python"))
-    with pytest.raises(InputError, match="it ended with status 7 and said nothing"), Server(file):
+    monkeypatch.setattr("gqalib.serve.server.START", 3)
+    with pytest.raises(InputError, match=says), Server(file):
         pass
+
+
+def test_an_interrupt_while_the_model_is_loaded(file, monkeypatch, capsys):
+    """Says nothing of notebooks."""
+    monkeypatch.setattr(Server, "_wait_until_it_answers", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("gqalib.run.cli.signal.signal", lambda *_: None)
+    assert main(["serve", "--model", str(file), "--port", "0"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_with_ends_the_server(file):

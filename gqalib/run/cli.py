@@ -140,11 +140,9 @@ def serve(options: Namespace) -> None:
 
     job = server.Server(options.model, options.port, options.ctx, options.parallel)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # this is how a server ends
-    with job as running:
+    with contextlib.suppress(KeyboardInterrupt), job as running:
         print(running.greeting(), flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            status = running.wait()
-            raise InputError(f"the server of {options.model} ended by itself (status {status}): start it again")
+        raise InputError(f"the server of {options.model} ended by itself ({running.wait()}): start it again")
 
 
 def evaluate(options: Namespace) -> None:

@@ -90,16 +90,16 @@ def _check_port(port: int) -> None:
         ) from error
 
 
-def cause(log: IO[bytes], error: re.Pattern) -> str:
+def cause(log: IO[bytes], error: re.Pattern | None = None) -> str:
     """Why a server has ended, by its log: the first error, which later ones follow from, or else the last line; empty
     where it said nothing.
 
     Args:
-        error: finds an error in a line; its first group is what is said.
+        error: finds an error in a line; its first group is what is said. None: the last line is.
     """
     log.seek(0)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    errors = [found[1] for line in lines if (found := error.search(line))]
+    errors = [found[1] for line in lines if error and (found := error.search(line))]
     return (errors or lines[-1:] or [""])[0].strip()
 
 

@@ -7,11 +7,12 @@ input that we hold open for it closes: when `stop` closes it, or when this proce
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -29,7 +30,7 @@ from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="none")
 client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])"""
 ERROR = re.compile(r" E .*?: (.*)")  # in llama.cpp's log
-PATIENCE = 10  # seconds for a request of ours
+START, PATIENCE = 600, 10  # seconds that the server may take to load the model, and for a request of ours
 
 
 class Server:
@@ -54,20 +55,23 @@ class Server:
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", __name__, json.dumps(self.options)]
-        with tempfile.TemporaryFile() as log:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-            self._process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)  # interrupts are ours
-            try:
-                self._wait_until_it_answers(log)
-            except BaseException:
-                self.stop()
-                raise
+        self._log = tempfile.TemporaryFile()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        self._process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)  # interrupts are ours
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
-    def _wait_until_it_answers(self, log: IO[bytes]) -> None:
+    def _wait_until_it_answers(self) -> None:
+        if not select.select([self._process.stdout], [], [], START)[0]:
+            raise InputError(f"{self.file} is not loaded after {START} seconds: see what else this machine is doing, "
+                             "and try again")  # fmt: skip
         self.url = self._process.stdout.readline().strip()  # when the model is loaded, or the process has ended
         if not self.url:
-            why = cause(log, ERROR) or f"it ended with status {self._process.wait()} and said nothing"
+            why = cause(self._log, ERROR) or f"it ended with status {self._process.wait()} and said nothing"
             raise InputError(f"{self.file} is not served ({why}): give a file that `python -m gqalib export` wrote, or "
                              "less --ctx or --parallel")  # fmt: skip
         with one_sentence(f"{self.url} does not answer", "see what else this machine is doing, and try again"):
@@ -81,10 +85,11 @@ class Server:
         self._process.stdin.close()
         end_session(self._process)
         self._process.stdout.close()
+        self._log.close()
 
-    def wait(self) -> int:
-        """The exit status of the server, when it has ended by itself."""
-        return self._process.wait()
+    def wait(self) -> str:
+        """How the server has ended, when it has by itself: its exit status, and the last line of its log."""
+        return f"status {self._process.wait()}, last said: {cause(self._log) or 'nothing'}"  # errors are requests'
 
     def metrics(self) -> dict[str, float]:
         """The server's Prometheus metrics by their names, as of now."""
