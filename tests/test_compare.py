@@ -515,8 +515,12 @@ def test_votes_come_back_and_half_a_vote_is_left_out(tmp_path):
         feedback.append(log, vote(which))
     whole = log.read_bytes()
     assert feedback.read_votes(log) == [vote(which) for which in feedback.VOTES] and whole.count(b"\n") == 3
-    log.write_bytes(whole[:-1] + b"")  # the end of the line is not there yet
+    log.write_bytes(whole[:-2])
     assert len(feedback.read_votes(log)) == 2
+    log.write_bytes(whole[:-1])  # an editor took the end of the line
+    assert len(feedback.read_votes(log)) == 3
+    feedback.append(log, vote("tie"))
+    assert feedback.read_votes(log)[2:] == [vote("right"), vote("tie")]
     log.write_bytes(whole + whole[:20])
     assert len(feedback.read_votes(log)) == 3
     feedback.append(log, vote("tie"))  # what is torn goes, what is whole stays

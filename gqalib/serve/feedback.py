@@ -11,6 +11,7 @@ import math
 import os
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,34 +31,40 @@ Vote = dict[str, str]
 
 
 def append(log: Path, vote: Vote) -> None:
-    """One more line in a log, on the disk when this returns; what a crash has left of a line goes first."""
+    """One more line in a log, on the disk when this returns; what a crash has left of a line goes first, and a vote
+    whose line has lost its end gets one."""
     with log.open("a+b") as file:
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        last = file.read().rpartition(b"\n")[2]
+        file.write(b"\n") if _parsed(last) else file.truncate(file.tell() - len(last))
         file.write(json.dumps(vote, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_votes(log: Path) -> list[Vote]:
-    """The votes of a log, none where there is no log yet; a last line without an end is half a vote, and left out.
+    """The votes of a log, none where there is no log yet; half a vote at its end is left out.
 
     Raises:
         InputError: another line is no vote.
     """
-    *lines, _ = log.read_bytes().split(b"\n") if log.exists() else [b""]
+    lines = log.read_bytes().split(b"\n") if log.exists() else [b""]
     votes = []
-    for number, line in enumerate(lines, 1):
-        try:
-            said = json.loads(line)
-            vote = {name: said[name] for name in FIELDS}
-            vote |= {"answers": said["answers"]} if "answers" in said else {}
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"line {number} of {log} is no vote: correct it, or remove it") from error
+    for number, line in enumerate(lines if _parsed(lines[-1]) else lines[:-1], 1):
+        if not (vote := _parsed(line)):
+            raise InputError(f"line {number} of {log} is no vote: correct it, or remove it")
         if vote["vote"] not in VOTES:
             raise InputError(f"line {number} of {log} votes {vote['vote']!r}: it can be {', '.join(VOTES)}")
         votes.append(vote)
     return votes
+
+
+def _parsed(line: bytes) -> Vote | None:
+    with suppress(ValueError, TypeError, KeyError):
+        said = json.loads(line)
+        vote = {name: said[name] for name in FIELDS}
+        return vote | ({"answers": said["answers"]} if "answers" in said else {})
+    return None
 
 
 def short_hash(answers: Mapping[str, Sequence[str]], index: int) -> str:
