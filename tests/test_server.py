@@ -274,6 +274,16 @@ def test_watch(server, client):
     assert watch.alerts(samples)["ContextNearlyFull"].iloc[-1]  # of the 256 that are served
 
 
+def test_half_a_page_of_metrics_is_no_reading(server, monkeypatch):
+    """Nor the end of the watch."""
+    with watch.Watch(server.url, every=0.01) as seen:
+        monkeypatch.setattr("gqalib.serve.server._get", lambda _: "llamacpp:n_decode_total 12\nllamacpp:n_tok")
+        while len(seen.samples) < 4:
+            seen._thread.join(0.05)
+            assert seen._thread.is_alive()
+    assert (seen.samples["up"].iloc[-2:] == 0).all()
+
+
 def test_an_open_notebook_sees_it_live(server, monkeypatch):
     shown = []
     monkeypatch.setattr(watch, "is_live", lambda: True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ for name in ("model", "dtype", "host", "port"):
 parser.add_argument("--enforce-eager", action="store_true", required=True)
 parser.add_argument("--fail")
 parser.add_argument("--refuse")
+parser.add_argument("--reply")
 options = parser.parse_args()
 warning = "WARNING 11-27 01:08:08 [a.py:255] this can cause errors like `OSError: [Errno 24]`"
 print("(APIServer pid=1)", warning, flush=True)
@@ -47,6 +49,8 @@ class Handler(BaseHTTPRequestHandler):
         if options.refuse:
             print("(Worker pid=2) ERROR 11-27 01:08:08 [b.py:1] RuntimeError:", options.refuse, flush=True)
             return self.send_error(500)
+        if options.reply:
+            return self.wfile.write(options.reply.encode())
         said = json.loads(os.environ["SAID"])
         found = [None, *({str(t): {"logprob": p}} for t, p in zip(asked["prompt"][1:], said, strict=True))]
         self.answer({"choices": [{"prompt_logprobs": found}]})
@@ -139,6 +143,17 @@ def test_a_server_that_does_not_come_up_or_answer(option, kind, folder, stand_in
         == f"error: vLLM does not serve {folder} ({kind}: no such thing): see the limits in README, Serve with vLLM\n"
     )
     assert ended(stand_in)
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [("what?\r\n", "vLLM does not serve .*: see"), ("HTTP/1.0 200 OK\r\n\r\n{}", "does not say .*'choices'.: take")],
+    ids=["no HTTP", "no log-probabilities"],
+)
+def test_a_server_that_says_something_else(reply, says, folder, stand_in, capsys):
+    assert vllm.main([folder, "--reply", reply]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and re.search(says, said) and ended(stand_in)
 
 
 def test_a_check_that_is_ended_ends_the_server(folder, stand_in, monkeypatch):

@@ -19,12 +19,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from statistics import fmean
 from typing import IO
 from urllib.request import Request
 
-from gqalib.errors import InputError
+from gqalib.errors import InputError, one_sentence
 from gqalib.model.names import check_model
 from gqalib.serve import HOST, OPENER, cause, end_session
 
@@ -58,7 +59,7 @@ def server(folder: str, dtype: str, options: list[str]) -> Iterator[str]:
         try:
             _wait(process, url)
             yield url
-        except OSError as error:  # urllib's, too: no answer, or one that says no
+        except (OSError, HTTPException) as error:  # no answer, or one that says no
             why = f"vLLM does not serve {folder} ({cause(log, ERROR) or 'it said nothing'})"
             raise InputError(f"{why}: see the limits in README, Serve with vLLM") from error
         finally:
@@ -91,12 +92,18 @@ def _wait(process: subprocess.Popen, url: str) -> None:
 
 
 def served(url: str, model: str, tokens: list[int]) -> list[float]:
-    """Log-probability of each token but the first, in nats, as the server at `url` says it."""
+    """Log-probability of each token but the first, in nats, as the server at `url` says it.
+
+    Raises:
+        InputError: it says something else.
+    """
     body = {"model": model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0}
     request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with OPENER.open(request, timeout=START) as answer:
-        found = json.load(answer)["choices"][0]["prompt_logprobs"]
-    return [found[i][str(tokens[i])]["logprob"] for i in range(1, len(tokens))]
+        said = answer.read()
+    with one_sentence(f"{url} does not say log-probabilities of the prompt", "take the vLLM that README names"):
+        found = json.loads(said)["choices"][0]["prompt_logprobs"]
+        return [found[i][str(tokens[i])]["logprob"] for i in range(1, len(tokens))]
 
 
 def expected(folder: str, dtype: str) -> tuple[list[int], list[float], float]:

@@ -69,7 +69,7 @@ class Watch:
 
     def _read(self) -> None:
         row = {"up": 0.0}
-        with suppress(OSError, HTTPException):  # as Prometheus has it: then there are no other metrics
+        with suppress(OSError, HTTPException, ValueError):  # as Prometheus has it: then there are no other metrics
             row = {"up": 1.0} | read_metrics(self.url)
         self._rows[pd.Timestamp.now()] = row
         if self._page:
