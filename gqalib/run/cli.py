@@ -321,5 +321,5 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; finished notebooks are kept, the same command goes on", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from what is finished", file=sys.stderr)
         return 130
