@@ -190,8 +190,8 @@ def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
 def task_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
     """Accuracy on each task, tasks down, a dot per model with two standard errors, a dash where guessing stands.
 
-    `table` is of `report_card.task_table`; the second model of a colour is hollow, the third a
-    triangle that points down, the fourth a hollow one.
+    `table` is of `report_card.task_table`; the second model of a colour is hollow, the third a triangle that points
+    down, the fourth a hollow one.
     """
     names, places = table["model"].unique(), {task: -i for i, task in enumerate(table["task"].unique())}
     seen: list[str] = []

@@ -285,7 +285,7 @@ def _task_row(name: str, rows: pd.DataFrame, dense: pd.DataFrame | None) -> dict
 
 
 def independent(rows: pd.DataFrame) -> np.ndarray:
-    """By what the examples of a task are independent samples: each by itself, or all of one source together."""
+    """What tells the independent samples of a task apart: the source of its examples, or else their number."""
     source = rows.get("source")
     return (rows["example"] if source is None or source.isna().any() else source).to_numpy()
 
@@ -296,7 +296,7 @@ def mean_and_error(label: str, values: pd.Series, samples: np.ndarray) -> dict[s
 
 
 def standard_error(values: Sequence[float], samples: np.ndarray) -> float:
-    """Of the mean: it scatters by the sums over each independent sample (`independent`; Liang & Zeger 1986)."""
+    """Of the mean of values; those of one sample (`independent`) count by their sum (Liang & Zeger 1986)."""
     values = pd.Series(np.asarray(values))
     sums = (values - values.mean()).groupby(samples).sum()
     return math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(values) if len(sums) > 1 else math.nan
