@@ -181,7 +181,7 @@ def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
     ax.axhline(1, color=COLORS["dense"], lw=0.8)
     ax.set_xticks(range(len(points)), [f"{size} × {context:,}" for size, context in points])
     ax.set_title(phase, loc="left")
-    ax.set(xlabel="sequences × tokens", ylabel="speed-up over dense (×)", yscale="log")
+    ax.set(xlabel="sequences × tokens", ylabel="speed-up over dense (×, log scale)", yscale="log")
     far = rows["ceiling"].max() > 2 or rows["speedup_low"].min() < 0.7
     readable_log_axis(ax.yaxis, steps=(1, 1.5, 2, 3, 5, 7) if far else (1, 1.1, 1.2, 1.3, 1.5, 2, 5, 7, 8, 9))
     ax.grid(axis="x", visible=False)

@@ -103,7 +103,7 @@ def _finish(ax: plt.Axes, table: pd.DataFrame, across: str, label: str) -> None:
     if across == "bytes":
         front = table[table["front"]].sort_values("bytes")
         ax.step(front["bytes"] / 1e6, front["times dense"], where="post", color=figures.COLORS["other"], lw=1, zorder=0)
-        ax.set(ylabel="perplexity (× dense, ± 2 standard errors)")
+        ax.set(ylabel="perplexity (× dense, ± 2 errors, log scale)")
     ax.set(xlabel=label, yscale="log")
     high = np.nanmax(table["times dense"] + 2 * table["± standard error"])
     # steps within a power of ten: 9.8 and 9.9 are 0.98 and 0.99, in the one below
