@@ -374,11 +374,12 @@ def test_tables_of_a_served_model():
     """The front alone, and a column for each step of the A/B test."""
     file = {"model": "dense", "type": "q8_0", "bytes": 2_060_000, "times dense": 1.0004, "± standard error": 0.0006}
     step = {"what": "time per token", "ratio": 0.8, "ratio_low": 0.789, "ratio_high": 0.811}
-    steps = [step | {"step": name, "ratio": ratio} for name, ratio in (("quantised", 0.8), ("pruned", 0.6), ("both", 0.5))]
+    ratios = {"quantised": 0.8, "pruned": 0.6, "both": 0.5}
+    steps = [step | {"step": name, "ratio": ratio} for name, ratio in ratios.items()]
     record = {"tables": {"files": [file | {"front": front} for front in (True, False)], "ab_steps": steps}}
     assert publish.files_table(record).to_numpy().tolist() == [["dense", "q8_0", "2.1", "1.000", "0.001"]]
     (row,) = publish.served_table(record).to_dict("records")
-    said = {name: f"{ratio} (0.79–0.81)" for name, ratio in (("quantised", "0.80"), ("pruned", "0.60"), ("both", "0.50"))}
+    said = {name: f"{ratio}0 (0.79–0.81)" for name, ratio in ratios.items()}
     assert row == {"times what it was before": "time per token"} | said
 
 
