@@ -87,6 +87,14 @@ def test_off_is_one_line_each_and_touches_neither_model_nor_package(tmp_path, mo
     assert capsys.readouterr().out.startswith("folder:data/nowhere is not here: README says")
 
 
+def test_repeats_are_counted_where_there_are_words_to_count(tmp_path, monkeypatch, capsys, tokenizer):
+    texts = iter(["one two three one two three", "two words"])
+    monkeypatch.setattr(report_card, "continued", lambda *_: next(texts))
+    nb = open_notebook(tmp_path, prompts=["Say something."])
+    report_card.written(nb, {"dense": small_model(), "pruned": pruned_model()}, tokenizer)
+    assert capsys.readouterr().out.endswith("not repeats of an earlier one: dense 75 %, pruned none\n")
+
+
 def test_a_preset_names_tasks_that_there_are():
     assert set(Task.__args__) == {"all", *tasks.SEVEN}
     with pytest.raises(InputError, match="answers.tasks.1 = 'piqua' cannot be: it should be 'all', 'boolq'"):

@@ -350,7 +350,8 @@ def written(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) ->
         print(f"━━ {prompt}")
         print(*(f"── {row['model']}\n{row['text']}\n" for row in rows if row["prompt"] == prompt), sep="\n")
     texts = pd.DataFrame(rows).groupby("model", sort=False)["text"]
-    said = ", ".join(f"{name} {different_trigrams(list(found)):.0f} %" for name, found in texts)
+    shares = {name: different_trigrams(list(found)) for name, found in texts}
+    said = ", ".join(f"{name} {'none' if math.isnan(share) else f'{share:.0f} %'}" for name, share in shares.items())
     print(f"sequences of three words that are not repeats of an earlier one: {said}")
 
 
