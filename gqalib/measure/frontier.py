@@ -248,9 +248,9 @@ def against_peers(rows: pd.DataFrame, own: str = OWN, peers: Sequence[str] = tup
     count.
 
     Returns:
-        Ratio to dense of both, `own` and `best` (geometric mean over the samples that both were tried on), the name of that `peer`, `times` =
-        own / best with its paired standard error over the test windows, and a `verdict`: ahead or behind by more than
-        two errors, or not told apart.
+        Ratio to dense of both, `own` and `best` (geometric mean over the samples that both were tried on), the name of
+        that `peer`, `times` = own / best with its paired standard error over the test windows, and a `verdict`: ahead
+        or behind by more than two errors, or not told apart.
     """
     enough = rows["backbone_removed_percent"] > 100 * rows["fraction"] - CLOSE
     done = rows[(rows["note"] == "") & enough]

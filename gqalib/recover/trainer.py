@@ -35,7 +35,7 @@ from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.run.resume import FRAME, Progress, code_hash, lock, replacing
 
 PACKAGES = ("torch", "transformers", "peft", "trl")  # that train
-PAUSE = 5
+PAUSE = 5  # times the median of its training: a step that takes longer was interrupted
 Weights = dict[str, torch.Tensor]
 
 
@@ -82,7 +82,7 @@ def progress(folder: Path, args: TrainingArguments, module: str, settings: Any, 
 
 
 def training_seconds(log: pd.DataFrame) -> float:
-    """How long a training took. A pause of the machine does not count: a step of more than `PAUSE` medians is one."""
+    """How long a training took. A pause of the machine does not count (`PAUSE`): such a step counts as a median one."""
     seconds, median = log["seconds"], log["seconds"].median()
     return float(seconds.where(seconds <= PAUSE * median, median).sum())
 
