@@ -88,11 +88,12 @@ def test_off_is_one_line_each_and_touches_neither_model_nor_package(tmp_path, mo
 
 
 def test_repeats_are_counted_where_there_are_words_to_count(tmp_path, monkeypatch, capsys, tokenizer):
-    texts = iter(["one two three one two three", "two words"])
+    """20 times three words make 58 sequences, of which 3 differ; of three sequences no share is given."""
+    texts = iter(["one two three " * 20, "one two three four five"])
     monkeypatch.setattr(report_card, "continued", lambda *_: next(texts))
     nb = open_notebook(tmp_path, prompts=["Say something."])
     report_card.written(nb, {"dense": small_model(), "pruned": pruned_model()}, tokenizer)
-    assert capsys.readouterr().out.endswith("not repeats of an earlier one: dense 75 %, pruned none\n")
+    assert capsys.readouterr().out.endswith("dense 5 % of 58, pruned too few of 3\n")
 
 
 def test_a_preset_names_tasks_that_there_are():

@@ -37,6 +37,7 @@ from gqalib.run.play import is_live
 Models = dict[str, "nn.Module | str | Path | Callable[[], nn.Module]"]
 Rows = dict[str, pd.DataFrame]  # of `tasks.score_tasks`, by model
 CODE = "from gqalib.measure import perplexity, tasks"  # what the numbers that are kept depend on
+FEW = 50  # sequences of three words, of which no share of repeats is given
 HOW_TO_GET = "README says which files go there, and nothing else needs them"
 
 
@@ -353,17 +354,17 @@ def written(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) ->
         print(f"━━ {prompt}")
         print(*(f"── {row['model']}\n{row['text']}\n" for row in rows if row["prompt"] == prompt), sep="\n")
     texts = pd.DataFrame(rows).groupby("model", sort=False)["text"]
-    shares = {name: different_trigrams(list(found)) for name, found in texts}
-    said = ", ".join(f"{name} {'none' if math.isnan(share) else f'{share:.0f} %'}" for name, share in shares.items())
+    said = ", ".join(f"{name} {different_trigrams(list(found))}" for name, found in texts)
     print(f"sequences of three words that are not repeats of an earlier one: {said}")
 
 
-def different_trigrams(texts: Sequence[str]) -> float:
-    """How many of all sequences of three words differ from each other, in percent (distinct-3, Li et al. 2016): few
-    where a model repeats itself. NaN where no text has three words."""
+def different_trigrams(texts: Sequence[str]) -> str:
+    """How many of all sequences of three words differ from each other (distinct-3, Li et al. 2016): few where a model
+    repeats itself. Short texts repeat little, so from fewer than `FEW` there is no share."""
     words = [text.split() for text in texts]
     found = [trigram for text in words for trigram in zip(text, text[1:], text[2:], strict=False)]
-    return 100 * len(set(found)) / len(found) if found else math.nan
+    share = f"{100 * len(set(found)) / len(found):.0f} %" if len(found) >= FEW else "too few"
+    return f"{share} of {len(found)}"
 
 
 def kept_text(nb: Notebook, model: str) -> str:
