@@ -491,6 +491,14 @@ def test_answers_are_paired_by_example_not_by_row():
     assert found["examples"].tolist() == [2, 1, 3]
 
 
+def test_an_answer_that_is_partly_right_counts_by_its_exact_match():
+    own = pd.DataFrame({"task": ["squad", "squad", "a"], "example": [0, 1, 0], "right": [0.05, 1.0, 1.0]})
+    first, second = (own.assign(exact=[exact, 1.0, math.nan]) for exact in (0.0, 1.0))
+    assert compare.compared_answers(first, second).set_index("task")["only_second"].to_dict() == {
+        "squad": 1, "a": 0, "all": 1,
+    }  # fmt: skip
+
+
 def test_last_token_right():
     model, windows = small_model(), torch.randint(1, 61, (6, 9), generator=torch.Generator().manual_seed(0))
     windows[::2, -1] = model(windows[::2]).logits[:, -2].argmax(-1)

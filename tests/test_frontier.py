@@ -139,6 +139,13 @@ def test_a_peer_that_broke_in_one_sample_of_a_record_is_not_the_best():
     assert result["peer"] == "p" and result["times"] == pytest.approx(0.8)
 
 
+def test_both_ratios_are_of_the_samples_that_are_compared():
+    """A second sample that only the own method has read, with a bad result, makes no line contradict itself."""
+    rows = rows_of("own", 0.5, [2.0, 2.9]) + rows_of("p", 0.5, [2.3])
+    result = frontier.against_peers(pd.DataFrame(rows), "own", ["p"]).iloc[0]
+    assert result["own"] / result["best"] == pytest.approx(result["times"]) and result["own"] == pytest.approx(2)
+
+
 def test_not_told_apart():
     own, peer = rows_of("own", 0.5, [1.0]), rows_of("p", 0.5, [1.0])
     own[0]["losses"], peer[0]["losses"] = [1.0, 2.0, 3.0, 4.0], [1.2, 1.9, 3.1, 3.9]

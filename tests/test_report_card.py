@@ -279,3 +279,4 @@ def test_either_model_may_come_first(error, words):
 @pytest.mark.parametrize("error", [0.3, math.nan])
 def test_a_model_that_broke_is_worse(error):
     assert report_card.told_apart(math.inf, error) == "worse"
+    assert report_card.told_apart(0.0, error) == "better" and report_card.told_apart(math.nan, error) == "not told apart"

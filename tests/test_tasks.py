@@ -159,6 +159,18 @@ def test_questions_of_one_article_are_one_sample():
     assert math.isnan(tasks.standard_error([1.0, 0.0], np.array(["a", "a"])))  # one article shows no scatter
 
 
+def test_the_error_of_a_mean_is_of_what_the_mean_is_of():
+    """Written answers have no log-likelihood, so the mean's is that of the other task; an unknown error stays one."""
+    piqa = answers(piqa=[1, 0, 1, 0, 1, 1]).assign(source=None)
+    squad = answers(squad=[0.5, 0.1, 0.0, 1.0]).assign(nats=math.nan, source=["a", "a", "b", "c"])
+    dense = pd.concat([piqa.assign(nats=-1.0), squad], ignore_index=True)
+    table = tasks.summary(pd.concat([piqa, squad], ignore_index=True), dense).set_index("task")
+    assert math.isnan(table.loc["squad", "nats_difference_error"])
+    assert table.loc["mean", "nats_difference_error"] == table.loc["piqa", "nats_difference_error"] > 0
+    one_article = pd.concat([piqa, squad.assign(source="a")], ignore_index=True)
+    assert math.isnan(tasks.summary(one_article).iloc[-1]["error"])
+
+
 # ---------------------------------------------------------------- groups
 
 

@@ -248,7 +248,7 @@ def against_peers(rows: pd.DataFrame, own: str = OWN, peers: Sequence[str] = tup
     count.
 
     Returns:
-        Ratio to dense of both, `own` and `best` (geometric mean over the samples), the name of that `peer`, `times` =
+        Ratio to dense of both, `own` and `best` (geometric mean over the samples that both were tried on), the name of that `peer`, `times` =
         own / best with its paired standard error over the test windows, and a `verdict`: ahead or behind by more than
         two errors, or not told apart.
     """
@@ -262,12 +262,14 @@ def against_peers(rows: pd.DataFrame, own: str = OWN, peers: Sequence[str] = tup
 def _against(done: pd.DataFrame, own: str, peers: Sequence[str]) -> dict[str, object]:
     ratios = {name: math.exp(group["ratio"].map(math.log).mean()) for name, group in done.groupby("method")}
     best = min((name for name in peers if name in ratios), key=ratios.get, default=None)
-    row = {"own": ratios.get(own, math.nan), "peer": best, "best": ratios.get(best, math.nan)}
     if own not in ratios or best is None:
-        return row | {"times": math.nan, "error": math.nan, "verdict": "no comparison"}
-    both = [done[done["method"] == name].set_index("sample")["losses"] for name in (own, best)]
-    losses = pd.concat(both, axis=1, join="inner").T.to_numpy().tolist()  # of the samples that both have
-    times, error = ratio_with_error(*(torch.tensor(x, dtype=torch.float64).mean(0) for x in losses))  # of the samples
+        found = {"own": ratios.get(own, math.nan), "peer": best, "best": ratios.get(best, math.nan)}
+        return found | {"times": math.nan, "error": math.nan, "verdict": "no comparison"}
+    both = [done[done["method"] == name].set_index("sample") for name in (own, best)]
+    shared = both[0].index.intersection(both[1].index)  # calibration samples that both were tried on
+    first, second = (math.exp(rows["ratio"].loc[shared].map(math.log).mean()) for rows in both)
+    losses = (torch.tensor(rows["losses"].loc[shared].tolist(), dtype=torch.float64).mean(0) for rows in both)
+    times, error = ratio_with_error(*losses)
     verdict = told_apart(times, error)
     verdict = {"better": "ahead", "worse": "behind"}.get(verdict, verdict)
-    return row | {"times": times, "error": error, "verdict": verdict}
+    return {"own": first, "peer": best, "best": second, "times": times, "error": error, "verdict": verdict}

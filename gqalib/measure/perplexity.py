@@ -91,8 +91,9 @@ def ratio_with_error(losses: torch.Tensor, reference: torch.Tensor) -> tuple[flo
 
 def told_apart(ratio: float, error: float) -> str:
     """What a ratio of perplexities and its standard error show of the first model: by the difference in nats, so that
-    either model may come first; nothing where there is no error."""
-    if math.isfinite(ratio) and not abs(math.log(ratio)) > SURE * error / ratio:
+    either model may come first; nothing where there is no error or no number. One that broke has an infinite loss."""
+    broke = ratio in (0, math.inf)  # this model or the other one
+    if not broke and not abs(math.log(ratio)) > SURE * error / ratio:
         return "not told apart"
     return "better" if ratio < 1 else "worse"
 

@@ -264,9 +264,9 @@ def summary(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> pd.DataFra
     table = pd.DataFrame([_task_row(name, group, dense) for name, group in rows.groupby("task", sort=False)])
     mean = {"task": "mean", "examples": table["examples"].sum()}
     for column in table.columns.drop(["task", "examples"]):
-        values = table[column].dropna()
-        independent = column.endswith("error")
-        mean[column] = math.sqrt((values**2).sum()) / max(len(values), 1) if independent else values.mean()
+        of = "accuracy" if column == "error" else column.removesuffix("_error")  # an error, and what it is of
+        values = table[column][table[of].notna()]
+        mean[column] = values.mean() if of == column else math.sqrt((values**2).sum(skipna=False)) / max(len(values), 1)
     return pd.concat([table, pd.DataFrame([mean])], ignore_index=True)
 
 
@@ -296,7 +296,10 @@ def mean_and_error(label: str, values: pd.Series, samples: np.ndarray) -> dict[s
 
 
 def standard_error(values: Sequence[float], samples: np.ndarray) -> float:
-    """Of the mean of values; those of one sample (`independent`) count by their sum (Liang & Zeger 1986)."""
+    """Of the mean of values; those of one sample (`independent`) count by their sum (Liang & Zeger 1986). NaN where a
+    value is missing, or all are of one sample."""
     values = pd.Series(np.asarray(values))
+    if values.isna().any():
+        return math.nan
     sums = (values - values.mean()).groupby(samples).sum()
     return math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(values) if len(sums) > 1 else math.nan

@@ -35,6 +35,7 @@ from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.run.resume import FRAME, Progress, code_hash, lock, replacing
 
 PACKAGES = ("torch", "transformers", "peft", "trl")  # that train
+PAUSE = 5
 Weights = dict[str, torch.Tensor]
 
 
@@ -81,8 +82,9 @@ def progress(folder: Path, args: TrainingArguments, module: str, settings: Any, 
 
 
 def training_seconds(log: pd.DataFrame) -> float:
-    """How long a training took: its median step times their number. A pause of the machine does not count."""
-    return float(log["seconds"].median() * len(log))
+    """How long a training took. A pause of the machine does not count: a step of more than `PAUSE` medians is one."""
+    seconds, median = log["seconds"], log["seconds"].median()
+    return float(seconds.where(seconds <= PAUSE * median, median).sum())
 
 
 def shared(number: int, processes: int, what: str) -> int:

@@ -301,8 +301,11 @@ def _bonett_price(lost: int, won: int, count: int) -> tuple[float, float]:
 
 
 def compared_answers(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """`mcnemar` of two models for each task and for `all` examples together; rows of `tasks.score_tasks`."""
+    """`mcnemar` of two models for each task and for `all` examples together; rows of `tasks.score_tasks`. Of a written
+    answer that is partly right, the exact match counts."""
     both = first.merge(second, on=["task", "example"], suffixes=("_first", "_second"), validate="one_to_one")
+    for who in ("first", "second") if "exact_first" in both else ():
+        both[f"right_{who}"] = both[f"exact_{who}"].fillna(both[f"right_{who}"])
     groups = [*both.groupby("task", sort=False), ("all", both)]
     return pd.DataFrame([{"task": name} | mcnemar(rows["right_first"], rows["right_second"]) for name, rows in groups])
 
