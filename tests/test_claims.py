@@ -81,5 +81,6 @@ def test_how_far():
     table = found.set_index(["target", "recovery"])["backbone_removed_percent"]
     assert table.to_dict() == {(1.05, "none"): 20, (1.05, "logits"): 60, (1.25, "none"): 40, (1.25, "logits"): 60}
     said = [said_of(row) for row in found.itertuples()]
-    assert said[0] == "20 % (untrained: 1.04 ± 0.02, not shown to be within)" and said[-1] == "60 % (logits: 1.04 ± 0.02)"
+    assert said[0] == "20 % (untrained: 1.04 ± 0.02, not shown to be within)"
+    assert said[-1] == "60 % (logits: 1.04 ± 0.02)"
     assert how_far(models, [1.0]).empty
