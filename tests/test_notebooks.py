@@ -207,17 +207,17 @@ def test_how_the_reference_model_was_made(tmp_path, monkeypatch, capsys):
 
 
 def test_a_trained_model_that_is_gone_is_trained_again(tmp_path):
-    """10 keeps a row for each training; where the row's model was saved and is missing, the row does not count."""
+    """12 keeps a row for each training; where the row's model was saved and is missing, the row does not count."""
     nb, out, made = Notebook("12_distillation", "smoke", {}, tmp_path, 0, ("budgets",)), tmp_path / "models", []
 
-    def train(told, student, settings, out, folder):
+    def train(told, settings, out, folder):
         made.append(told["start"])
         if out:
             out.mkdir()
         return {"losses": [1.0, 2.0]}
 
     names = {"nb": nb, "train": train, "partial": partial, "torch": torch, "ways": {"text": [[1]]}, "test": 1}
-    names |= {"student_of": lambda start: start, "settings_of": lambda *how: how, "validation": 1}
+    names |= {"settings_of": lambda *how: how, "validation": 1}
     cells = json.loads((NOTEBOOKS / "12_distillation.ipynb").read_text(encoding="utf-8"))["cells"]
     exec(next(source for cell in cells if "def recover(" in (source := "".join(cell["source"]))), names)
     for start, folder in [("saved", out), ("saved", out), ("not saved", None), ("not saved", None)]:
