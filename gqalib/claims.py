@@ -11,10 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pandas as pd
+
+from gqalib.measure.perplexity import SURE
 
 DENSE = 19.66
 REFUTES = ("counting", "counterexample")
@@ -202,8 +204,8 @@ def how_far(models: pd.DataFrame, targets: Sequence[float]) -> pd.DataFrame:
     """The question that the founding document should have asked: how much can go at a given perplexity?
 
     Args:
-        models: one row per model that was measured: `recovery` (how it was trained, or not), `ratio` (perplexity
-            relative to dense), `backbone_removed_percent`, `parameters_kept_percent`.
+        models: one row per model that was measured: `recovery` (how it was trained; none), `ratio` (perplexity relative
+            to dense) and its `error`, `backbone_removed_percent`, `parameters_kept_percent`.
         targets: ratios.
 
     Returns:
@@ -212,4 +214,11 @@ def how_far(models: pd.DataFrame, targets: Sequence[float]) -> pd.DataFrame:
     by_size = models.sort_values("backbone_removed_percent")
     within = pd.concat([by_size[by_size["ratio"] <= target].assign(target=target) for target in targets])
     smallest = within.groupby(["target", "recovery"], sort=False, as_index=False).last(skipna=False)
-    return smallest[["target", "recovery", "ratio", "backbone_removed_percent", "parameters_kept_percent"]]
+    return smallest[["target", "recovery", "ratio", "error", "backbone_removed_percent", "parameters_kept_percent"]]
+
+
+def said_of(row: Any) -> str:
+    """A row of `how_far` in words; a ratio that is nearer to its target than two errors is not shown to be within."""
+    kind = "untrained" if row.recovery == "none" else row.recovery
+    unsure = "" if row.ratio + SURE * row.error <= row.target else ", not shown to be within"
+    return f"{row.backbone_removed_percent:.0f} % ({kind}: {row.ratio:.2f} ± {row.error:.2f}{unsure})"

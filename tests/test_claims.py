@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from gqalib.claims import CLAIMS, KINDS, Claim, Measured, how_far, paragraph, stands_on, verdicts
+from gqalib.claims import CLAIMS, KINDS, Claim, Measured, how_far, paragraph, said_of, stands_on, verdicts
 from gqalib.run.checks import NOTEBOOKS, reads
 
 WHERE = ("02_second", "x"), "A note."
@@ -76,7 +76,11 @@ def test_how_far():
     models = pd.DataFrame(
         [("none", 1.04, 20), ("none", 1.2, 40), ("none", 1.06, 30), ("logits", 1.04, 60), ("logits", 3.0, 90)],
         columns=["recovery", "ratio", "backbone_removed_percent"],
-    ).assign(parameters_kept_percent=lambda rows: 100 - rows["backbone_removed_percent"])
-    table = how_far(models, [1.01, 1.05, 1.25]).set_index(["target", "recovery"])["backbone_removed_percent"]
+    ).assign(parameters_kept_percent=lambda rows: 100 - rows["backbone_removed_percent"], error=0.02)
+    found = how_far(models, [1.01, 1.05, 1.25])
+    table = found.set_index(["target", "recovery"])["backbone_removed_percent"]
     assert table.to_dict() == {(1.05, "none"): 20, (1.05, "logits"): 60, (1.25, "none"): 40, (1.25, "logits"): 60}
+    said = [said_of(row) for row in found.itertuples()]
+    assert said[0] == "20 % (untrained: 1.04 ± 0.02, not shown to be within)"
+    assert said[-1] == "60 % (logits: 1.04 ± 0.02)"
     assert how_far(models, [1.0]).empty

@@ -17,6 +17,7 @@ def row(method, fraction, ratio, seconds, note=""):
 
 FRONTIER = [row(OWN, 0.25, 1.10, 20), row("FLAP", 0.25, 1.12, 2), row("ShortGPT", 0.25, 1.05, 0.1)]
 FRONTIER += [row(OWN, 0.5, 1.5, 20), row("FLAP", 0.5, 2.5, 2), row("OSSCAR", 0.5, None, None, "cannot")]
+NEAR = {"ratio": 1.2, "error": 0.01}
 START = {"backbone_removed_percent": 50.0, "times dense": 1.5}
 RUN = {"start": "refitted-50", "times dense": 1.2, "± standard error": 0.1, "seconds": 9.0}
 RUN |= {"way": "logits", "model": "long-50"}
@@ -34,7 +35,7 @@ RECORDS = {
         "other_text": [{"model": model, "window": 2048, "ratio": ratio}
                        for model, ratio in (("refitted-50", 2.0), ("long-50", 1.8), ("distilled-25", 1.6))],
         "stages": [{"stage": "starts", "expected_gb": 9.0}, {"stage": "more tokens", "expected_gb": 2.0}],
-        "how_far": [{"target": 1.25, "recovery": way, "backbone_removed_percent": part}
+        "how_far": [{"target": 1.25, "recovery": way, "backbone_removed_percent": part, **NEAR}
                     for way, part in (("none", 25.0), ("logits of the dense model", 50.0))],
     },
     "14_serving": {"prune_or_quantise": [{"file": "v3 q4_0", "way": "both", "verdict": "no rival", "bytes": 3e6}]},
@@ -57,10 +58,11 @@ def test_guide(after, said, tmp_path, monkeypatch, capsys):
     assert f"remove 50 %: {OWN}, 1.50 × dense in 20 s\n" in out  # nothing else is near
     assert f"train 1,000 tokens (logits) after {OWN} at 50.0 %: {said} (1.50 → {after:.2f} × dense, 9 s)" in out
     assert "training needs 2.00 GB at most" in out
-    assert "; only pruning as well makes files of 3.0 MB and less\n" in out
+    assert "; in these types, only pruned files weigh 3.0 MB or less\n" in out
     assert "decode of v3: 1.10 to 1.30 times as fast as dense, where its size allows 1.50 to 1.50 (07)" in out
     assert names["nb"].metrics["removed_at_1.25"]["value"] == 50
-    assert "1.25 × dense: this much of the backbone can go: 25 % (untrained), 50 % (logits of the dense model)\n" in out
+    learned = "25 % (untrained: 1.20 ± 0.01); 50 % (logits of the dense model: 1.20 ± 0.01)"
+    assert f"1.25 × dense: this much of the backbone can go: {learned}\n" in out
     assert "at most 1.92 × dense: this much of the backbone can go: no measured model\n" in out
     assert "rates by another plan, × dense: uniform 1.70 ± 0.02\n" in out and f"to be worse for it: {OWN}\n" in out
     another = "on the second text the trained sizes stand in another order, the best first: 25 %, 50 %\n"

@@ -63,8 +63,8 @@ def standardise(scores: torch.Tensor) -> torch.Tensor:
 
 
 def cheapest_units(scores: torch.Tensor, costs: torch.Tensor, protected: torch.Tensor, target: float) -> torch.Tensor:
-    """Which units go, from the lowest score up, so that their costs come to `target` within half the cheapest unit;
-    bool [units].
+    """Which units go, from the lowest score up, so that their costs come to `target` within half the cheapest unit,
+    or less where no unit that is left fits; bool [units].
 
     Raises:
         InputError: the scores are not finite. OutOfReach: all unprotected units together do not reach the target.

@@ -4,7 +4,7 @@ A *unit* is what surgery removes: a GQA group (a KV head with its query heads) o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ class Plan:
     """How much each layer loses; lists with one entry per layer. A layer that loses all groups and all channels goes
     whole."""
 
-    rates: list[float]  # the rate asked, of groups and channels alike
+    rates: list[float] = field(compare=False)  # the rate asked, of groups and channels alike
     groups: list[int]  # whole groups to remove
     channels: list[int]  # channels to remove
 

@@ -47,7 +47,7 @@ class Sublayer:
         self.output = self.module.down_proj if half else self.module.o_proj  # its inputs are the units' activations
         self.num_units = shape["intermediate_size" if half else "num_key_value_heads"]
         self.unit = self.output.in_features // self.num_units  # features of one
-        self.widest = max(m.in_features for m in layer.modules() if isinstance(m, nn.Linear))
+        self.widest = max(attention_of(layer).o_proj.in_features, layer.mlp.down_proj.in_features)
         self.at_once = sublayer_tokens(self.norm.weight.device, shape["intermediate_size"])
         self._others: dict[torch.Size, dict[str, Any]] = {}
 

@@ -271,7 +271,7 @@ def prune_and_recover(
     model: nn.Module, cut: Callable[[nn.Module, int], None], rows: Rows, settings: Distillation, steps: int,
     teacher: nn.Module, folder: Path,
 ) -> pd.DataFrame:  # fmt: skip
-    """Prune a model in place in `steps` cuts, each followed by its share of the distillation.
+    """Prune a model in place in `steps` cuts, each followed by its share of the distillation, on its share of the rows.
 
     Args:
         cut: prunes the model so far in place, given the number of the step, 1 … steps.
@@ -284,7 +284,8 @@ def prune_and_recover(
     for step in range(1, steps + 1):
         cut(model, step)
         share = dataclasses.replace(settings, num_tokens=settings.num_tokens // steps, seed=settings.seed + step - 1)
-        logs.append(distill(model, teacher, rows, share, folder / f"step-{step}").assign(step=step))
+        own = rows[step - 1 :: steps] if len(rows) >= steps else rows
+        logs.append(distill(model, teacher, own, share, folder / f"step-{step}").assign(step=step))
     return pd.concat(logs, ignore_index=True)
 
 
