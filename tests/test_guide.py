@@ -58,7 +58,7 @@ def test_guide(after, said, tmp_path, monkeypatch, capsys):
     assert f"remove 50 %: {OWN}, 1.50 × dense in 20 s\n" in out  # nothing else is near
     assert f"train 1,000 tokens (logits) after {OWN} at 50.0 %: {said} (1.50 → {after:.2f} × dense, 9 s)" in out
     assert "training needs 2.00 GB at most" in out
-    assert "; in these types, only pruned files weigh 3.0 MB or less\n" in out
+    assert "; only pruning as well makes files of 3.0 MB and less\n" in out
     assert "decode of v3: 1.10 to 1.30 times as fast as dense, where its size allows 1.50 to 1.50 (07)" in out
     assert names["nb"].metrics["removed_at_1.25"]["value"] == 50
     learned = "25 % (untrained: 1.20 ± 0.01); 50 % (logits of the dense model: 1.20 ± 0.01)"
