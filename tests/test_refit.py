@@ -17,7 +17,7 @@ from gqalib.prune.scores import fisher_scores, gradient_covariances, largest
 from gqalib.prune.sublayers import Sublayer, sublayers
 from gqalib.stream import hidden_states_before
 
-EVERY_SWITCH = ("refit", "residual_target", "input_refit", "weighted", "newton_rounds")
+EVERY_SWITCH = ("refit", "residual_target", "input_refit", "weighted", "newton_rounds", "tempered")
 PLAIN = refit.Ingredients(**dict.fromkeys(EVERY_SWITCH, False))
 
 
@@ -358,6 +358,19 @@ def test_every_round_comes_nearer(model, windows, half):
         errors.append(refit.output_moments(sublayer, now, target)[1])
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.8 * errors[0]
+
+
+@torch.no_grad()
+def test_after_gauss_newton_the_output_is_drawn_towards_the_dense_weight(model, windows):
+    """Not towards what was just fitted to the same text, which would be half of the damping."""
+    stream, mlp = hidden_states_before(model, windows, 1), sublayers(model, 1)[1]
+    goal, dense = mlp.after(stream, windows), mlp.output.weight
+    settings, target = refit.Ingredients(input_refit=False, damping=0.5, weighted=False), goal - stream
+    kept, _ = refit.cut(mlp, refit.output_moments(mlp, mlp.calls(stream, windows), target)[0], 9, settings)
+    refit.mend(mlp, 9, windows, stream, stream, goal, settings)
+    moments, damping = refit.output_moments(mlp, mlp.calls(stream, windows), target)[0], settings.part(mlp.widest, 120)
+    expected = least_squares.solve(dense[:, kept], moments.gram, moments.cross, damping)
+    assert torch.allclose(mlp.output.weight.double(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("halves", [(), (1,), (0, 1)])

@@ -6,7 +6,7 @@ pruned model's stream is before it: each sublayer also repairs what those in fro
 the same for q, k, v, gate and up before the cut: on the pruned stream they are to give what they gave on the dense one.
 After the cut gate and up are refitted together, by Gauss–Newton, for the one thing that counts, the MLP's output
 against Y; that and the refit of the output projection take turns. The same for q, k and v took more time and gained
-nothing on SmolLM2-135M and the reference model (LOG.md).
+nothing on SmolLM2-135M and the reference model (LOG.md). Last comes one number on the final norm (`temper`).
 
 Memory is for one sublayer at a time; `memory` has the sums. The weights of the layers done wait in host memory, so that
 an error leaves the model as it was.
@@ -30,6 +30,7 @@ from gqalib.prune.least_squares import (
 from gqalib.prune.plans import Plan, check_plan
 from gqalib.prune.scores import gradient_covariances, largest
 from gqalib.prune.sublayers import Call, Sublayer, empty_like, sublayers
+from gqalib.prune.temper import temper, temperature
 from gqalib.steps import in_steps
 from gqalib.stream import advance, at_work, is_streamed
 
@@ -48,6 +49,7 @@ class Ingredients:
     newton_share: float = 0.25  # of the calibration batches that the curvature is taken from
     damping: float = 2.5  # of H, see `part`
     output_damping: float = 0.05  # of G, times its mean diagonal
+    tempered: bool = True  # at the end one number on the final norm, see `temper`
     cuts: int = 64  # a layer's channels go in steps of 1/cuts of them; groups go one by one
 
     def part(self, num_features: int, num_tokens: int) -> float:
@@ -78,13 +80,14 @@ def mend(
     now, target = ready(sublayer, windows, wanted, current, goal, ingredients)
     kept, weight = cut(sublayer, output_moments(sublayer, now, target)[0], num_removed, ingredients, scores, covariance)
     sublayer.keep(kept)
+    dense = sublayer.output.weight
     replace_weight(sublayer.output, weight)
     inner, damping = (ingredients.part(count, windows.numel()) for count in (current.shape[-1], sublayer.widest))
     newton = ingredients.refit and sublayer.half in ingredients.newton_halves
     for _ in range(ingredients.newton_rounds if newton else 0):
         steps = ingredients.newton_steps, inner, ingredients.newton_share
         moments = refit_together(sublayer, now, target, *steps)
-        replace_weight(sublayer.output, solve(sublayer.output.weight, moments.gram, moments.cross, damping))
+        replace_weight(sublayer.output, solve(dense, moments.gram, moments.cross, damping))
     return sublayer.module.state_dict()
 
 
@@ -278,6 +281,8 @@ def sweep(
                     wanted, current = goal, part.after(current, windows)
             if after_layer is not None:
                 after_layer(index)
+        if ingredients.tempered:
+            temper(model, (yield "final-norm", partial(temperature, model, wanted, current)))
         if dropped:
             drop_layers(model, dropped)
 
