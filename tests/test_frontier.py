@@ -50,6 +50,16 @@ def test_every_method_meets_its_budget_and_leaves_the_dense_model(name, text, wi
     assert all(p.grad is None and p.requires_grad for p in dense.parameters())
 
 
+def test_a_peer_may_have_the_number_on_its_final_norm(text, windows):
+    """It changes a peer and leaves the refit, which has it, where it is."""
+    dense, times = small_model(), {}
+    for name in ("magnitude", frontier.OWN):
+        how = name, dense, text, 0.4, windows, window_losses(dense, windows)
+        plain, tempered = (frontier.try_method(*how, tempered=choice)["perplexity"] for choice in (False, True))
+        times[name] = tempered / plain
+    assert abs(times["magnitude"] - 1) > 1e-4 and times[frontier.OWN] == pytest.approx(1, abs=1e-5)
+
+
 def test_what_cannot_be_done_is_a_row_with_the_sentence(text, windows):
     rows = frontier.frontier(small_model(), [text], windows, [0.98], ["ShortGPT", "random"])
     assert rows["ratio"].isna().all() and rows["perplexity"].isna().all()

@@ -25,9 +25,10 @@ from gqalib.measure.memory import measured_on
 from gqalib.measure.perplexity import ratio_with_error, told_apart, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, size_of
 from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, two_ssp, wanda_sp
-from gqalib.prune import allocate, founding, plans, refit, scores, search
+from gqalib.prune import allocate, founding, plans, refit, scores, search, temper
 from gqalib.run.presets import DEPTH, NO_MULTIPLE, PEERS, Pruning  # noqa: F401 notebooks read PEERS here
 from gqalib.run.resume import NOT_KEPT, Progress
+from gqalib.stream import hidden_states_before
 
 
 def founding_taylor(
@@ -143,13 +144,14 @@ def prepare(name: str, dense: nn.Module, windows: torch.Tensor, multiple: int = 
 
 def try_method(
     name: str, dense: nn.Module, windows: torch.Tensor, fraction: float, test: torch.Tensor, reference: torch.Tensor,
-    prepared: Prepared | None = None, multiple: int = 1,
+    prepared: Prepared | None = None, multiple: int = 1, tempered: bool = False,
 ) -> dict[str, object]:  # fmt: skip
     """One method at one size, on a copy of the dense model.
 
     Args:
         windows, test: token ids [count, length]. reference: the dense model's `window_losses` on `test`.
         multiple: of which the channels that stay are a whole number, for all but `NO_MULTIPLE`.
+        tempered: give the model the number on its final norm that the refit has, see `temper`.
 
     Returns:
         What was asked and what was removed, perplexity, its ratio to the dense model's with the paired standard error,
@@ -162,6 +164,8 @@ def try_method(
     try:
         with measured_on(dense) as used:
             METHODS[name](model, windows, fraction, *([prepared.found] if prepared else []), **options)
+            if tempered:
+                temper.temper(model, temper.temperature(dense, *(_last_stream(m, windows) for m in (dense, model))))
         if name not in DEPTH:
             check_budget(model, dense, fraction, **options)
     except IMPOSSIBLE as error:
@@ -169,6 +173,10 @@ def try_method(
     peak = max(known.peak_bytes, known.held_bytes + used.peak_bytes)
     row |= {"seconds": known.seconds + used.seconds, "peak_mib": peak / 2**20}
     return row | describe(model, dense, test, reference)
+
+
+def _last_stream(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    return hidden_states_before(model, windows, len(decoder_layers(model)))
 
 
 def describe(model: nn.Module, dense: nn.Module, test: torch.Tensor, reference: torch.Tensor) -> dict[str, object]:
