@@ -165,7 +165,8 @@ def try_method(
         with measured_on(dense) as used:
             METHODS[name](model, windows, fraction, *([prepared.found] if prepared else []), **options)
             if tempered:
-                temper.temper(model, temper.temperature(dense, *(_last_stream(m, windows) for m in (dense, model))))
+                pair = dense, model
+                temper.temper(model, temper.temperature(*pair, *(_last_stream(one, windows) for one in pair)))
         if name not in DEPTH:
             check_budget(model, dense, fraction, **options)
     except IMPOSSIBLE as error:

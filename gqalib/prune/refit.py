@@ -282,7 +282,7 @@ def sweep(
             if after_layer is not None:
                 after_layer(index)
         if ingredients.tempered:
-            temper(model, (yield "final-norm", partial(temperature, model, wanted, current)))
+            temper(model, (yield "final-norm", partial(temperature, model, model, wanted, current)))
         if dropped:
             drop_layers(model, dropped)
 

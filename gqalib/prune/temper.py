@@ -18,14 +18,14 @@ PIECE = 512  # tokens at a time, for the logits' sake
 
 
 @torch.no_grad()
-def temperature(model: nn.Module, wanted: Tensor, current: Tensor) -> float:
-    """The number c, from the dense and the pruned model's streams after the last layer, [count, length, hidden].
+def temperature(dense: nn.Module, model: nn.Module, wanted: Tensor, current: Tensor) -> float:
+    """The number c for `model`, from the dense one's and its own streams after the last layer, [count, length, hidden].
 
     A model without sense has a divergence that is nowhere near a parabola, so a round halves or doubles c at most.
     """
     pairs, c = list(zip(_pieces(wanted), _pieces(current), strict=True)), 1.0
     for _ in range(ROUNDS):
-        slope, curvature = sum(_derivatives(_logits(model, dense).softmax(-1), _logits(model, z), c) for dense, z in pairs)
+        slope, curvature = sum(_derivatives(_logits(dense, a).softmax(-1), _logits(model, b), c) for a, b in pairs)
         c = min(max(c - float(slope / curvature), c / 2), 2 * c) if curvature > 0 else c
     return c
 
