@@ -82,7 +82,7 @@ def made_rows(**losses):
 def test_prune_or_quantise():
     rows = made_rows(dense_f16=0, dense_q8_0=0.01, dense_q4_0=0.2, pruned_f16=0.1, pruned_q8_0=0.11, pruned_q4_0=0.1)
     rows[3]["losses"] += torch.tensor([0.01, -0.01, 0.01, -0.01])  # else the paired error would be nothing
-    found = quantised.prune_or_quantise(rows)
+    found = sizes.prune_or_quantise(rows)
     assert found["way"].tolist() == ["prune", "both", "both"]
     # 50 bytes beside dense q4_0 of 30; 30 beside the same; 15: no dense file is as small
     assert found["rival"].tolist()[:2] == ["dense q4_0"] * 2 and found["verdict"].tolist() == [
@@ -91,29 +91,28 @@ def test_prune_or_quantise():
         "no rival",
     ]
     assert found["times rival"][0] == pytest.approx(math.exp(-0.1)) and found["± error"][0] > 0
-    advice = "prune where that wins (pruned f16, pruned q8_0), else quantise alone; only pruning as well makes files"
-    assert quantised.verdict(found)[-1] == f"for the same file size: {advice} of 0.0 MB and less"
-    worse = quantised.prune_or_quantise(made_rows(dense_q8_0=0.01, dense_q4_0=0.02, pruned_f16=0.1, pruned_q4_0=1))
-    assert (
-        "1 files pruned only, each beside the best dense file that is no larger: 1 worse" in quantised.verdict(worse)[0]
+    advice = "prune where that wins (pruned f16, pruned q8_0), else quantise alone; in these types, only pruned files"
+    assert sizes.verdict_on_rivals(found)[-1] == f"for the same file size: {advice} weigh 0.0 MB or less"
+    worse = sizes.prune_or_quantise(made_rows(dense_q8_0=0.01, dense_q4_0=0.02, pruned_f16=0.1, pruned_q4_0=1))
+    first = sizes.verdict_on_rivals(worse)[0]
+    assert "1 files pruned only, each beside the best dense file that is no larger: 1 worse" in first
+    assert sizes.verdict_on_rivals(worse)[-1].endswith(
+        "quantise, do not prune; in these types, only pruned files weigh 0.0 MB or less"
     )
-    assert quantised.verdict(worse)[-1].endswith(
-        "quantise, do not prune; only pruning as well makes files of 0.0 MB and less"
-    )
-    mixed = quantised.prune_or_quantise(made_rows(dense_q4_0=0.1, pruned_f16=0.1, pruned_q8_0=0.2))
-    assert quantised.verdict(mixed)[-1].endswith("quantise, do not prune (pruned f16: not told apart)")
-    same = quantised.prune_or_quantise(made_rows(dense_q4_0=0.1, pruned_f16=0.1))
+    mixed = sizes.prune_or_quantise(made_rows(dense_q4_0=0.1, pruned_f16=0.1, pruned_q8_0=0.2))
+    assert sizes.verdict_on_rivals(mixed)[-1].endswith("quantise, do not prune (pruned f16: not told apart)")
+    same = sizes.prune_or_quantise(made_rows(dense_q4_0=0.1, pruned_f16=0.1))
     assert same["verdict"].tolist() == ["not told apart"]
-    assert quantised.verdict(same)[-1] == "for the same file size: pruning and quantising are not told apart"
+    assert sizes.verdict_on_rivals(same)[-1] == "for the same file size: pruning and quantising are not told apart"
 
 
 def test_front():
-    assert quantised.on_front([1, 2, 3, 2, 1], [3, 2, 2, 1, 3]) == [True, False, False, True, True]
+    assert sizes.on_front([1, 2, 3, 2, 1], [3, 2, 2, 1, 3]) == [True, False, False, True, True]
 
 
 def test_table_and_figure():
     rows = made_rows(dense_f16=0, dense_q4_0=0.2, v3_f16=0.1, v3_q4_0=0.5)
-    table = quantised.table(rows, rows[0]["losses"])
+    table = sizes.table(rows, rows[0]["losses"])
     assert table["times dense"].tolist() == pytest.approx(np.exp([0, 0.2, 0.1, 0.5]))
     assert table["front"].tolist() == [True, True, True, True]
     fig, axes = plt.subplots(1, 2)
@@ -125,13 +124,14 @@ def test_table_and_figure():
     plt.close(fig)
 
 
-def test_two_models_of_a_kind_are_told_apart_in_the_figure():
-    table = quantised.table(made_rows(dense_f16=0, **{"refitted-25_f16": 0.1, "refitted-50_f16": 0.5}), torch.zeros(4))
+def test_models_of_a_kind_are_told_apart_in_the_figure():
+    losses = {"distilled-25_f16": 0.1, "distilled-50_f16": 0.5, "long-50_f16": 0.3}
     fig, ax = plt.subplots()
-    sizes.dots(ax, table, "bytes")
+    sizes.dots(ax, sizes.table(made_rows(dense_f16=0, **losses), torch.zeros(4)), "bytes")
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    first, second = handles["refitted-25"], handles["refitted-50"]
-    assert first.get_color() == second.get_color() and first.get_markerfacecolor() != second.get_markerfacecolor()
+    dots = [handles[name.removesuffix("_f16")] for name in losses]
+    assert len({dot.get_color() for dot in dots}) == 1
+    assert len({(dot.get_markerfacecolor(), dot.get_fillstyle()) for dot in dots}) == 3
     plt.close(fig)
 
 
@@ -143,7 +143,7 @@ def test_pruned_files_at_equal_size():
     assert found["file"].tolist() == ["v3 q4_0", "refitted q4_0", "v3 q8_0", "v3 f16", "refitted f16"]
     assert found["verdict"].tolist() == ["best", "not told apart", "best", "worse", "best"]
     assert found["times best"].tolist() == pytest.approx([1, math.exp(0.01), 1, math.exp(0.4), 1])
-    lines = sizes.verdict(found)
+    lines = sizes.verdict_on_sizes(found)
     assert lines[0] == "about 0.000 MB: v3 q4_0 is best; not told apart: refitted q4_0"
     assert lines[1].endswith("only v3 q8_0") and lines[2].endswith("refitted f16 is best; worse: v3 f16")
     assert len(sizes.at_equal_size(rows, within=0.01)["about"].unique()) == 4
@@ -153,7 +153,7 @@ def test_pruned_files_at_equal_size():
 def drawn():
     """Two kinds of the same size that are nearly as good, another one that is not; all as fast as each other."""
     losses = {"dense": 0, "v3": 1.5, "refitted-25": 0.5, "distilled-25": 0.49, "distilled-50": 0.8}
-    table = quantised.table(made_rows(**{f"{name}_f16": loss for name, loss in losses.items()}), torch.zeros(4))
+    table = sizes.table(made_rows(**{f"{name}_f16": loss for name, loss in losses.items()}), torch.zeros(4))
     table["± standard error"] = 0.05
     table = table.assign(**{"tokens/s": 10.0, "slowest": 9.0, "fastest": 12.0})
     fig, axes = plt.subplots(1, 2)

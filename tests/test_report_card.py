@@ -127,6 +127,29 @@ def test_a_copy_in_bf16_reads_where_that_is_fast(tmp_path, asked, tokenizer, mon
     assert asked == [(dtype, tuple(tasks.SEVEN), None)] and model.dtype == torch.float32
 
 
+def test_tasks_in_depth_are_asked_more_where_limits_say_so(tmp_path, asked, tokenizer, monkeypatch):
+    """PIQA comes from `answers`, ARC with more questions, SciQ by the section's own limit; each is kept."""
+    fake = tasks.score_tasks  # of which each task gets the rows that it asks for
+
+    def of_task(model, tokenizer, names, *given):
+        rows = fake(model, tokenizer, names, *given).replace({"winogrande": "sciq"})
+        return rows[rows["task"].isin(names)]
+
+    monkeypatch.setattr(tasks, "score_tasks", of_task)
+    changes = {"answers.tasks": ["piqa", "arc_easy"], "answers.limit": 8, "corpus": "random-tokens"}
+    changes |= {f"tasks_in_depth.{key}": value for key, value in {"names": ["sciq"], "limit": 20}.items()}
+    changes |= {"tasks_in_depth.limits": {"arc_easy": 99}}
+    nb = Notebook("13_x", "tiny", changes, tmp_path / "run", reads=("answers", "tasks_in_depth"))
+    rows = [report_card.read_in_depth(nb, {"dense": small_model()}, tokenizer)["dense"] for _ in range(2)]
+    assert rows[0]["task"].unique().tolist() == ["piqa", "arc_easy", "sciq"]
+    assert [names_and_limit[1:] for names_and_limit in asked] == [
+        (("piqa", "arc_easy"), 8), (("arc_easy",), 99), (("sciq",), 20),
+    ]  # fmt: skip
+    pd.testing.assert_frame_equal(*rows)
+    with pytest.raises(InputError, match=r"tasks_in_depth\.limits"):
+        load_preset("tiny", {"tasks_in_depth.limits": {"sciq": 9}})
+
+
 def test_a_folder_is_loaded_when_its_turn_comes(tmp_path, asked, tokenizer):
     save_model(pruned_model(), tokenizer, tmp_path / "pruned")
     models = {"dense": small_model(), "pruned": tmp_path / "pruned"}

@@ -80,17 +80,20 @@ def tasks_asked(nb: Notebook) -> list[str]:
     return tasks.check_tasks(nb.preset.answers.tasks) + more if more else []
 
 
-def read_more_tasks(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Every example of the tasks of section `tasks_in_depth`, as `read_tasks`; each task is kept by itself."""
-    asked = nb.preset.tasks_in_depth
-    names = [name for name in tasks_asked(nb) if name in tasks.MORE]
-    kept, rows = nb.shared_progress("more tasks", CODE), {}
+def read_in_depth(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Every example of `tasks_asked`, kept task by task. Those of `answers` are as `read_tasks` has them, but for tasks
+    of which `tasks_in_depth.limits` asks more."""
+    asked, names = nb.preset.tasks_in_depth, tasks_asked(nb)
+    limits = {task: asked.limits.get(task, asked.limit) for task in names if task in tasks.MORE or task in asked.limits}
+    rows, kept = read_tasks(nb, models, tokenizer), nb.shared_progress("more tasks", CODE)
     for name, model in _each(nb, models):
         fast = bf16_is_fast(model.device)
-        progress = kept.of(model, asked.limit, fast, version("lm-eval"))
-        scores = (partial(_score, model, tokenizer, [task], asked.limit, fast, asked.run_code) for task in names)
-        parts = [pd.DataFrame(progress.once(task, score)) for task, score in zip(names, scores, strict=True)]
-        rows[name] = pd.concat(parts, ignore_index=True)
+        parts = dict(iter(rows[name].groupby("task"))) if name in rows else {}
+        progress = {limit: kept.of(model, limit, fast, version("lm-eval")) for limit in set(limits.values())}
+        for task, limit in limits.items():
+            score = partial(_score, model, tokenizer, [task], limit, fast, asked.run_code)
+            parts[task] = pd.DataFrame(progress[limit].once(task, score))
+        rows[name] = pd.concat([parts[task] for task in names], ignore_index=True)
     return rows
 
 

@@ -171,7 +171,8 @@ class LongRun:
     fractions: list[Fraction] = field(default_factory=list)  # those of `budgets.fractions` that it is for
 
 
-Task = Literal["all", "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+OneOfSeven = Literal["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+Task = Literal["all", OneOfSeven]
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ class TasksInDepth:
 
     names: list[MoreTasks] = field(default_factory=list)  # of `measure.tasks`; more: all that run no code
     limit: PositiveInt | None = None  # examples of each task, spread over it; None: all
+    limits: dict[OneOfSeven, PositiveInt] = field(default_factory=dict)  # of tasks of `answers` that need more examples
     run_code: bool = False  # whether programs that a model wrote may be run: task humaneval does
 
 

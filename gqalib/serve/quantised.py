@@ -1,12 +1,11 @@
-"""Models in several types of a .gguf file: what each file weighs, what its type does to perplexity, and whether pruning
-or quantising is the better way to a size."""
+"""Models in several types of a .gguf file: what each file weighs, and the losses of what it holds. `sizes` compares
+them."""
 
 import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -14,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gqalib.errors import InputError
-from gqalib.measure.perplexity import ratio_with_error, told_apart, window_losses
+from gqalib.measure.perplexity import window_losses
 from gqalib.model import deci, surgery
 from gqalib.model.load import random_model, to_device
 from gqalib.model.modeling_gqa_llama import GqaLlamaConfig, GqaLlamaForCausalLM
@@ -75,73 +74,6 @@ def rows_of(
 def _measured(file: Path, windows: torch.Tensor, device: str) -> dict[str, Any]:
     model = to_device(deci.read_model(file), device)
     return {"bytes": file.stat().st_size, "losses": window_losses(model, windows).tolist()}
-
-
-def table(rows: Rows, dense: torch.Tensor) -> pd.DataFrame:
-    """A line for each file: `model`, `type`, `bytes`, `times dense` (perplexity relative to the model whose losses
-    `dense` are) with its paired `± standard error`, and `front`: no other file is as small and as good."""
-    lines = []
-    for row in rows:
-        ratio, error = ratio_with_error(row["losses"], dense)
-        shown = {name: row[name] for name in ("model", "type", "bytes")}
-        lines.append(shown | {"times dense": ratio, "± standard error": error})
-    found = pd.DataFrame(lines)
-    return found.assign(front=on_front(found["bytes"], found["times dense"]))
-
-
-def on_front(size: pd.Series, damage: pd.Series) -> list[bool]:
-    """Which points no other point beats: none is at most as large and at most as bad, and better in one of the two."""
-    points = list(zip(size, damage, strict=True))
-    return [not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points) for x, y in points]
-
-
-def prune_or_quantise(rows: Rows, dense: str = "dense") -> pd.DataFrame:
-    """Every file of a pruned model beside the best file of the model `dense` that is no larger.
-
-    Returns:
-        A line for each pruned file: `file`, `bytes`, `way` (prune, both), `rival`, `rival bytes`, `times rival` with
-        the paired `± error`, and `verdict`: better or worse than the rival, not told apart from it, or no rival.
-    """
-    rivals = [row for row in rows if row["model"] == dense]
-    lines = []
-    for row in (row for row in rows if row["model"] != dense):
-        line = {"file": f"{row['model']} {row['type']}", "bytes": row["bytes"]}
-        line["way"] = "both" if row["type"] in KINDS[1:] else "prune"
-        smaller = [rival for rival in rivals if rival["bytes"] <= row["bytes"]]
-        lines.append(line | _beside(row, min(smaller, key=lambda rival: rival["losses"].mean(), default=None)))
-    return pd.DataFrame(lines)
-
-
-def _beside(row: dict, rival: dict | None) -> dict[str, Any]:
-    if rival is None:
-        return {"rival": None, "verdict": "no rival"}
-    ratio, error = ratio_with_error(row["losses"], rival["losses"])
-    shown = {"rival": f"{rival['model']} {rival['type']}", "rival bytes": rival["bytes"]}
-    return shown | {"times rival": ratio, "± error": error, "verdict": told_apart(ratio, error)}
-
-
-def verdict(beside: pd.DataFrame) -> list[str]:
-    """What `prune_or_quantise` comes to, in lines to print."""
-    lines = []
-    for way, words in (("prune", "pruned only"), ("both", "pruned and quantised")):
-        part = beside[beside["way"] == way]
-        counts = part["verdict"].value_counts().reindex(["better", "worse", "not told apart", "no rival"], fill_value=0)
-        said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        lines.append(f"{len(part)} files {words}, each beside the best dense file that is no larger: {said}")
-    return [*lines, f"for the same file size: {_advice(beside)}"]
-
-
-def _advice(beside: pd.DataFrame) -> str:
-    files = {verdict: rows["file"].tolist() for verdict, rows in beside.groupby("verdict")}
-    lost, open_ = files.get("worse", []), files.get("not told apart", [])
-    if won := files.get("better"):
-        said = f"prune where that wins ({', '.join(won)}), else quantise alone"
-    elif lost:
-        said = "quantise, do not prune" + (f" ({', '.join(open_)}: not told apart)" if open_ else "")
-    else:
-        said = "pruning and quantising are not told apart"
-    alone = beside.loc[beside["verdict"] == "no rival", "bytes"]
-    return said + (f"; only pruning as well makes files of {alone.max() / 1e6:.1f} MB and less" if len(alone) else "")
 
 
 # ---------------------------------------------------------------- widths
