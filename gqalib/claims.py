@@ -209,9 +209,10 @@ def how_far(models: pd.DataFrame, targets: Sequence[float]) -> pd.DataFrame:
         targets: ratios.
 
     Returns:
-        For each target and recovery the smallest model within the target: its row, and `target`. Nothing where none is.
+        For each target and recovery the smallest model within the target, of several of that size the best: its row,
+        and `target`. Nothing where none is.
     """
-    by_size = models.sort_values("backbone_removed_percent")
+    by_size = models.sort_values(["backbone_removed_percent", "ratio"], ascending=[True, False])
     within = pd.concat([by_size[by_size["ratio"] <= target].assign(target=target) for target in targets])
     smallest = within.groupby(["target", "recovery"], sort=False, as_index=False).last(skipna=False)
     return smallest[["target", "recovery", "ratio", "error", "backbone_removed_percent", "parameters_kept_percent"]]

@@ -74,7 +74,8 @@ def test_a_paragraph_follows_its_row():
 
 def test_how_far():
     models = pd.DataFrame(
-        [("none", 1.04, 20), ("none", 1.2, 40), ("none", 1.06, 30), ("logits", 1.04, 60), ("logits", 3.0, 90)],
+        [("none", 1.04, 20), ("none", 1.2, 40), ("none", 1.06, 30)]
+        + [("logits", 1.04, 60), ("logits", 1.05, 60), ("logits", 3.0, 90)],
         columns=["recovery", "ratio", "backbone_removed_percent"],
     ).assign(parameters_kept_percent=lambda rows: 100 - rows["backbone_removed_percent"], error=0.02)
     found = how_far(models, [1.01, 1.05, 1.25])

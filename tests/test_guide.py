@@ -12,7 +12,8 @@ from gqalib.run.notebook import NOTEBOOKS, Notebook
 
 def row(method, fraction, ratio, seconds, note=""):
     return {"method": method, "fraction": fraction, "ratio": ratio, "seconds": seconds, "note": note, "error": 0.01,
-            "peak_mib": 100.0, "backbone_removed_percent": 100 * fraction - 2 * (method == "ShortGPT")}  # fmt: skip
+            "peak_mib": 100.0, "backbone_removed_percent": 100 * fraction - 2 * (method == "ShortGPT"),
+            "parameters_kept_percent": 100 - 80 * fraction}  # fmt: skip
 
 
 FRONTIER = [row(OWN, 0.25, 1.10, 20), row("FLAP", 0.25, 1.12, 2), row("ShortGPT", 0.25, 1.05, 0.1)]
@@ -26,7 +27,7 @@ RECORDS = {
     "10_frontier": {"frontier": FRONTIER, "other_text": [{"method": OWN, "times": 1.1, "± standard error": 0.01}]},
     "11_search": {
         "plans": [{"plan": "uniform", "times dense": 1.7, "± standard error": 0.02}],
-        "how_far": [{"target": target, "backbone_removed_percent": 31.0} for target in (1.25, 1.92)],
+        "how_far": [{"target": target, "backbone_removed_percent": 31.0} for target in (1.01, 1.25, 1.92)],
     },
     "12_distillation": {
         "starts": [START | {"start": "founding-50"}, START | {"start": "refitted-50"},
@@ -58,12 +59,13 @@ def test_guide(after, said, tmp_path, monkeypatch, capsys):
     assert f"remove 50 %: {OWN}, 1.50 × dense in 20 s\n" in out  # nothing else is near
     assert f"train 1,000 tokens (logits) after {OWN} at 50.0 %: {said} (1.50 → {after:.2f} × dense, 9 s)" in out
     assert "training needs 2.00 GB at most" in out
-    assert "; only pruning as well makes files of 3.0 MB and less\n" in out
+    assert "; in these types, only pruned files weigh 3.0 MB or less\n" in out
     assert "decode of v3: 1.10 to 1.30 times as fast as dense, where its size allows 1.50 to 1.50 (07)" in out
     assert names["nb"].metrics["removed_at_1.25"]["value"] == 50
-    learned = "25 % (untrained: 1.20 ± 0.01); 50 % (logits of the dense model: 1.20 ± 0.01)"
+    learned = "25 % (untrained: 1.10 ± 0.01); 50 % (logits of the dense model: 1.20 ± 0.01)"
     assert f"1.25 × dense: this much of the backbone can go: {learned}\n" in out
-    assert "at most 1.92 × dense: this much of the backbone can go: no measured model\n" in out
+    assert "at most 1.92 × dense: this much of the backbone can go: 50 % (untrained: 1.50 ± 0.01); " in out  # 10's
+    assert "at most 1.01 × dense: this much of the backbone can go: no measured model\n" in out
     assert "rates by another plan, × dense: uniform 1.70 ± 0.02\n" in out and f"to be worse for it: {OWN}\n" in out
     another = "on the second text the trained sizes stand in another order, the best first: 25 %, 50 %\n"
     assert (another in out) == (after < QUARTER["times dense"])  # there the quarter is ahead
