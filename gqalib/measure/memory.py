@@ -9,8 +9,8 @@ is not added up. Bytes; GB = 1e9. What was measured beside it stands in every re
 
 Forward passes take larger batches where there is room (`stream.tokens_at_once`): then the peak is higher and the need
 is not. A process' resident set, the measured peak on a CPU, also has what the C library keeps of what was freed: with
-both it has been up to 2.2 times the need in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for more time; the tests measure
-like that.
+both it has been up to 2.2 times the need in a notebook. `MALLOC_MMAP_THRESHOLD_=65536` gives it back at once, for
+more time; the tests measure like that.
 """
 
 import contextlib
