@@ -127,14 +127,11 @@ def heatmap(ax: plt.Axes, values: np.ndarray, label: str, change: bool = False) 
 
 
 def perplexity_dots(
-    ax: plt.Axes, names: Sequence[str], values: Sequence[float], dense: float, errors: Sequence[float] | None = None
+    ax: plt.Axes, names: Sequence[str], values: Sequence[float], dense: float, errors: Sequence[float]
 ) -> None:
-    """A dot per model on a logarithmic axis, models down, its value beside it, the dense model as a dashed line.
-
-    Args:
-        errors: standard errors of the values, of which two are drawn each way.
-    """
-    reach = 2 * np.array(np.zeros(len(values)) if errors is None else errors, dtype=float)
+    """A dot per model on a logarithmic axis, models down, with two standard errors each way, its value beside it, and
+    the dense model as a dashed line."""
+    reach = 2 * np.array(errors, dtype=float)
     finite = np.isfinite(np.array(values, dtype=float))
     drawn = np.where(finite, values, dense)
     for position, (name, value, place, error) in enumerate(zip(names, values, drawn, reach, strict=True)):

@@ -46,7 +46,7 @@ def test_dots_of_perplexities_have_two_errors_and_say_what_is_no_number():
 
 def test_numbers_of_a_wide_axis_do_not_collide():
     fig, ax = plt.subplots()
-    figures.perplexity_dots(ax, ["v3", "v2"], [100.0, 3.9e6], 44.6)
+    figures.perplexity_dots(ax, ["v3", "v2"], [100.0, 3.9e6], 44.6, [0, 0])
     fig.canvas.draw()
     low, high = ax.get_xlim()
     numbers, between = ([x for x in ax.get_xticks(minor=minor) if low <= x <= high] for minor in (False, True))

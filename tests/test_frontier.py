@@ -82,7 +82,7 @@ def test_a_preparation_changes_the_seconds_only(name, text, windows, logits_of):
 def test_widths_are_multiples(text, windows, monkeypatch):
     """Of the own methods and of the peers alike, on 24 channels, which are none."""
     monkeypatch.setattr(frontier, "describe", lambda model, *_: {"widths": shapes.layer_shapes(model).iloc[:, 2]})
-    monkeypatch.setattr(frontier, "measured_on", lambda model: nullcontext(frontier.Used()))
+    monkeypatch.setattr(frontier, "measured", lambda *places: nullcontext(frontier.Used()))
     names = [name for name in frontier.METHODS if name not in frontier.NO_MULTIPLE]
     rows = frontier.frontier(small_model(), [text], windows, [0.25], names, multiple=5)
     assert len(names) == 13 and (rows["note"] == "").all()

@@ -115,7 +115,7 @@ def test_a_model_on_several_cards(monkeypatch):
     places, said = [SimpleNamespace(device=torch.device(name)) for name in ("cuda:1", "cuda:0", "cpu", "meta")], []
     spread = SimpleNamespace(parameters=lambda: places, device=places[0].device)
     monkeypatch.setattr(memory, "free_bytes", lambda device: {"cuda:0": 2, "cuda:1": 3}[str(device)] * 10**9)
-    monkeypatch.setattr(memory, "measured", lambda device: contextlib.nullcontext(Used(1.0, 10**9)))
+    monkeypatch.setattr(memory, "measured", lambda *cards: contextlib.nullcontext(Used(1.0, len(cards) * 10**9)))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * 10**9)
     with memory.stage("sweep", {"weights": 8 * 10**9, "streams": 5 * 10**9}, spread, say=said.append) as peak:
         pass

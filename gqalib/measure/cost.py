@@ -159,14 +159,14 @@ class Used:
 
 
 @contextlib.contextmanager
-def measured(device: torch.device | str, every_s: float = 0.005) -> Iterator[Used]:
+def measured(*devices: torch.device | str, every_s: float = 0.005) -> Iterator[Used]:
     """Wall time and memory of the block, filled in when it ends, by an error or not.
 
-    On a GPU the memory is the allocator's, and the host's is left out; on a CPU it is the process' resident set, looked
-    at `every_s` seconds by a thread, so a peak that is shorter can be missed.
+    On GPUs the memory is the allocators', of all these cards together, and the host's is left out; on a CPU it is the
+    process' resident set, looked at `every_s` seconds by a thread, so a peak that is shorter can be missed.
     """
-    on_gpu = torch.device(device).type == "cuda"
-    used, watch = Used(), _GpuWatch(device) if on_gpu else _CpuWatch(every_s)
+    on_gpu = torch.device(devices[0]).type == "cuda"
+    used, watch = Used(), _GpuWatch(*devices) if on_gpu else _CpuWatch(every_s)
     with old_objects_left_alone():
         before = watch.now()
         watch.begin()
@@ -201,26 +201,28 @@ class _GpuWatch:
 
     under_way: ClassVar[list["_GpuWatch"]] = []
 
-    def __init__(self, device: torch.device | str):
-        self.device, self.most = device, 0
+    def __init__(self, *devices: torch.device | str):
+        self.devices, self.most = devices, dict.fromkeys(devices, 0)
 
     def now(self) -> int:
-        return torch.cuda.memory_allocated(self.device)
+        return sum(map(torch.cuda.memory_allocated, self.devices))
 
     def begin(self) -> None:
         self._tell()
-        torch.cuda.reset_peak_memory_stats(self.device)
+        for device in self.devices:
+            torch.cuda.reset_peak_memory_stats(device)
         self.under_way.append(self)
 
     def end(self) -> int:
         self._tell()
         self.under_way.remove(self)
-        return self.most
+        return sum(self.most.values())
 
     def _tell(self) -> None:
-        torch.cuda.synchronize(self.device)
+        for device in self.devices:
+            torch.cuda.synchronize(device)
         for watch in self.under_way:
-            watch.most = max(watch.most, torch.cuda.max_memory_allocated(watch.device))
+            watch.most = {d: max(most, torch.cuda.max_memory_allocated(d)) for d, most in watch.most.items()}
 
 
 class _CpuWatch(threading.Thread):

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from gqalib.errors import InputError
-from gqalib.measure.cost import Used, old_objects_left_alone
-from gqalib.measure.memory import measured_on
+from gqalib.measure.cost import Used, measured, old_objects_left_alone
+from gqalib.measure.memory import places
 from gqalib.measure.perplexity import ratio_with_error, told_apart, window_losses
 from gqalib.model.shapes import count_parameters, decoder_layers, size_of
 from gqalib.peers import controls, depth, flap, llm_pruner, osscar, torch_pruning, two_ssp, wanda_sp
@@ -133,7 +133,7 @@ def prepare(name: str, dense: nn.Module, windows: torch.Tensor, multiple: int = 
         return None
     model = copy.deepcopy(dense)
     try:
-        with measured_on(dense) as used:
+        with measured(*places(dense)) as used:
             options = {"multiple": multiple} if PREPARATIONS[name] is covariances_and_table else {}
             found = PREPARATIONS[name](model, windows, **options)
     except IMPOSSIBLE:  # the method will run into it again, and its row will say so
@@ -160,7 +160,7 @@ def try_method(
     options = {"multiple": multiple} if multiple > 1 and name not in NO_MULTIPLE else {}
     row = {"method": name, "fraction": fraction, "note": ""}
     try:
-        with measured_on(dense) as used:
+        with measured(*places(dense)) as used:
             METHODS[name](model, windows, fraction, *([prepared.found] if prepared else []), **options)
         if name not in DEPTH:
             check_budget(model, dense, fraction, **options)

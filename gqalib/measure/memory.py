@@ -23,7 +23,7 @@ from torch import nn
 from gqalib import stream
 from gqalib.device import in_bf16
 from gqalib.errors import InputError
-from gqalib.measure.cost import Used, free_bytes, measured, weight_bytes
+from gqalib.measure.cost import free_bytes, measured, weight_bytes
 from gqalib.model import attention
 from gqalib.model.shapes import decoder_layers, layer_shapes
 from gqalib.recover.optimizer import STACK
@@ -205,20 +205,6 @@ def places(model: nn.Module) -> list[torch.device]:
 
 
 @contextlib.contextmanager
-def measured_on(model: nn.Module) -> Iterator[Used]:
-    """`cost.measured` on all of a model's `places`; bytes are their sums."""
-    used = Used()
-    try:
-        with contextlib.ExitStack() as stack:
-            parts = [stack.enter_context(measured(device)) for device in places(model)]
-            yield used
-    finally:
-        used.seconds = parts[0].seconds
-        used.peak_bytes = sum(part.peak_bytes for part in parts)
-        used.held_bytes = sum(part.held_bytes for part in parts)
-
-
-@contextlib.contextmanager
 def stage(
     name: str, terms: Terms, model: nn.Module, knob: str = "give fewer or shorter examples", say: Callable = print
 ) -> Iterator[Peak]:
@@ -243,9 +229,8 @@ def stage(
     peak, before = Peak(total / 1e9, free / 1e9), weights
     if devices[0].type == "cuda":
         before = sum(map(torch.cuda.memory_allocated, devices))
-    used = Used()
     try:
-        with measured_on(model) as used:
+        with measured(*devices) as used:
             yield peak
     finally:
         peak.peak_gb, peak.seconds = (before + used.peak_bytes) / 1e9, used.seconds

@@ -156,7 +156,8 @@ def above_chance_kept(
         own = own - (chance if start is None else _right(start, name, group["example"]))
         reference, samples = reference - chance, tasks.independent(group)
         if reference.mean() > SURE * tasks.standard_error(reference, samples):
-            found[name] = _quotient(own, reference, samples)
+            r = own.mean() / reference.mean()  # its error by the delta method, of paired examples
+            found[name] = r, tasks.standard_error(own - r * reference, samples) / reference.mean()
     if not found:
         return math.nan, math.nan, []
     shares, errors = zip(*found.values(), strict=True)
@@ -176,13 +177,6 @@ def nats_change(rows: pd.DataFrame, other: pd.DataFrame, names: Sequence[str]) -
 
 def _right(rows: pd.DataFrame, name: str, examples: pd.Series) -> np.ndarray:
     return rows[rows["task"] == name].set_index("example")["right"].loc[examples].to_numpy()
-
-
-def _quotient(own: np.ndarray, reference: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
-    """r = mean(own) / mean(reference) of paired examples, and its standard error by the delta method: that of the mean
-    of (own − r · reference) / mean(reference)."""
-    r = own.mean() / reference.mean()
-    return r, tasks.standard_error(own - r * reference, samples) / reference.mean()
 
 
 def verdict(rows: Rows) -> list[str]:
@@ -298,7 +292,7 @@ def other_text(
         longest = model.config.max_position_embeddings
         for length in sorted({min(ev.short_window, longest), min(ev.long_window, longest)}):
             windows = evaluation_windows(corpus, "test", tokenizer, length, ev.num_tokens)
-            losses = kept.of(model, windows).once("losses", partial(_losses, model, windows))["losses"]
+            losses = kept.of(model, windows).once("losses", lambda: {"losses": window_losses(model, windows)})["losses"]
             text = {"text": Path(corpus.split(":")[-1]).name, "window": length, "test_tokens": windows.numel()}
             seen.setdefault(length, {})[name] = losses
             rows.append(text | {"model": name} | _quality(losses, seen[length][next(iter(models))]))
@@ -309,10 +303,6 @@ def other_text(
         how = f"{ratio:.3f} ± {error:.3f} times its perplexity, {told_apart(ratio, error)}"
         print(f"{name} against {start}, windows of {length}: {how}")
     return table.round(3)
-
-
-def _losses(model: nn.Module, windows: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"losses": window_losses(model, windows)}
 
 
 def _quality(losses: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:

@@ -108,7 +108,8 @@ def report(options: Namespace) -> None:
 
 def prune(options: Namespace) -> None:
     """Make a model smaller: any Llama, from folder or hub into a folder, without a preset."""
-    _check(options.corpus, "train", options.model)
+    check_model(options.model)
+    check_corpus(options.corpus, "train")
     out = new_place(options.out)
     cut = {field.name: vars(options)[field.name] for field in fields(Cut)}
     cut |= {name: _value(text) for name, text in cut.items() if isinstance(text, str) and name != "corpus"}
@@ -148,7 +149,9 @@ def serve(options: Namespace) -> None:
 def evaluate(options: Namespace) -> None:
     """Perplexity and size of a model, alone or against another one on the same text."""
     check_positive(tokens=options.tokens, limit=options.limit)
-    _check(options.corpus, "test", options.model, *filter(None, [options.against]))
+    for model in filter(None, (options.model, options.against)):
+        check_model(model)
+    check_corpus(options.corpus, "test")
     from gqalib.measure import tasks
 
     names = tasks.check_tasks(options.tasks.split(","), options.run_code) if options.tasks else []
@@ -165,12 +168,6 @@ def evaluate(options: Namespace) -> None:
         how = {"limit": options.limit, "run_code": options.run_code}
         scored = [tasks.score_tasks(each, tokenizer, names, **how) for each in (model, against) if each]
         print(tasks.summary(*scored).to_string(index=False, float_format="{:.2f}".format))
-
-
-def _check(corpus: str, split: str, *models: str) -> None:
-    for model in models:
-        check_model(model)
-    check_corpus(corpus, split)
 
 
 def preset(options: Namespace) -> Preset:

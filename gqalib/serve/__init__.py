@@ -5,10 +5,12 @@ import re
 import signal
 import socket
 import subprocess
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.request import ProxyHandler, build_opener
 
 from gqalib.errors import InputError, new_place, reason
@@ -103,11 +105,18 @@ def cause(log: IO[bytes], error: re.Pattern | None = None) -> str:
     return (errors or lines[-1:] or [""])[0].strip()
 
 
-def end_session(process: subprocess.Popen) -> None:
-    """End a process that began a session of its own; whatever is left of that after a while is killed."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(END)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+@contextmanager
+def session(command: list[str], **how: Any) -> Iterator[tuple[subprocess.Popen, IO[bytes]]]:
+    """A process in a session of its own, which ends with the block, and its log; whatever is left of the session after
+    a while is killed."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, **{"stdout": log, "stderr": log, "start_new_session": True} | how)
+        try:
+            yield process, log
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -10,16 +10,14 @@ import json
 import math
 import random
 import re
-import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from gqalib.errors import InputError, one_sentence
 from gqalib.run.notebook import machine
 from gqalib.run.resume import NOT_KEPT, Progress
-from gqalib.serve import cause, end_session
+from gqalib.serve import cause, session
 from gqalib.serve.server import Server, num_threads
 from gqalib.stream import batches
 
@@ -47,11 +45,6 @@ GUIDELLM = {  # what it calls our numbers
 ERROR = re.compile(r"^([\w.]*Error: .+)")  # in what it says
 LONGEST = 120  # seconds of a load by guidellm, which then ends by itself, whoever is still there
 Urls = dict[str, str]  # of servers, without /v1, by name
-
-
-def missing_packages() -> list[str]:
-    """Those of `PACKAGES` that are not installed."""
-    return [name for name in PACKAGES if not find_spec(name)]
 
 
 def client_of(url: str):
@@ -157,23 +150,14 @@ def guidellm(
         data, out = Path(folder) / "prompts.jsonl", Path(folder) / "found.json"
         data.write_text("".join(json.dumps(line) + "\n" for line in asked), encoding="utf-8")
         options = _guidellm_options(url, Path(folder), data, out, len(asked), at_once)
-        with one_sentence(f"{program} does not come to an end", "see whether the server answers"):
-            said = _run([program, "run", *options])
+        unended = one_sentence(f"{program} does not come to an end", "see whether the server answers")
+        with unended, session([program, "run", *options]) as (process, log):
+            process.wait(2 * LONGEST)
+            said = cause(log, ERROR)
         if not out.exists():
             raise InputError(f"{program} ended without a result: {said or 'nothing said'}")
         found = json.loads(out.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
     return {name: found[of]["successful"][which] for name, (of, which) in GUIDELLM.items()}
-
-
-def _run(command: list[str]) -> str:
-    """Run a program to its end, and no process of it longer; its first error, or the last that it said."""
-    with TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            process.wait(2 * LONGEST)
-            return cause(log, ERROR)
-        finally:
-            end_session(process)
 
 
 def _guidellm_options(url: str, tokenizer: Path, data: Path, out: Path, num_requests: int, at_once: int) -> list[str]:
@@ -270,15 +254,11 @@ def share(rows: pd.DataFrame, what: str, by: str, names: Sequence[str]) -> dict[
 
 
 def mcnemar(first: Sequence[int], second: Sequence[int]) -> dict[str, Any]:
-    """The exact test of McNemar (1947) on answers to the same questions, 1 for a right one.
+    """The exact test of McNemar (1947) on answers to the same questions, 1 for a right one: p is that of `only_second`
+    heads in as many throws of a fair coin as there are questions on which one is right and the other wrong.
 
-    Only questions count on which one is right and the other wrong. If both were equally good, each of these would be as
-    likely to favour the one as the other: p is that of `only_second` heads in so many throws of a fair coin.
-
-    The difference's 95 % interval is that of Bonett and Price (2012), "Adjusted Wald confidence interval for a
-    difference of binomial proportions based on paired data": with one more example that only the first has right, and
-    one more that only the second has, it is d ± 1.96 √((p₁ + p₂ − d²) / (n + 2)), d = p₂ − p₁. Fagerland, Lydersen and
-    Laake (2014) recommend it. Close to p = 0.05 it may contain 0 where the test rejects, or the other way round.
+    The 95 % interval is Bonett and Price's (2012) adjusted Wald, which Fagerland, Lydersen and Laake (2014) recommend:
+    with one more example on either side d ± 1.96 √((p₁ + p₂ − d²) / (n + 2)), d = p₂ − p₁.
 
     Returns:
         `examples`, `both`, `only_first`, `only_second`, `neither`, `difference` (second less first, in percentage

@@ -46,10 +46,6 @@ class Stored:
         block, size = GGML_QUANT_SIZES[self.kind]
         return self.values.numel() // block * size
 
-    def data(self, head_dim: int) -> np.ndarray:
-        """The values as the file has them, rows of q and k in llama.cpp's order."""
-        return gguf.quants.quantize(deci.neighbours(self.name, self.values, head_dim).float().numpy(), self.kind)
-
 
 def export(source: str, out: Path, kind: str = "f16") -> str:
     """Write a model as a .gguf file, which appears whole or not at all.
@@ -152,7 +148,8 @@ def write(file: Path, tensors: dict[str, Stored], config: GqaLlamaConfig, fields
         for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file):
             step()
         for tensor in tensors.values():
-            writer.write_tensor_data(tensor.data(config.head_dim))
+            values = deci.neighbours(tensor.name, tensor.values, config.head_dim)
+            writer.write_tensor_data(gguf.quants.quantize(values.float().numpy(), tensor.kind))
     finally:
         writer.close()
 

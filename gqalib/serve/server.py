@@ -1,7 +1,7 @@
 """A .gguf file behind an OpenAI-compatible server on this machine: llama.cpp's own, by xllamacpp.
 
 It runs in a process of its own, so that a notebook's interrupt or crash does not touch it, and ends when the standard
-input that we hold open for it closes: when `stop` closes it, or when this process is gone, however it went.
+input that we hold open for it closes: when `with` closes it, or when this process is gone, however it went.
 """
 
 import json
@@ -10,14 +10,14 @@ import re
 import select
 import subprocess
 import sys
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from gqalib.errors import InputError, one_sentence
-from gqalib.serve import HOST, OPENER, cause, check_serve, end_session
+from gqalib.serve import HOST, OPENER, cause, check_serve, session
 
 GREETING = """\
 {name}: {n_params:,} parameters, {size:,} bytes, mostly {ftype}; {parallel} requests at a time, of {n_ctx:,} tokens each
@@ -55,14 +55,12 @@ class Server:
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", __name__, json.dumps(self.options)]
-        self._log = tempfile.TemporaryFile()
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
-        self._process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)  # interrupts are ours
-        try:
+        with ExitStack() as stack:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self._process, self._log = stack.enter_context(session(command, **pipes))  # interrupts are ours
+            stack.enter_context(self._process.stdout), stack.enter_context(self._process.stdin)
             self._wait_until_it_answers()
-        except BaseException:
-            self.stop()
-            raise
+            self._end = stack.pop_all()
         return self
 
     def _wait_until_it_answers(self) -> None:
@@ -78,14 +76,8 @@ class Server:
             _get(f"{self.url}/health")
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
         """End the process; requests under way are dropped."""
-        self._process.stdin.close()
-        end_session(self._process)
-        self._process.stdout.close()
-        self._log.close()
+        self._end.close()
 
     def wait(self) -> str:
         """How the server has ended, when it has by itself: its exit status, and the last line of its log."""
@@ -133,17 +125,10 @@ def _get(url: str) -> str:
 # ---------------------------------------------------------------- in the server's process
 
 
-def _serve(options: dict[str, Any]) -> None:
+def _serve(model: str, port: int, context: int, parallel: int, threads: int) -> None:
     """Load the model, print the address, and stay until standard input closes; light: no torch."""
-    import xllamacpp
+    import xllamacpp as llama
 
-    server = xllamacpp.Server(_params(xllamacpp, **options))
-    print(server.listening_address, flush=True)
-    sys.stdin.read()
-    os._exit(0)  # its own end would wait for the requests under way
-
-
-def _params(llama, model: str, port: int, context: int, parallel: int, threads: int):
     params = llama.CommonParams()
     params.model.path, params.model_alias = model, {Path(model).name}
     params.hostnames, params.port = [HOST], port
@@ -153,8 +138,11 @@ def _params(llama, model: str, port: int, context: int, parallel: int, threads: 
     params.cache_ram_mib = 0  # prompts of the past are kept with their requests' caches, not beside them
     params.endpoint_metrics, params.cors_origins = True, HOST  # no web page but its own may call it
     params.verbosity = 1  # errors
-    return params
+    server = llama.Server(params)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+    os._exit(0)  # its own end would wait for the requests under way
 
 
 if __name__ == "__main__":
-    _serve(json.loads(sys.argv[1]))
+    _serve(**json.loads(sys.argv[1]))

@@ -22,12 +22,8 @@ MARKER = 0.017  # half a marker's height, of its perplexity
 def table(rows: Rows, dense: torch.Tensor) -> pd.DataFrame:
     """A line for each file: `model`, `type`, `bytes`, `times dense` (perplexity relative to the model whose losses
     `dense` are) with its paired `± standard error`, and `front`: no other file is as small and as good."""
-    lines = []
-    for row in rows:
-        ratio, error = ratio_with_error(row["losses"], dense)
-        shown = {name: row[name] for name in ("model", "type", "bytes")}
-        lines.append(shown | {"times dense": ratio, "± standard error": error})
-    found = pd.DataFrame(lines)
+    found = pd.DataFrame(rows, columns=["model", "type", "bytes"])
+    found[["times dense", "± standard error"]] = [ratio_with_error(row["losses"], dense) for row in rows]
     return found.assign(front=on_front(found["bytes"], found["times dense"]))
 
 

@@ -15,19 +15,17 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from statistics import fmean
-from typing import IO
 from urllib.request import Request
 
 from gqalib.errors import InputError, one_sentence
 from gqalib.model.names import check_model
-from gqalib.serve import HOST, OPENER, cause, end_session
+from gqalib.serve import HOST, OPENER, cause, session
 
 TOKENS = 128  # of the text, or as many as the model takes
 TOLERANCE = 1e-4  # nats, of the mean difference in float32; rounding to dtype comes on top
@@ -54,26 +52,18 @@ def server(folder: str, dtype: str, options: list[str]) -> Iterator[str]:
     Raises:
         InputError: it does not come up, or gives no answer in the block; with the first error that it logged.
     """
-    with tempfile.TemporaryFile() as log:
-        process, url = _start(folder, dtype, options, log)
-        try:
-            _wait(process, url)
-            yield url
-        except (OSError, HTTPException) as error:  # no answer, or one that says no
-            why = f"vLLM does not serve {folder} ({cause(log, ERROR) or 'it said nothing'})"
-            raise InputError(f"{why}: see the limits in README, Serve with vLLM") from error
-        finally:
-            end_session(process)
-
-
-def _start(folder: str, dtype: str, options: list[str], log: IO[bytes]) -> tuple[subprocess.Popen, str]:
     with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", dtype]
     command += ["--enforce-eager", *options, "--host", HOST, "--port", str(port)]
     environment = {"TORCHDYNAMO_DISABLE": "1"} | os.environ  # compiling what reads log-probabilities takes minutes
-    how = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True, "preexec_fn": _end_with_parent}
-    return subprocess.Popen(command, env=environment, **how), f"http://{HOST}:{port}"
+    with session(command, env=environment, preexec_fn=_end_with_parent) as (process, log):
+        try:
+            _wait(process, url := f"http://{HOST}:{port}")
+            yield url
+        except (OSError, HTTPException) as error:  # no answer, or one that says no
+            why = f"vLLM does not serve {folder} ({cause(log, ERROR) or 'it said nothing'})"
+            raise InputError(f"{why}: see the limits in README, Serve with vLLM") from error
 
 
 def _end_with_parent() -> None:

@@ -24,7 +24,9 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str,
         InputError: it is neither SentencePiece's nor one that `deci.PRE_TOKENIZERS` names, or has more tokens than
         rows.
     """
-    parts = _parts(tokenizer)
+    parts = {"model": {"type": type(tokenizer).__name__}, "pre_tokenizer": None}
+    if tokenizer.is_fast:  # tokenizer.json, without what has no part in the tokens
+        parts = json.loads(tokenizer.backend_tokenizer.to_str().replace('"trim_offsets":false', '"trim_offsets":true'))
     fields, vocab = _rule(tokenizer, parts, rows), parts["model"]["vocab"]
     if (last := max(vocab.values())) >= rows:
         raise InputError(
@@ -57,13 +59,6 @@ def _rule(tokenizer: PreTrainedTokenizerBase, parts: dict[str, Any], rows: int) 
         if (token := model["vocab"]["".join(pair)]) < rows:
             scores[token] = -float(place)
     return {"tokenizer_model": "llama", "token_scores": scores, "add_space_prefix": prefix}
-
-
-def _parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """tokenizer.json, without what has no part in the tokens."""
-    if not tokenizer.is_fast:
-        return {"model": {"type": type(tokenizer).__name__}, "pre_tokenizer": None}
-    return json.loads(tokenizer.backend_tokenizer.to_str().replace('"trim_offsets":false', '"trim_offsets":true'))
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, rows: int) -> Iterator[tuple[str, Any]]:

@@ -61,21 +61,18 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        self._read()
 
     def _go_on(self) -> None:
-        while not self._end.wait(self.every):
-            self._read()
-
-    def _read(self) -> None:
-        row = {"up": 0.0}
-        with suppress(OSError, HTTPException, ValueError):  # as Prometheus has it: then there are no other metrics
-            row = {"up": 1.0} | read_metrics(self.url)
-        self._rows[pd.Timestamp.now()] = row
-        if self._page:
-            figure = Figure(figsize=(8, 3), layout="constrained")  # not pyplot's, which is the notebook's
-            draw(figure.subplots(1, 2), self.samples)
-            self._page.update(figure)
+        ended = False
+        while not ended:  # the last reading is that of the end
+            ended, row = self._end.wait(self.every), {"up": 0.0}
+            with suppress(OSError, HTTPException, ValueError):  # as Prometheus has it: then there are no other metrics
+                row = {"up": 1.0} | read_metrics(self.url)
+            self._rows[pd.Timestamp.now()] = row
+            if self._page:
+                figure = Figure(figsize=(8, 3), layout="constrained")  # not pyplot's, which is the notebook's
+                draw(figure.subplots(1, 2), self.samples)
+                self._page.update(figure)
 
 
 def tokens_per_second(samples: pd.DataFrame) -> pd.Series:
