@@ -6,10 +6,8 @@ pruned model's stream is before it: each sublayer also repairs what those in fro
 the same for q, k, v, gate and up before the cut: on the pruned stream they are to give what they gave on the dense one.
 After the cut gate and up are refitted together, by Gauss–Newton, for the one thing that counts, the MLP's output
 against Y; that and the refit of the output projection take turns. The same for q, k and v took more time and gained
-nothing on SmolLM2-135M and the reference model (LOG.md).
-
-Memory is for one sublayer at a time; `memory` has the sums. The weights of the layers done wait in host memory, so that
-an error leaves the model as it was.
+nothing on SmolLM2-135M and the reference model (LOG.md). Memory is for one sublayer at a time; `memory` has the sums.
+The weights of the layers done wait in host memory, so that an error leaves the model as it was.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -222,8 +220,7 @@ def _pull(
 
 @contextmanager
 def in_tf32(allowed: bool) -> Iterator[None]:
-    """Inside, a GPU may round the factors of float32 products to ten bits, which takes a sixth of the time, or may
-    not. A CPU does not."""
+    """Whether a GPU may round the factors of float32 products to ten bits, for a sixth of the time; a CPU does not."""
     backend = torch.backends.cuda.matmul
     before, backend.allow_tf32 = backend.allow_tf32, allowed
     try:
@@ -283,8 +280,7 @@ def sweep(
 
 
 def embedded(model: nn.Module, windows: Tensor) -> Tensor:
-    """The residual stream before the first layer, in float32: targets are small differences of large numbers; pinned
-    in host memory."""
+    """The residual stream before the first layer, pinned, in float32: targets are differences of large numbers."""
     stream = at_least_float32(advance(model, None, windows, 0, 0))
     return stream.pin_memory() if is_streamed(model) and torch.cuda.is_available() else stream
 
