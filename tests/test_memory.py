@@ -124,6 +124,17 @@ def test_a_model_on_several_cards(monkeypatch):
         memory.stage("sweep", {"streams": 6 * 10**9}, spread).__enter__()
 
 
+def test_what_fails_as_a_measurement_begins_is_said(model, monkeypatch):
+    """And not that nothing was measured."""
+
+    def fails(*devices):
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(memory, "measured", fails)
+    with pytest.raises(RuntimeError, match="no driver"), memory.stage("sweep", {"weights": 1}, model):
+        pass
+
+
 def test_of_several_stages_the_largest(model):
     single = {
         name: memory.expected(name, model, 8, 32) for name in ("layer removal", "all gradients", "sweep", "context")

@@ -23,7 +23,7 @@ from torch import nn
 from gqalib import stream
 from gqalib.device import in_bf16
 from gqalib.errors import InputError
-from gqalib.measure.cost import free_bytes, measured, weight_bytes
+from gqalib.measure.cost import Used, free_bytes, measured, weight_bytes
 from gqalib.model import attention
 from gqalib.model.shapes import decoder_layers, layer_shapes
 from gqalib.recover.optimizer import STACK
@@ -229,6 +229,7 @@ def stage(
     peak, before = Peak(total / 1e9, free / 1e9), weights
     if devices[0].type == "cuda":
         before = sum(map(torch.cuda.memory_allocated, devices))
+    used = Used()  # of a measurement that fails before it begins
     try:
         with measured(*devices) as used:
             yield peak
