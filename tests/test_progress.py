@@ -599,6 +599,17 @@ def test_progress_of_a_notebook(tmp_path, monkeypatch):
         assert notebook(tmp_path, **changes).progress("a").load("x") is None
 
 
+@pytest.mark.parametrize(("more", "forgets"), [
+    ({"budgets.curve": [64, 128]}, False), ({"long_run.num_tokens": 512}, False), ({"cost.contexts": [9]}, False),
+    ({"answers.prompts": ["Hello"]}, False), ({"distillation.alpha": 0.5}, True),
+])  # fmt: skip
+def test_asking_for_more_forgets_nothing(more, forgets, tmp_path):
+    reads = {part.partition(".")[0] for part in more}
+    notebook(tmp_path, reads=reads).progress("a").keep("x", 1)
+    found = notebook(tmp_path, overrides=more, reads=reads).progress("a").load("x")
+    assert found == (None if forgets else 1)
+
+
 def test_a_record_counts_what_an_earlier_run_took(tmp_path, capsys, monkeypatch):
     """And says nothing of its memory, which only that run could measure."""
     peaks = []

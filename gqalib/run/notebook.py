@@ -44,6 +44,7 @@ from gqalib.run.resume import FRAME, Part, Progress, alone_in, code_hash, lock, 
 SCHEMA = 1
 COMMITTED = REPOSITORY / "data" / "results"
 BASE = ("model", "corpus", "dtype", "evaluation_dtype", "device")  # what every notebook depends on
+ASKED = ("answers", "budgets", "cost", "long_run")  # which sizes, trainings and questions: each part names its own
 SHARED = "shared"  # the progress that belongs to no one notebook
 HELD = "GQALIB_LOCKED"  # in the environment of the notebooks that a runner starts: the folder that it has locked
 AT_ONCE = "GQALIB_AT_ONCE"  # how many notebooks the runner has running beside each other
@@ -299,10 +300,11 @@ class Notebook:
         """Where a long computation keeps what it has done so far; calls with other arguments may share one.
 
         A run with another parameter, seed, model or corpus file, device or version of anything finds nothing in it; one
-        where only the frame around the computation has changed finds everything.
+        that asks for more (`ASKED`), or where only the frame around the computation has changed, finds everything.
         """
-        key = self._reasons() | {"library": code_used(Path(f"{self.name}.ipynb"), FRAME)}
-        return Progress(progress_dir(self.run_dir, self.name) / name, key, self.name)
+        reasons = self._reasons() | {"library": code_used(Path(f"{self.name}.ipynb"), FRAME)}
+        parameters = {section: value for section, value in reasons["parameters"].items() if section not in ASKED}
+        return Progress(progress_dir(self.run_dir, self.name) / name, reasons | {"parameters": parameters}, self.name)
 
     def shared_progress(self, name: str, code: str) -> Progress:
         """`progress` that all notebooks of the run share, for what depends on its arguments, the run's model and
