@@ -131,7 +131,7 @@ def perplexity_dots(
 ) -> None:
     """A dot per model on a logarithmic axis, models down, with two standard errors each way, its value beside it, and
     the dense model as a dashed line."""
-    reach = 2 * np.array(errors, dtype=float)
+    reach = 2 * np.nan_to_num(np.array(errors, dtype=float))  # one window has no error
     finite = np.isfinite(np.array(values, dtype=float))
     drawn = np.where(finite, values, dense)
     for position, (name, value, place, error) in enumerate(zip(names, values, drawn, reach, strict=True)):

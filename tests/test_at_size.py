@@ -43,6 +43,14 @@ def test_speed(measured):
     assert {row["phase"] for row in tables["speed_unfused"]} == {"decode"}
 
 
+@pytest.mark.parametrize("contexts", [[16], [16, 999, 1000]])
+def test_speed_at_contexts_that_the_model_takes(contexts, measured, monkeypatch):
+    monkeypatch.setitem(SMALL, "cost.contexts", contexts)
+    tables = measured("speed")["tables"]
+    found = {row["context"] for row in tables["speed"]}
+    assert len(found) == min(len(contexts), 2) and len(tables["alignment"]) > 2
+
+
 def test_speed_in_turn(measured, monkeypatch):
     tables = measured("in_turn")["tables"]
     names = [row["model"] for row in tables["shapes"]]

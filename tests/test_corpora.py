@@ -74,6 +74,12 @@ def test_samples_are_spread():
     assert torch.equal(corpora.spread(rows, 999), rows) and corpora.spread(rows, 1).tolist() == [[0, 1]]
 
 
+def test_as_many_samples_as_a_cut_may_ask_for_differ():
+    rows = torch.arange(2 * 32 * 4).view(-1, 2)
+    samples = [tuple(corpora.spread(rows, 8, sample)[:, 0].tolist()) for sample in range(22)]
+    assert len(set(samples)) == 22
+
+
 def test_evaluation_windows_come_from_all_over_the_text(tmp_path):
     path = tmp_path / "stories.txt"
     path.write_text("<|endoftext|>".join("x" * (i + 1) for i in range(400)))

@@ -368,6 +368,9 @@ def test_impossible_input(student, windows, clone, tmp_path):
         distill(student, clone(student), windows[:0], FULL, tmp_path)
     with pytest.raises(InputError, match=r"has shape \[6, 1\].* length at least 2"):
         distill(student, clone(student), windows[:, :1], FULL, tmp_path)
+    for rows in ([], [{"input_ids": [1, 2, 3], "labels": [1, -100, -100]}]):
+        with pytest.raises(InputError, match="no rows, or one has no label after its first token"):
+            distill(student, clone(student), rows, FULL, tmp_path)
     assert same(weights(student), start)
 
 

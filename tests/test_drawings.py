@@ -44,6 +44,13 @@ def test_dots_of_perplexities_have_two_errors_and_say_what_is_no_number():
     plt.close(fig)
 
 
+def test_dots_of_one_window_have_no_errors():
+    fig, ax = plt.subplots()
+    figures.perplexity_dots(ax, ["dense", "v3"], [10.0, 20.0], 10.0, [math.nan, math.nan])
+    assert len(ax.texts) == 2 and not ax.collections and 20 < ax.get_xlim()[1] < 100
+    plt.close(fig)
+
+
 def test_numbers_of_a_wide_axis_do_not_collide():
     fig, ax = plt.subplots()
     figures.perplexity_dots(ax, ["v3", "v2"], [100.0, 3.9e6], 44.6, [0, 0])

@@ -13,6 +13,7 @@ import time
 
 import pandas as pd
 import pytest
+import yaml
 from conftest import is_running
 from test_series import write_notebook, write_series
 
@@ -239,6 +240,16 @@ def test_gather_means_and_figure(jobs, tmp_path):
     assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG" and not (tmp_path / ".grid.png").exists()
 
 
+def test_settings_that_are_lists_or_names_with_values(grid, tmp_path, notebooks):
+    varied = {"tasks_in_depth.limits": [{}, {"piqa": 3}], "cost.contexts": [[8], [8, 16]]}
+    text = yaml.safe_dump({"preset": "tiny", "notebooks": ["01"], "seeds": [0], "overrides": varied})
+    jobs = expand(read_grid(grid(text.replace("{", "{{").replace("}", "}}"))), tmp_path / "grid", notebooks)
+    for job in jobs:
+        finish(job, job.run_dir, perplexity_v3=1.0)
+    assert len(over_seeds(gather(jobs), ["perplexity_v3"])) == 4
+    draw(gather(jobs), tmp_path / "grid.png")
+
+
 def test_figure_of_any_grid(tmp_path):
     """Words instead of numbers, several settings, one run, far apart values, nothing finished."""
     base = {"run": "r", "seed": 0, "seconds": 1.0, "attempts": 1, "error": None}
@@ -267,13 +278,14 @@ def test_force_starts_from_nothing(jobs, command, monkeypatch):
 
     def tune_all(jobs, *_):
         for job in jobs:
-            started.append((job.run_dir.name, job.run_dir.exists()))
+            there = [path.name for path in job.run_dir.glob("**/*")]  # an empty folder, so that nothing is unpacked
+            started.append((job.run_dir.name, there))
             finish(job, job.run_dir, perplexity_v3=perplexity(job))
 
     monkeypatch.setattr(run_grid, "tune_all", tune_all)
     for arguments, count in (([], 6), ([], 6), (["--force"], 12)):
         assert main([*command, *arguments]) == 0 and len(started) == count
-    assert started == [(job.run_dir.name, False) for job in jobs] * 2
+    assert started == [(job.run_dir.name, there) for there in ([], ["progress"]) for job in jobs]
 
 
 def test_what_changed_while_it_ran_does_not_count(jobs, command, monkeypatch, capsys):

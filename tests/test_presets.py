@@ -13,7 +13,7 @@ from gqalib.model import shapes
 from gqalib.prune import founding
 from gqalib.run import presets
 from gqalib.run.cli import overrides
-from gqalib.run.presets import FOLDER, dotted_names, load_preset, preset_names
+from gqalib.run.presets import FOLDER, check_cut, dotted_names, load_preset, preset_names
 from gqalib.serve import BLOCK
 
 
@@ -169,6 +169,18 @@ def test_command_line_values():
         overrides(["c=[1,"])
     with pytest.raises(InputError, match="is no NAME=VALUE"):
         overrides(["pruning.mean_rate"])
+
+
+@pytest.mark.parametrize("limits", [{}, {"piqa": 3}])
+def test_an_override_takes_the_place_of_what_the_preset_says(limits):
+    assert load_preset("smollm2").tasks_in_depth.limits != limits
+    assert load_preset("smollm2", {"tasks_in_depth.limits": limits}).tasks_in_depth.limits == limits
+
+
+def test_a_cut_takes_as_many_samples_as_there_are():
+    assert check_cut(remove=0.25, seed=20).seed == 20
+    with pytest.raises(InputError, match="seed = 21 cannot be: it should be less than or equal to 20"):
+        check_cut(remove=0.25, seed=21)
 
 
 @pytest.mark.parametrize(("fractions", "middle"), [([0.5], 0.5), ([0.615, 0.25, 0.5], 0.5), ([0.7, 0.25], 0.25)])

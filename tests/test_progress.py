@@ -37,7 +37,7 @@ from gqalib.recover import lora as recover_lora
 from gqalib.recover.lora import finetune_lora
 from gqalib.recover.trainer import Watch, finish, place_of
 from gqalib.run import publish, resume, series
-from gqalib.run.notebook import SHARED, Notebook, code_used, progress_dir, read_record
+from gqalib.run.notebook import SHARED, Notebook, code_used, fingerprints, progress_dir, read_record
 from gqalib.run.presets import Distillation, load_preset
 from gqalib.run.resume import NOT_KEPT, PACKED_BYTES, Progress, digest, lock
 
@@ -648,6 +648,40 @@ def test_a_training_of_other_inputs_is_another(tmp_path):
     """Whatever its name says: a notebook's own parameters are in no preset."""
     rates = [notebook(tmp_path).trained("a", lambda _, rate=rate: rate, {"rate": rate}) for rate in (1, 2, 1)]
     assert rates == [1, 2, 1]
+
+
+def test_a_model_that_another_training_replaced_is_trained_again(tmp_path):
+    """There is one folder for it, and a row of each training."""
+    model = tmp_path / "models" / "taught"
+
+    def trained(tokens):
+        def train(_):
+            model.mkdir(parents=True, exist_ok=True)
+            (model / "tokens").write_text(str(tokens))
+            if tokens < 0:
+                raise Killed
+            return tokens
+
+        row = notebook(tmp_path).trained("a", train, {"tokens": tokens}, model=model)
+        return row, int((model / "tokens").read_text())
+
+    assert [trained(tokens) for tokens in (1, 1, 2, 1)] == [(1, 1), (1, 1), (2, 2), (1, 1)]
+    with pytest.raises(Killed):
+        trained(-1)
+    assert trained(1) == (1, 1)
+
+
+def test_progress_of_what_is_no_page_is_of_the_code(tmp_path, change_code):
+    notebook(tmp_path, "at_size_x").progress("a").keep("x", 1)
+    assert notebook(tmp_path, "at_size_x").progress("a").load("x") == 1
+    change_code(refit)
+    assert notebook(tmp_path, "at_size_x").progress("a").load("x") is None
+
+
+def test_a_folder_that_is_called_like_a_text_is_not_that_text(tmp_path, monkeypatch):
+    (tmp_path / "corpus").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert fingerprints({"model": "shape:tiny", "corpus": "random-tokens", "instructions": "corpus"}) == {}
 
 
 def test_a_record_of_a_text_that_has_changed_is_no_upstream(tmp_path, monkeypatch):

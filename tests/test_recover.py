@@ -292,6 +292,14 @@ def test_two_processes_are_taught_as_one(lessons, site, tmp_path):
     check_taught(tmp_path, 1e-5)
 
 
+def test_a_folder_of_somebody_else_is_not_taken_for_a_training(lessons, tmp_path, capsys):
+    (tmp_path / "one.training").mkdir()
+    (tmp_path / "one.training" / "thesis.txt").write_text("mine")
+    assert main([*lessons, "--out", str(tmp_path / "one")]) == 2
+    assert "one.training is there and is no training: move it away" in capsys.readouterr().err
+    assert (tmp_path / "one.training" / "thesis.txt").read_text() == "mine" and not (tmp_path / "one").exists()
+
+
 def test_shards_are_taught_as_one_also_when_they_are_stopped(lessons, site, tmp_path):
     two = [*lessons, "--out", str(tmp_path / "two")]
     assert main([*lessons, "--out", str(tmp_path / "one")]) == 0

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -23,12 +24,13 @@ from matplotlib.figure import Figure
 from openai import OpenAI
 from test_export import MODELS, SHAPE, byte_tokenizer, piece_tokenizer, uneven
 
+from gqalib import serve
 from gqalib.errors import InputError
 from gqalib.model import deci
 from gqalib.model.load import load_model, load_tokenizer, save_model
 from gqalib.run.cli import main
 from gqalib.serve import CONTEXT, export, vocabulary, watch
-from gqalib.serve.server import Server
+from gqalib.serve.server import Server, num_threads
 
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 TEXT = "the 123rd of the 12 and the other"
@@ -409,3 +411,27 @@ def test_rules_are_prometheus_rules(server):
         comparison = rf"{term}(?: / {term})? (?:<|>|<=|>=|==|!=) [\d.]+(?:e-\d+)?(?: \* {term})?"
         found = re.fullmatch(rf"{comparison}(?: and {comparison})?", rule["expr"])
         assert found and set(filter(None, found.groups())) <= metrics, rule["expr"]
+
+
+def test_a_second_interrupt_leaves_nothing_behind():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with serve.session(["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"]) as (process, log):
+                while not log.seek(0) and not log.read():
+                    time.sleep(0.01)
+                signal.setitimer(signal.ITIMER_REAL, 0.3)
+                raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert is_gone(process.pid)
+
+
+@pytest.mark.parametrize(("asked", "count"), [("", 1), ("3", 3), ("4,2", 4)])
+def test_a_server_has_the_cores_that_are_its_own(asked, count, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert num_threads() == count

@@ -324,6 +324,13 @@ def test_readme_says_not_measured_until_there_is_a_record(record, tmp_path):
     assert publish.cost_block(tmp_path).endswith("in bfloat16, Linux, 2 cores.")
 
 
+def test_a_recovery_that_was_cut_off_is_not_shown(tmp_path):
+    (tmp_path / "smollm2-gpu").mkdir()
+    record = {"schema": 1, "notebook": "at_size_recovery", "tables": {"models": [{"model": "dense"}]}}
+    (tmp_path / "smollm2-gpu" / "at_size_recovery.json").write_text(json.dumps(record))
+    assert publish.recovery_block(tmp_path) == "A real model on a GPU: not measured."
+
+
 def test_recovered_models_of_several_runs_are_one_table(tmp_path):
     row = {"window": 512, "corpus": "own", "perplexity": 30.0, "ratio": 1.0, "error": 0.0, "num_tokens": None}
     dense = row | {"model": "dense", "fraction": None, "parameters_kept_percent": 100.0}

@@ -167,6 +167,7 @@ def test_the_error_of_a_mean_is_of_what_the_mean_is_of():
     table = tasks.summary(pd.concat([piqa, squad], ignore_index=True), dense).set_index("task")
     assert math.isnan(table.loc["squad", "nats_difference_error"])
     assert table.loc["mean", "nats_difference_error"] == table.loc["piqa", "nats_difference_error"] > 0
+    assert math.isnan(tasks.summary(squad, squad).iloc[-1]["nats_difference_error"])  # of what there is none
     one_article = pd.concat([piqa, squad.assign(source="a")], ignore_index=True)
     assert math.isnan(tasks.summary(one_article).iloc[-1]["error"])
 

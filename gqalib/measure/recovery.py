@@ -8,6 +8,7 @@ each of them; a run that was cut off goes on where it was.
 from __future__ import annotations
 
 import copy
+from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
@@ -88,7 +89,7 @@ class Bench:
     def score(self, model: nn.Module, name: str) -> None:
         """The downstream tasks of a model, in bfloat16."""
         narrow = copy.deepcopy(model).to(torch.bfloat16)
-        kept = self.nb.progress("tasks").of(narrow, EXAMPLES)
+        kept = self.nb.progress("tasks").of(narrow, EXAMPLES, version("lm-eval"))
         found = kept.once(name, lambda: tasks.score_tasks(narrow, self.tokenizer, ["all"], EXAMPLES, rows=64).to_dict())
         self.answers.append(tasks.summary(pd.DataFrame(found)).assign(model=name))
         self.nb.table("tasks", pd.concat(self.answers))

@@ -85,16 +85,26 @@ def read_in_depth(nb: Notebook, models: Models, tokenizer: PreTrainedTokenizerBa
     of which `tasks_in_depth.limits` asks more."""
     asked, names = nb.preset.tasks_in_depth, tasks_asked(nb)
     limits = {task: asked.limits.get(task, asked.limit) for task in names if task in tasks.MORE or task in asked.limits}
-    rows, kept = read_tasks(nb, models, tokenizer), nb.shared_progress("more tasks", CODE)
+    rows = read_tasks(nb, models, tokenizer)
     for name, model in _each(nb, models):
-        fast = bf16_is_fast(model.device)
         parts = dict(iter(rows[name].groupby("task"))) if name in rows else {}
-        progress = {limit: kept.of(model, limit, fast, version("lm-eval")) for limit in set(limits.values())}
-        for task, limit in limits.items():
-            score = partial(_score, model, tokenizer, [task], limit, fast, asked.run_code)
-            parts[task] = pd.DataFrame(progress[limit].once(task, score))
+        parts |= read_examples(nb, model, tokenizer, limits, asked.run_code)
         rows[name] = pd.concat([parts[task] for task in names], ignore_index=True)
     return rows
+
+
+def read_examples(
+    nb: Notebook, model: nn.Module, tokenizer: PreTrainedTokenizerBase, limits: Mapping[str, int | None],
+    run_code: bool = False,
+) -> dict[str, pd.DataFrame]:  # fmt: skip
+    """So many examples of each task (None: all) as a model reads them, by task; kept for all notebooks of the run."""
+    kept, fast = nb.shared_progress("more tasks", CODE), bf16_is_fast(model.device)
+    progress = {limit: kept.of(model, limit, fast, version("lm-eval")) for limit in set(limits.values())}
+    found = {}
+    for task, limit in limits.items():
+        score = partial(_score, model, tokenizer, [task], limit, fast, run_code)
+        found[task] = pd.DataFrame(progress[limit].once(task, score))
+    return found
 
 
 def _score(

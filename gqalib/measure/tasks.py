@@ -266,7 +266,9 @@ def summary(rows: pd.DataFrame, dense: pd.DataFrame | None = None) -> pd.DataFra
     for column in table.columns.drop(["task", "examples"]):
         of = "accuracy" if column == "error" else column.removesuffix("_error")  # an error, and what it is of
         values = table[column][table[of].notna()]
-        mean[column] = values.mean() if of == column else math.sqrt((values**2).sum(skipna=False)) / max(len(values), 1)
+        mean[column] = (
+            values.mean() if of == column else math.sqrt((values**2).mean(skipna=False) / max(len(values), 1))
+        )
     return pd.concat([table, pd.DataFrame([mean])], ignore_index=True)
 
 

@@ -134,8 +134,7 @@ Level = tuple[int, Tensor, Tensor]  # removed units, columns that are left, and 
 def look(trial: Trial, table: CostTable, plan: Plan, scoring: Tensor) -> tuple[float, list]:
     """Carry a plan out in the dense model's shape; `Seen`, as JSON can say it."""
     weights, values, changes = {}, [], [[[], []] for _ in plan.groups]
-    shorter = dataclasses.replace(trial, ingredients=dataclasses.replace(trial.ingredients, newton_rounds=0))
-    model = shorter(plan, mending=partial(_at_levels, weights, table))
+    model = trial(plan, mending=partial(_at_levels, weights, table))
 
     def divergence(logits: Tensor, input_ids: Tensor) -> Tensor:
         found = kl_of_tokens(trial.model, logits, input_ids)

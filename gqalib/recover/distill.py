@@ -298,6 +298,8 @@ def _check(student: nn.Module, teacher: nn.Module | None, rows: Rows, settings: 
     if isinstance(rows, torch.Tensor) and (rows.ndim != 2 or len(rows) == 0 or rows.shape[1] < 2):
         shape = list(rows.shape)
         raise InputError(f"the text to learn from has shape {shape}: give token ids [count, length], length at least 2")
+    if not isinstance(rows, torch.Tensor) and not (rows and all({*row["labels"][1:]} - {NO_LABEL} for row in rows)):
+        raise InputError("there are no rows, or one has no label after its first token: give rows with answers")
 
 
 def _check_shards(distiller: Distiller) -> None:

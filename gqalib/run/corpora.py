@@ -271,7 +271,10 @@ def _parquet_texts(path: Path) -> list[str]:
     import pandas as pd
 
     with one_sentence(f"{path} cannot be read as parquet with a column text", "correct it"):
-        return pd.read_parquet(path, columns=["text"])["text"].tolist()
+        texts = pd.read_parquet(path, columns=["text"])["text"].tolist()
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a row has no text")
+    return texts
 
 
 def part(rows, split: str) -> list:

@@ -37,8 +37,10 @@ def prune_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **how) -> 
     """
     cut, counts = check_cut(**how), count_parameters(model)
     windows = _windows(cut, model, tokenizer)
-    stages = [name for name in STAGES if name != "context" or cut.method == "context"]
-    with memory.stage("pruning", memory.expected(stages, model, *windows.shape), model):
+    terms = memory.expected(_stages(cut.method), model, *windows.shape)
+    if cut.perplexity or cut.method == "context":
+        terms["copies"] = weight_bytes(model)  # of which a plan is tried
+    with memory.stage("pruning", terms, model):
         if cut.perplexity:
             _prune_to(model, windows, _windows(cut, model, tokenizer, other=1), cut)
         else:
@@ -46,6 +48,12 @@ def prune_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **how) -> 
             options = {"multiple": cut.multiple} if cut.multiple > 1 else {}
             METHODS[NAMES[cut.method]](model, windows, fraction, **options)
     return size_of(model, counts)
+
+
+def _stages(method: str) -> list[str]:
+    """What of `memory` a method goes through: gradients of all weights are a peer's alone."""
+    of_others = {"context"} - {method} | ({"all gradients"} if method not in PEERS else set())
+    return [name for name in (*STAGES, "cost table") if name not in of_others]
 
 
 def _prune_to(model: nn.Module, windows: torch.Tensor, scoring: torch.Tensor, cut: Cut) -> None:

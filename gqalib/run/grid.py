@@ -33,7 +33,7 @@ from tenacity import Retrying, stop_after_attempt
 from gqalib.errors import InputError, one_sentence
 from gqalib.figures import readable_log_axis
 from gqalib.run.checks import NOTEBOOKS, Grid, read_grid, runs_of
-from gqalib.run.notebook import default_run_dir, locked, read_record, run_name, write_atomically
+from gqalib.run.notebook import default_run_dir, locked, progress_dir, read_record, run_name, write_atomically
 from gqalib.run.presets import dotted_names
 from gqalib.run.resume import replacing
 from gqalib.run.series import KERNEL_DIED, Series
@@ -76,6 +76,7 @@ def run(
     with locked(folder):
         for job in jobs if force else ():
             shutil.rmtree(job.run_dir, ignore_errors=True)
+            progress_dir(job.run_dir).mkdir(parents=True)  # so that nothing that was committed is unpacked either
         left = [job for job in jobs if not is_complete(job)]
         print(f"{len(jobs)} runs, {len(jobs) - len(left)} finished before", flush=True)
         if left:
@@ -234,7 +235,7 @@ def gather(jobs: list[Series]) -> pd.DataFrame:
         records = [read_record(job.run_dir / f"{path.stem}.json") for path in job.paths if job.is_finished(path)]
         seconds = sum(record["seconds"] for record in records)
         of_the_run = [job.run_dir.name, job.preset, job.seed, seconds, len(attempts(job)), what_failed(job)]
-        settings = {k: json.dumps(value) if isinstance(value, list) else value for k, value in job.overrides.items()}
+        settings = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in job.overrides.items()}
         rows.append(dict(zip(OF_THE_RUN, of_the_run, strict=True)) | settings | _metrics(records))
     return pd.DataFrame(rows)
 

@@ -39,7 +39,7 @@ from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run.checks import NOTEBOOKS, code_of
 from gqalib.run.corpora import corpus_path
 from gqalib.run.presets import Preset, load_preset
-from gqalib.run.resume import FRAME, Part, Progress, alone_in, code_hash, lock, replacing, spent, unpack
+from gqalib.run.resume import FRAME, PACKAGE, Part, Progress, alone_in, code_hash, lock, replacing, spent, unpack
 
 SCHEMA = 1
 COMMITTED = REPOSITORY / "data" / "results"
@@ -106,7 +106,7 @@ def fingerprints(parameters: dict[str, Any]) -> dict[str, str]:
     its files, hashed."""
     texts = {name: parameters.get(name) for name in ("corpus", "instructions")}
     texts |= {name: parameters.get(of, {}).get(name) for of, name in OTHER_TEXTS.items()}
-    places = {name: corpus_path(text) for name, text in texts.items() if text}
+    places = {name: corpus_path(text) for name, text in texts.items() if text and text.startswith(("file:", "folder:"))}
     places["model"] = Path(check_model(parameters["model"]))
     return {name: _fingerprint(place) for name, place in places.items() if place.exists()}
 
@@ -163,7 +163,11 @@ def committed_seconds(name: str, preset: str, results: Path = COMMITTED) -> floa
 def code_used(path: Path, without: tuple[str, ...] = ()) -> str:
     """`code_hash` of a notebook in the working folder or the repository; of the whole library if it is in neither."""
     place = next((p for p in (path, NOTEBOOKS / path.name) if p.is_file()), None)
-    return code_hash("\n".join(code_of(place) if place else ["from gqalib.run import cli"]), without)
+    return code_hash("\n".join(code_of(place) if place else map(_importing, PACKAGE.rglob("*.py"))), without)
+
+
+def _importing(module: Path) -> str:
+    return f"from {'.'.join(module.relative_to(PACKAGE.parent).parent.parts)} import {module.stem}"
 
 
 @contextlib.contextmanager
@@ -214,6 +218,8 @@ class Notebook:
         self._lock = contextlib.ExitStack()
         if os.environ.get(HELD) != str(self.run_dir):  # else the runner that started this notebook has it
             self._lock.enter_context(locked(self.run_dir, shared=True))
+        for name in ("NO_PROXY", "no_proxy"):  # a proxy does not reach the servers of a page
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
         unpack(sorted(progress_dir(COMMITTED / preset).glob("*.tar.gz")), progress_dir(self.run_dir))
         self.metrics, self.tables, self.texts, self.captions = {}, {}, {}, {}
         self.artefacts, self.stages, self.read = [], [], {}
@@ -315,13 +321,18 @@ class Notebook:
 
     def trained(self, name: str, train: Callable[[Path], Part], *of: Any, model: Path | None = None) -> Part:
         """What `train(folder)` comes to, kept as progress of these inputs (see `Progress.of`); the folder, where a
-        killed training goes on, goes then. Where the `model` that it saves is gone, it trains again."""
-        progress = self.progress("training")
-        progress = progress.of(*of) if of else progress
-        folder = progress.folder / name
-        if model and not model.is_dir():
+        killed training goes on, goes then. Where the `model` that it saves is gone, or another training has saved its
+        own there since, it trains again."""
+        every = self.progress("training")
+        progress = every.of(*of) if of else every
+        folder, saved = progress.folder / name, f"{progress.folder.name} {name}"
+        if model and not (model.is_dir() and every.load(model.name) in (None, saved)):
             progress.forget(name)
+        if model and progress.load(name) is None:
+            every.keep(model.name, "")  # should this one be killed after it has saved
         result = progress.once(name, lambda: train(folder))
+        if model:
+            every.keep(model.name, saved)
         shutil.rmtree(folder, ignore_errors=True)
         return result
 

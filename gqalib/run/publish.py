@@ -138,6 +138,7 @@ def _wide(table: pd.DataFrame, index: list[str], columns: str, values: str) -> p
 def recovery_block(results: Path) -> str:
     """README's words on a real model recovered on a GPU: the records' tables, or that there is none."""
     records = [read_record(path) for path in sorted(results.glob(f"{RECOVERY}*/at_size_recovery.json"))]
+    records = [record for record in records if "tasks" in record["tables"]]  # else it was cut off at its first size
     if not records:
         return "A real model on a GPU: not measured."
     of = " and ".join(dict.fromkeys(f"{record['parameters']['model']}, {record['machine']}" for record in records))

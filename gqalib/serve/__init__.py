@@ -114,9 +114,11 @@ def session(command: list[str], **how: Any) -> Iterator[tuple[subprocess.Popen, 
         try:
             yield process, log
         finally:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(END)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            try:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(END)
+            finally:  # also after a second Ctrl-C
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

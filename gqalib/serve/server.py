@@ -98,7 +98,8 @@ class Server:
 
 def num_threads() -> int:
     """How many threads a server has that this process starts."""
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int((os.environ.get("OMP_NUM_THREADS") or str(allowed)).split(",")[0])  # OpenMP's may be of nested regions
 
 
 def read_metrics(url: str) -> dict[str, float]:
@@ -136,7 +137,7 @@ def _serve(model: str, port: int, context: int, parallel: int, threads: int) -> 
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds more
     params.cache_ram_mib = 0  # prompts of the past are kept with their requests' caches, not beside them
-    params.endpoint_metrics, params.cors_origins = True, HOST  # no web page but its own may call it
+    params.endpoint_metrics, params.cors_origins = True, HOST  # other web pages may not read its answers
     params.verbosity = 1  # errors
     server = llama.Server(params)
     print(server.listening_address, flush=True)
