@@ -220,16 +220,19 @@ def test_three_lines_of_python(folder, tokenizer):
         gqalib.prunes
 
 
-@pytest.mark.parametrize(("method", "gradients"), [("refit", False), ("LLM-Pruner", True), ("context", False)])
-def test_pruning_asks_for_the_memory_of_its_method(method, gradients, tokenizer, folder, monkeypatch):
+@pytest.mark.parametrize(("method", "needs"), [
+    ("refit", {"gradient covariances", "cost table", "sweep"}), ("founding", {"layer removal", "sequential Taylor"}),
+    ("context", {"gradient covariances", "cost table", "sweep", "context"}),
+    ("LLM-Pruner", {"all gradients", "gradient covariances", "cost table", "sweep"}),
+])  # fmt: skip
+def test_pruning_asks_for_the_memory_of_its_method(method, needs, tokenizer, folder, monkeypatch):
     asked, expected = [], front.memory.expected
     monkeypatch.setattr(front.memory, "expected", lambda names, *of: asked.extend(names) or expected(names, *of))
     stage, terms = front.memory.stage, []
     monkeypatch.setattr(front.memory, "stage", lambda name, of, *more: terms.append(of) or stage(name, of, *more))
     model, text = gqalib.load_model(str(folder / "dense"), device="cpu"), f"file:{folder / 'text.txt'}"
     gqalib.prune_model(model, tokenizer, remove=0.3, corpus=text, examples=8, length=32, method=method)
-    assert ("all gradients" in asked) is gradients and {"sweep", "cost table"} <= {*asked}
-    assert ("copies" in terms[0]) is (method == "context")
+    assert {*asked} == needs and ("copies" in terms[0]) is (method == "context")
 
 
 def test_a_terminated_command_leaves_nothing_half_written(tmp_path):

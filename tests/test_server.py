@@ -435,3 +435,12 @@ def test_a_server_has_the_cores_that_are_its_own(asked, count, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert num_threads() == count
+
+
+def test_a_proxy_does_not_come_between_a_server_and_its_clients(file, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("no_proxy", "elsewhere"), monkeypatch.delenv("NO_PROXY", raising=False)
+    with Server(file) as running, OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        assert client.models.list().data[0].id == file.name
+    assert os.environ["no_proxy"] == "elsewhere,127.0.0.1"

@@ -79,7 +79,7 @@ def measure_speed(nb: Notebook, config: GqaLlamaConfig) -> None:
     models = {name: random_model(shape, p.dtype, device) for name, shape in configs.items()}
     nb.metric("bytes_per_s", copy_bandwidth(device), "bytes read and written by a copy")
     nb.table("shapes", pd.DataFrame([_counted(name, model) for name, model in models.items()]))
-    contexts = sorted({min(length, config.max_position_embeddings) for length in c.contexts})
+    contexts = _contexts(nb, config)
     cells = sorted(itertools.product(c.batch_sizes, contexts), key=math.prod)
     few, many = cells[: len(cells) // 2 + 2], cells[len(cells) // 2 + 2 :]
 
@@ -103,6 +103,11 @@ def measure_speed(nb: Notebook, config: GqaLlamaConfig) -> None:
         measure("speed", "prefill", many)
 
 
+def _contexts(nb: Notebook, config: GqaLlamaConfig) -> list[int]:
+    """The preset's, as far as the model takes them, the shortest first."""
+    return sorted({min(length, config.max_position_embeddings) for length in nb.preset.cost.contexts})
+
+
 def _counted(name: str, model: nn.Module) -> dict[str, Any]:
     first = layer_shapes(model).iloc[0][["num_key_value_heads", "intermediate_size"]].to_dict()
     weights = cost.weight_bytes(model) // model.dtype.itemsize
@@ -123,7 +128,7 @@ def measure_in_turn(nb: Notebook, config: GqaLlamaConfig) -> None:
     models = {name: dense if shape is config else inside(dense, shape) for name, shape in configs.items()}
     nb.metric("bytes_per_s", copy_bandwidth(device), "bytes read and written by a copy")
     nb.table("shapes", pd.DataFrame([_counted(name, model) for name, model in models.items()]))
-    for phase, contexts in (("decode", c.contexts[:2]), ("prefill", c.contexts[:1])):
+    for phase, contexts in (("decode", _contexts(nb, config)[:2]), ("prefill", _contexts(nb, config)[:1])):
         found = speed.compare_speed(models, [1], contexts, c.min_run_s, ROUNDS, [phase])
         rows.append(speed.beside_ceilings(found, models))
         nb.table("speed", pd.concat(rows, ignore_index=True))

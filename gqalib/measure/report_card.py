@@ -30,7 +30,7 @@ from gqalib.errors import InputError
 from gqalib.measure import tasks
 from gqalib.measure.perplexity import SURE, exponential, ratio_with_error, told_apart, window_losses
 from gqalib.model.load import load_model
-from gqalib.run.corpora import corpus_path, evaluation_windows
+from gqalib.run.corpora import BY_PATH, corpus_path, evaluation_windows
 from gqalib.run.notebook import COMMITTED, Notebook, read_record
 from gqalib.run.play import is_live
 
@@ -293,7 +293,7 @@ def other_text(
         and its `ratio` to the first model's with the paired `ratio_error`. `text` is the corpus without its path.
     """
     corpus, ev = nb.preset.answers.other_text, nb.preset.evaluation
-    missing = corpus.startswith(("file:", "folder:")) and not corpus_path(corpus).exists()
+    missing = corpus.startswith(BY_PATH) and not corpus_path(corpus).exists()
     if not corpus or missing:
         print(f"{corpus} is not here: {HOW_TO_GET}" if missing else "this preset reads no other text")
         return None

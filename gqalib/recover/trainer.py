@@ -215,7 +215,7 @@ def alone_at(out: Path) -> Iterator[Path]:
     deleted meanwhile.
 
     Raises:
-        InputError: as `place_of`, or another command is at work there.
+        InputError: as `place_of`, another command is at work there, or what is there is no training: it would go.
     """
     training = place_of(out)
     if os.environ.get("RANK", "0") != "0":  # a launcher's others; they wait for the main process
@@ -227,6 +227,8 @@ def alone_at(out: Path) -> Iterator[Path]:
     with file:
         lock(file, f"another training is working in {training}: wait for it, or give another --out")
         try:
+            if any(training.glob("[!.]*")) and not (training / "key.json").is_file():
+                raise InputError(f"{training} is there and is no training: move it away, or give another --out")
             yield place_of(out)  # whoever had the lock may have filled it
         finally:
             place.unlink(missing_ok=True)

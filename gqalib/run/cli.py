@@ -6,7 +6,6 @@ A command imports what it needs when it runs: help and refusals do not wait for 
 
 import argparse
 import contextlib
-import os
 import signal
 import sys
 from argparse import Namespace
@@ -63,7 +62,6 @@ def recover(options: Namespace) -> None:
     """LoRA on a pruned model, merged into a new one; also under accelerate launch or torchrun."""
     check_model(options.model)
     check_seed(options.seed)
-    check_training(options.out)
     settings = load_preset(options.preset, overrides(options.overrides))
     from gqalib.recover import lora
 
@@ -74,7 +72,6 @@ def distill(options: Namespace) -> None:
     """The preset's model teaches a pruned model; also under accelerate launch or torchrun."""
     check_model(options.model)
     check_seed(options.seed)
-    check_training(options.out)
     settings = preset(options)
     from gqalib.recover import distill
 
@@ -176,14 +173,6 @@ def evaluate(options: Namespace) -> None:
 def preset(options: Namespace) -> Preset:
     """The preset that was asked for, with its overrides; that its model and corpus can be is checked."""
     return check_preset(options.preset, overrides(options.overrides))
-
-
-def check_training(out: Path) -> None:
-    """Raises InputError if the folder beside `out` in which a training would be is something else: it would go."""
-    folder = (out := new_place(out)).with_name(f"{out.name}.training")
-    is_training = (folder / "key.json").is_file() or os.environ.get("RANK", "0") != "0"  # another process may begin it
-    if folder.is_dir() and not is_training and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise InputError(f"{folder} is there and is no training: move it away, or give another --out")
 
 
 def check_seed(seed: int) -> None:

@@ -39,6 +39,7 @@ SPLITS = ("train", "validation", "test")
 JSON = (".json", ".jsonl")
 WIKITEXT = re.compile(r"\s* = [^\n]+ = \n")  # how a file of WikiText begins: the heading of an article
 END_OF_DOCUMENT = "<|endoftext|>"  # what text files write between documents
+BY_PATH = "file:", "folder:"  # how the name of a user's own text begins
 SPREAD = 32  # a sample is drawn from so many times its own length of text
 RANDOM_DOCUMENTS, RANDOM_WORDS = 2**15, 2**9  # 16.8M words a split
 RANDOM_VOCABULARY = 2**9  # words that every shape knows

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from gqalib.errors import InputError
 from gqalib.measure import memory
 from gqalib.measure.cost import weight_bytes
-from gqalib.measure.frontier import IN_CONTEXT, METHODS, OWN, STAGES, covariances_and_table
+from gqalib.measure.frontier import IN_CONTEXT, METHODS, OWN, covariances_and_table
 from gqalib.measure.perplexity import perplexity as perplexity_of
 from gqalib.measure.perplexity import ratio_with_error, window_losses
 from gqalib.model.shapes import count_parameters, size_of
@@ -17,6 +17,9 @@ from gqalib.run.corpora import evaluation_windows
 from gqalib.run.presets import PEERS, Cut, check_cut
 
 NAMES = {"refit": OWN, "context": IN_CONTEXT, "founding": "founding Taylor"} | {name: name for name in PEERS}
+REFIT = "gradient covariances", "cost table", "sweep"  # of `memory`, as all of these
+STAGES = {"refit": REFIT, "context": (*REFIT, "context"), "founding": ("layer removal", "sequential Taylor")}
+PEERS_STAGES = "all gradients", *REFIT  # what they need most for
 PROTOCOLS = (128, 2048)  # tokens of a window: the founding document's and the literature's
 
 
@@ -37,7 +40,7 @@ def prune_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **how) -> 
     """
     cut, counts = check_cut(**how), count_parameters(model)
     windows = _windows(cut, model, tokenizer)
-    terms = memory.expected(_stages(cut.method), model, *windows.shape)
+    terms = memory.expected(STAGES.get(cut.method, PEERS_STAGES), model, *windows.shape)
     if cut.perplexity or cut.method == "context":
         terms["copies"] = weight_bytes(model)  # of which a plan is tried
     with memory.stage("pruning", terms, model):
@@ -48,12 +51,6 @@ def prune_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **how) -> 
             options = {"multiple": cut.multiple} if cut.multiple > 1 else {}
             METHODS[NAMES[cut.method]](model, windows, fraction, **options)
     return size_of(model, counts)
-
-
-def _stages(method: str) -> list[str]:
-    """What of `memory` a method goes through: gradients of all weights are a peer's alone."""
-    of_others = {"context"} - {method} | ({"all gradients"} if method not in PEERS else set())
-    return [name for name in (*STAGES, "cost table") if name not in of_others]
 
 
 def _prune_to(model: nn.Module, windows: torch.Tensor, scoring: torch.Tensor, cut: Cut) -> None:

@@ -37,7 +37,7 @@ from gqalib.measure.perplexity import evaluate_in
 from gqalib.model.load import resolve_device
 from gqalib.model.names import REPOSITORY, check_model
 from gqalib.run.checks import NOTEBOOKS, code_of
-from gqalib.run.corpora import corpus_path
+from gqalib.run.corpora import BY_PATH, corpus_path
 from gqalib.run.presets import Preset, load_preset
 from gqalib.run.resume import FRAME, PACKAGE, Part, Progress, alone_in, code_hash, lock, replacing, spent, unpack
 
@@ -106,7 +106,7 @@ def fingerprints(parameters: dict[str, Any]) -> dict[str, str]:
     its files, hashed."""
     texts = {name: parameters.get(name) for name in ("corpus", "instructions")}
     texts |= {name: parameters.get(of, {}).get(name) for of, name in OTHER_TEXTS.items()}
-    places = {name: corpus_path(text) for name, text in texts.items() if text and text.startswith(("file:", "folder:"))}
+    places = {name: corpus_path(text) for name, text in texts.items() if text and text.startswith(BY_PATH)}
     places["model"] = Path(check_model(parameters["model"]))
     return {name: _fingerprint(place) for name, place in places.items() if place.exists()}
 
@@ -218,8 +218,6 @@ class Notebook:
         self._lock = contextlib.ExitStack()
         if os.environ.get(HELD) != str(self.run_dir):  # else the runner that started this notebook has it
             self._lock.enter_context(locked(self.run_dir, shared=True))
-        for name in ("NO_PROXY", "no_proxy"):  # a proxy does not reach the servers of a page
-            os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
         unpack(sorted(progress_dir(COMMITTED / preset).glob("*.tar.gz")), progress_dir(self.run_dir))
         self.metrics, self.tables, self.texts, self.captions = {}, {}, {}, {}
         self.artefacts, self.stages, self.read = [], [], {}

@@ -16,7 +16,7 @@ import psutil
 from gqalib.errors import InputError
 from gqalib.model.load import load_tokenizer
 from gqalib.run.checks import NOTEBOOKS, check_preset, code_of, selected, waits_for
-from gqalib.run.corpora import evaluation_windows
+from gqalib.run.corpora import BY_PATH, evaluation_windows
 from gqalib.run.notebook import (
     AT_ONCE, HELD, SHARED, code_used, committed_seconds, default_run_dir, find_record, fitting_record, locked,
     progress_dir, read_record, sha256,
@@ -64,7 +64,7 @@ class Series:
     def _check_length(self) -> None:
         """Anybody's own text may be too short; the corpora that the workbook names are not."""
         p = self.parameters
-        if p["corpus"].startswith(("file:", "folder:")):
+        if p["corpus"].startswith(BY_PATH):
             tokenizer = load_tokenizer(p["model"])
             for split, length in (("test", p["evaluation"]["short_window"]), ("train", p["calibration"]["length"])):
                 evaluation_windows(p["corpus"], split, tokenizer, length, length)

@@ -54,6 +54,8 @@ class Server:
         self.url, self._process = "", None
 
     def __enter__(self) -> Self:
+        for name in ("NO_PROXY", "no_proxy"):  # a proxy does not reach this machine: for all clients of this process
+            os.environ[name] = ",".join(dict.fromkeys(filter(None, [*os.environ.get(name, "").split(","), HOST])))
         command = [sys.executable, "-m", __name__, json.dumps(self.options)]
         with ExitStack() as stack:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
