@@ -187,16 +187,16 @@ def speedup_dots(ax: plt.Axes, table: pd.DataFrame, phase: str) -> None:
 def task_dots(ax: plt.Axes, table: pd.DataFrame) -> None:
     """Accuracy on each task, tasks down, a dot per model with two standard errors, a dash where guessing stands.
 
-    `table` is of `report_card.task_table`; the second model of a colour is hollow, the third a triangle that points
-    down, the fourth a hollow one.
+    `table` is of `report_card.task_table`; every second model of a colour is hollow, and after two the marker changes.
     """
     names, places = table["model"].unique(), {task: -i for i, task in enumerate(table["task"].unique())}
     seen: list[str] = []
     for index, name in enumerate(names):
         rows, role = table[table["model"] == name], role_of(name)
         y = rows["task"].map(places) + 0.6 * (0.5 - (index + 0.5) / len(names))
-        style = {"color": COLORS[role], "marker": "v" if seen.count(role) > 1 else MARKERS[role], "ms": 6}
-        style |= {"mfc": "white"} if seen.count(role) % 2 else {}
+        pair, hollow = divmod(seen.count(role), 2)
+        style = {"color": COLORS[role], "marker": (MARKERS[role], *"v<>*d")[pair % 6], "ms": 6}
+        style |= {"mfc": "white"} if hollow else {}
         ax.errorbar(rows["accuracy"], y, xerr=2 * rows["error"], ls="", capsize=2, lw=1, label=name, **style)
         seen.append(role)
     chance = table.groupby("task", sort=False)["chance"].first()

@@ -207,25 +207,30 @@ def test_how_the_reference_model_was_made(tmp_path, monkeypatch, capsys):
 
 
 def test_a_trained_model_that_is_gone_is_trained_again(tmp_path):
-    """12 keeps a row for each training; where the row's model was saved and is missing, the row does not count."""
+    """12 keeps a row for each start and training; where its model was saved and is missing, the row does not count."""
     nb, out, made = Notebook("12_distillation", "smoke", {}, tmp_path, 0, ("budgets",)), tmp_path / "models", []
 
     def train(told, settings, out, folder):
         made.append(told["start"])
         if out:
-            out.mkdir()
+            out.mkdir(parents=True, exist_ok=True)
         return {"losses": [1.0, 2.0]}
 
     names = {"nb": nb, "train": train, "partial": partial, "torch": torch, "ways": {"text": [[1]]}, "test": 1}
     names |= {"settings_of": lambda *how: how, "validation": 1}
+    names |= dict.fromkeys(("multiple", "dense", "calibration", "removal_sample"), 1) | {"models": out}
     cells = json.loads((NOTEBOOKS / "12_distillation.ipynb").read_text(encoding="utf-8"))["cells"]
-    exec(next(source for cell in cells if "def recover(" in (source := "".join(cell["source"]))), names)
-    for start, folder in [("saved", out), ("saved", out), ("not saved", None), ("not saved", None)]:
+    for function in ("with_losses", "start_of", "recover"):
+        exec(next(source for cell in cells if f"def {function}(" in (source := "".join(cell["source"]))), names)
+    names["make_start"] = lambda name, fraction, multiple, folder: train({"start": name}, None, out / name, folder)
+    for start, folder in [("saved", out / "saved"), ("saved", out / "saved"), ("not saved", None), ("not saved", None)]:
         assert names["recover"](start, "text", 8, folder)["losses"].tolist() == [1, 2]
-    assert made == ["saved", "not saved"]
-    out.rmdir()
-    names["recover"]("saved", "text", 8, out)
-    assert made == ["saved", "not saved", "saved"] and out.is_dir()
+        assert names["start_of"]("start", 0.5)["losses"].tolist() == [1, 2]
+    assert made == ["saved", "start", "not saved"]
+    for folder in ("saved", "start"):
+        (out / folder).rmdir()
+    names["recover"]("saved", "text", 8, out / "saved"), names["start_of"]("start", 0.5), names["start_of"]("start", 0.4)
+    assert made == ["saved", "start", "not saved", "saved", "start", "start"] and (out / "saved").is_dir()
 
 
 def test_the_stale_gradient_is_the_loss_own_and_costs_are_summed(run):

@@ -370,6 +370,12 @@ def test_a_metric_with_an_error_has_ends(tmp_path):
     assert {name: found["value"] for name, found in nb.metrics.items()} == {"x": 3, "x_low": 2, "x_high": 4, "y": 2}
 
 
+def test_the_headline_of_a_record():
+    row = {"task": "piqa", "examples": 100, "accuracy": 55.55, "error": 1.04, "published": 54.8, "difference": 0.75}
+    for rows, said in (([row], [["piqa", 100, "55.5", "1.0", "54.8", "0.8"]]), ([], [])):  # `tiny` scores no tasks
+        assert publish.headline_table({"tables": {"headline": rows}}).to_numpy().tolist() == said
+
+
 def test_tables_of_a_served_model():
     """The front alone, and a column for each step of the A/B test."""
     file = {"model": "dense", "type": "q8_0", "bytes": 2_060_000, "times dense": 1.0004, "± standard error": 0.0006}

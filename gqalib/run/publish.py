@@ -28,6 +28,7 @@ RECOVERY = "smollm2-gpu"  # the preset that prunes and distils a real model on a
 RESULTS = {"parameters kept %": 1, "backbone removed %": 1, "perplexity": 2, "speed-up": 2, "ceiling": 2}  # digits
 STAYS = ("decode speed",)  # of shared progress: a speed is of one machine, and each measures its own
 FILES = {"MB": 1, "times dense": 3, "± standard error": 3}
+HEADLINE = {"accuracy": 1, "error": 1, "published": 1, "difference": 1}
 TOKENS = {"tokens": 0, "minutes": 1, "times dense": 3, "± standard error": 3, "bought back %": 1}
 
 
@@ -45,6 +46,13 @@ def tokens_table(record: dict[str, Any]) -> pd.DataFrame:
     """What training buys back, by way and tokens, as 12_distillation recorded it."""
     table = pd.DataFrame(record["tables"]["tokens"])
     return _rounded(table.assign(minutes=table["seconds"] / 60)[["start", "way", *TOKENS]], TOKENS)
+
+
+def headline_table(record: dict[str, Any]) -> pd.DataFrame:
+    """The smallest model's answers beside those of one that was trained from scratch, as 12_distillation recorded
+    them."""
+    table = pd.DataFrame(record["tables"]["headline"], columns=["task", "examples", *HEADLINE])
+    return _rounded(table, HEADLINE).rename(columns={"error": "± standard error"})
 
 
 def files_table(record: dict[str, Any]) -> pd.DataFrame:
@@ -233,6 +241,7 @@ def readme_blocks(results: Path, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
         "results": _block(results, "07_cost_analysis", results_table, partial(_results_said, results)),
         "frontier": _block(results, "10_frontier", frontier_table, _frontier_said),
         "tokens": _block(results, "12_distillation", tokens_table, _tokens_said),
+        "headline": _block(results, "12_distillation", headline_table, _headline_said),
         "files": _block(results, "14_serving", files_table, _files_said),
         "served": _block(results, "14_serving", served_table, lambda _: "an A/B test; intervals of 95 %"),
         "cost": cost_block(results),
@@ -281,6 +290,12 @@ def _frontier_said(record: dict[str, Any]) -> str:
 
 def _tokens_said(record: dict[str, Any]) -> str:
     return f"{record['parameters']['frontier']['test']['num_examples']} test windows; each row a run of its own"
+
+
+def _headline_said(record: dict[str, Any]) -> str:
+    run, size = record["tables"]["tokens"][-1], record["metrics"]["parameters_smallest"]["value"]
+    learned = f"{run['tokens']:,} tokens in {run['seconds'] / 60:,.0f} minutes"
+    return f"{size / 1e6:.1f} million parameters, {learned}; accuracy in percent"
 
 
 def _files_said(record: dict[str, Any]) -> str:
