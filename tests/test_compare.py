@@ -125,13 +125,13 @@ def test_table_and_figure():
 
 
 def test_models_of_a_kind_are_told_apart_in_the_figure():
-    losses = {"distilled-25_f16": 0.1, "distilled-50_f16": 0.5, "long-50_f16": 0.3}
+    losses = {"distilled-25_f16": 0.1, "distilled-50_f16": 0.5, "long-25_f16": 0.05, "long-50_f16": 0.3}
     fig, ax = plt.subplots()
     sizes.dots(ax, sizes.table(made_rows(dense_f16=0, **losses), torch.zeros(4)), "bytes")
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     dots = [handles[name.removesuffix("_f16")] for name in losses]
     assert len({dot.get_color() for dot in dots}) == 1
-    assert len({(dot.get_markerfacecolor(), dot.get_fillstyle()) for dot in dots}) == 3
+    assert len({(dot.get_markerfacecolor(), dot.get_fillstyle()) for dot in dots}) == 4
     plt.close(fig)
 
 

@@ -14,7 +14,8 @@ from gqalib.measure.perplexity import ratio_with_error, told_apart
 from gqalib.serve.quantised import KINDS, Rows
 
 AXES = {"bytes": ("file (MB)", 1e6), "tokens/s": ("tokens per second, one sequence", 1)}
-LOOKS = ({}, {"mfc": "white"}, {"fillstyle": "left", "markerfacecoloralt": "white"})  # of models of the same kind
+HALVES = [{"fillstyle": half, "markerfacecoloralt": "white"} for half in ("left", "right", "top", "bottom")]
+LOOKS = [{}, {"mfc": "white"}, *HALVES]  # of models of the same kind
 NEAR = 0.015  # of an axis: points that are nearer hide each other where their bars overlap
 MARKER = 0.017  # half a marker's height, of its perplexity
 
@@ -125,7 +126,7 @@ def verdict_on_sizes(found: pd.DataFrame) -> list[str]:
 
 
 def dots(ax: plt.Axes, table: pd.DataFrame, across: str) -> None:
-    """Perplexity over one of `AXES`, a colour per kind of model (`LOOKS` tells up to three of a kind apart), a marker
+    """Perplexity over one of `AXES`, a colour per kind of model (`LOOKS` tells six of a kind apart), a marker
     per type, bars of two standard errors.
 
     Over size the front is a line, and a point that another would hide stands to the right of it. Over speed, bars go
@@ -139,7 +140,7 @@ def dots(ax: plt.Axes, table: pd.DataFrame, across: str) -> None:
     shown = x if across == "tokens/s" else _apart(x, table["times dense"], 2 * table["± standard error"])
     for name, rows in table.groupby("model", sort=False):
         color = figures.COLORS[figures.role_of(name)]
-        style = {"color": color, **LOOKS[seen.count(color)]}
+        style = {"color": color, **LOOKS[seen.count(color) % len(LOOKS)]}
         for row in rows.itertuples():
             low_high = [[x[row.Index] - row.slowest], [row.fastest - x[row.Index]]] if across == "tokens/s" else None
             error, marker = 2 * table.loc[row.Index, "± standard error"], "osD^"[KINDS.index(row.type)]
