@@ -1,5 +1,6 @@
 """The command line: help and refusals come at once; any Llama is pruned and evaluated from folder to folder."""
 
+import errno
 import json
 import os
 import random
@@ -23,6 +24,8 @@ ANSWERS = [
     (["--help"], 0, "distill"),
     (["run", "--preset", "huge"], 2, "error: unknown preset 'huge': use one of"),
     (["run", "--set", "pruning.mean_rat=0.3"], 2, "error: unknown parameter 'pruning.mean_rat': did you mean"),
+    (["run", "--set", "model=" + 300 * "x"], 2, "xxx: give a shorter name"),
+    (["evaluate", "--model", 300 * "x" + ".gguf"], 2, ".gguf: give a shorter name"),
     (["run", "--set", "model=/nowhere"], 2, "error: model folder /nowhere does not exist: give"),
     (["run", "--set", "pruning.mean_rate=1.5"], 2, "error: pruning.mean_rate = 1.5"),
     (["run", "--set", "corpus=novel"], 2, "error: unknown corpus 'novel': use"),
@@ -181,6 +184,20 @@ def test_refusals_leave_nothing(options, says, folder, capsys):
     assert command("prune", folder, "--out", str(folder / "out"), *SMALL, *options) == 2
     assert says in capsys.readouterr().err
     assert {path.name for path in folder.iterdir()} == {"dense", "text.txt"}
+
+
+def test_a_full_disk_is_a_sentence_and_another_fault_is_none(monkeypatch, capsys):
+    def fail(number):
+        def failing(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("gqalib.run.cli.check_corpus", failing)
+        return main(["evaluate", "--model", "data/reference_model"])
+
+    assert fail(errno.ENOSPC) == 2
+    assert "error: No space left on device: what was to be written: make room" in capsys.readouterr().err
+    with pytest.raises(OSError, match="Input/output error"):
+        fail(errno.EIO)
 
 
 def test_what_is_there_stays(folder, capsys):

@@ -6,6 +6,7 @@ A command imports what it needs when it runs: help and refusals do not wait for 
 
 import argparse
 import contextlib
+import errno
 import signal
 import sys
 from argparse import Namespace
@@ -24,6 +25,7 @@ from gqalib.run.corpora import check_corpus
 from gqalib.run.presets import Cut, Preset, check_cut, check_name, load_preset, number_or_text, preset_names
 from gqalib.serve import CONTEXT, TYPES, check_export
 
+FIXES = {errno.ENAMETOOLONG: "give a shorter name", errno.ENOSPC: "make room, and give the same command again"}
 A_LLAMA = "a Llama: a folder, pruned or not, a .gguf file or a hub id"
 
 # ---------------------------------------------------------------- the commands
@@ -316,6 +318,12 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.call(options) or 0)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in FIXES:
+            raise
+        where = error.filename or "what was to be written"
+        print(f"error: {error.strerror}: {where}: {FIXES[error.errno]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is finished", file=sys.stderr)
