@@ -91,8 +91,10 @@ def test_prune_or_quantise():
         "no rival",
     ]
     assert found["times rival"][0] == pytest.approx(math.exp(-0.1)) and found["± error"][0] > 0
-    advice = "prune where that wins (pruned f16, pruned q8_0), else quantise alone; in these types, only pruned files"
-    assert sizes.verdict_on_rivals(found)[-1] == f"for the same file size: {advice} weigh 0.0 MB or less"
+    assert sizes.verdict_on_rivals(found)[-1] == (
+        "for the same file size: better than any dense file that is no larger: pruned f16, pruned q8_0;"
+        " for other sizes the front decides; in these types, only pruned files weigh 0.0 MB or less"
+    )
     worse = sizes.prune_or_quantise(made_rows(dense_q8_0=0.01, dense_q4_0=0.02, pruned_f16=0.1, pruned_q4_0=1))
     first = sizes.verdict_on_rivals(worse)[0]
     assert "1 files pruned only, each beside the best dense file that is no larger: 1 worse" in first

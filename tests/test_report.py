@@ -15,6 +15,7 @@ from nbformat import read, v4, write
 
 from gqalib import figures
 from gqalib.model.names import REPOSITORY
+from gqalib.run import publish
 from gqalib.run.checks import NOTEBOOKS, numbered_notebooks
 from gqalib.run.cli import main
 from gqalib.run.notebook import Notebook
@@ -187,6 +188,14 @@ def test_the_index_has_what_distillation_bought_back(tmp_path):
     index = (tmp_path / "report.html").read_text(encoding="utf-8").partition("<section")[0]
     assert all(f"<td>{cell}</td>" in index for cell in ("refitted-50", "text", "16,384", "1.5", "2.225", "0.091", "–"))
     assert "steps" not in index
+
+
+def test_a_saved_model_has_the_second_text_beside_it():
+    """In its own column for each window; a run whose model was not saved has none."""
+    other = {"text": "wt2", "window": 2048, "model": "long-50", "ratio": 2.26612}
+    tokens = [TOKENS | {"model": ""}, TOKENS | {"model": "long-50"}]
+    table = publish.tokens_table({"tables": {"tokens": tokens, "other_text": [other, other | {"model": "dense"}]}})
+    assert table.columns[-1] == "wt2, 2048" and table["wt2, 2048"].tolist() == ["–", "2.266"]
 
 
 def test_make_reports_a_run_or_a_grid():

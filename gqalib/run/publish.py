@@ -43,9 +43,16 @@ def frontier_table(record: dict[str, Any]) -> pd.DataFrame:
 
 
 def tokens_table(record: dict[str, Any]) -> pd.DataFrame:
-    """What training buys back, by way and tokens, as 12_distillation recorded it."""
+    """What training buys back, by way and tokens, as 12_distillation recorded it; of models that were kept also
+    perplexity over dense on the second text, by window."""
     table = pd.DataFrame(record["tables"]["tokens"])
-    return _rounded(table.assign(minutes=table["seconds"] / 60)[["start", "way", *TOKENS]], TOKENS)
+    table = table.assign(minutes=table["seconds"] / 60)
+    others = pd.DataFrame(record["tables"].get("other_text", []), columns=["text", "window", "model", "ratio"])
+    digits = dict(TOKENS)
+    for (text, window), part in others.groupby(["text", "window"]):
+        table[f"{text}, {window}"] = table["model"].map(part.set_index("model")["ratio"])
+        digits[f"{text}, {window}"] = 3
+    return _rounded(table[["start", "way", *digits]], digits)
 
 
 def headline_table(record: dict[str, Any]) -> pd.DataFrame:

@@ -78,7 +78,7 @@ def _advice(beside: pd.DataFrame) -> str:
     files = {verdict: rows["file"].tolist() for verdict, rows in beside.groupby("verdict")}
     lost, open_ = files.get("worse", []), files.get("not told apart", [])
     if won := files.get("better"):
-        said = f"prune where that wins ({', '.join(won)}), else quantise alone"
+        said = f"better than any dense file that is no larger: {', '.join(won)}; for other sizes the front decides"
     elif lost:
         said = "quantise, do not prune" + (f" ({', '.join(open_)}: not told apart)" if open_ else "")
     else:
