@@ -15,7 +15,6 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gqalib.measure.perplexity import in_products, token_losses
-from gqalib.stream import batches
 
 # Also apart in greyscale: from dark to light. Markers say the same for lines.
 COLORS = {
@@ -281,14 +280,11 @@ def role_of(name: str) -> str:
 
 @torch.no_grad()
 def loss_by_position(model: torch.nn.Module, windows: torch.Tensor) -> np.ndarray:
-    """Mean −log p in nats of the 2nd, 3rd, … token of a window, [length − 1]."""
-    losses = []
-    for part in batches(windows):
-        input_ids = windows[part].to(model.device)
-        with in_products(model):
-            logits = model(input_ids=input_ids, use_cache=False).logits
-        losses.append(token_losses(logits, input_ids).view(len(input_ids), -1).double().cpu())
-    return torch.cat(losses).mean(0).numpy()
+    """Mean −log p in nats of the 2nd, 3rd, … token of a window, [length − 1]; the windows go through at once."""
+    input_ids = windows.to(model.device)
+    with in_products(model):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    return token_losses(logits, input_ids).view(len(input_ids), -1).double().mean(0).cpu().numpy()
 
 
 def as_markdown(table: pd.DataFrame) -> str:

@@ -283,6 +283,15 @@ def test_failure_names_notebook_cell_and_error(job, notebooks):
     assert states(job()) == [True, True] and not (job().run_dir / "02_second.failed.ipynb").exists()
 
 
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("kind", ["InputError", "OutOfReach"])
+def test_a_refusal_in_a_cell_is_a_sentence_with_its_notebook(kind, job, notebooks):
+    write_notebook(notebooks, "02_second", f"from gqalib.errors import {kind}", f"raise {kind}('too much: give less')")
+    with pytest.raises(InputError, match=r"^too much: give less \(02_second\)$"):
+        job().run()
+    assert not list(job().run_dir.glob("02_second*"))
+
+
 def test_a_killed_kernel_is_said_and_nothing_is_left(tmp_path, notebooks, model_folder, capsys):
     """For memory, as a rule: exit status 3, which a grid tries again."""
     write_notebook(notebooks, "01_first", "import os; os.kill(os.getpid(), 9)", records=False)

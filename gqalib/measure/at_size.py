@@ -110,8 +110,7 @@ def _contexts(nb: Notebook, config: GqaLlamaConfig) -> list[int]:
 
 def _counted(name: str, model: nn.Module) -> dict[str, Any]:
     first = layer_shapes(model).iloc[0][["num_key_value_heads", "intermediate_size"]].to_dict()
-    weights = cost.weight_bytes(model) // model.dtype.itemsize
-    return {"model": name, "parameters": weights, **first, "step_gb": cost.step_bytes(model) / 1e9}
+    return {"model": name, "parameters": model.num_parameters(), **first, "step_gb": cost.step_bytes(model) / 1e9}
 
 
 def measure_in_turn(nb: Notebook, config: GqaLlamaConfig) -> None:

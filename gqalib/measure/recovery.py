@@ -5,8 +5,6 @@ all weights, then the downstream tasks. Models are saved in `models/` beside the
 each of them; a run that was cut off goes on where it was.
 """
 
-from __future__ import annotations
-
 import copy
 from importlib.metadata import version
 from typing import Any

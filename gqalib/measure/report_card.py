@@ -4,8 +4,6 @@ write. Section `answers` of a preset asks for it; where it asks for nothing, eac
 Models are given by name, the dense one first: each a model, or a folder or function that gives it when its turn comes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

@@ -71,15 +71,14 @@ def train_tokenizer(documents, vocab_size: int = 4096) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **same)
 
 
-def reference_config(num_hidden_layers: int = 32, **overrides) -> LlamaConfig:
+def reference_config(num_hidden_layers: int = 32) -> LlamaConfig:
     """Llama-3-8B's topology (32 query and 8 KV heads, SwiGLU at 3.5 x, rope theta 500,000): hidden 128, head_dim 8."""
-    shape = {
-        "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 8, "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-    }  # fmt: skip
-    return LlamaConfig(**{**shape, **overrides})
+    return LlamaConfig(
+        vocab_size=4096, hidden_size=128, intermediate_size=448, num_hidden_layers=num_hidden_layers,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=8, tie_word_embeddings=True,
+        rms_norm_eps=1e-5, max_position_embeddings=256, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+    )  # fmt: skip
 
 
 def initial_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
@@ -101,7 +100,6 @@ def deepen(model: LlamaForCausalLM, num_hidden_layers: int) -> LlamaForCausalLM:
     if num_hidden_layers % old:
         raise ValueError(f"{num_hidden_layers} layers are no multiple of the model's {old}")
     config = LlamaConfig.from_dict({**model.config.to_dict(), "num_hidden_layers": num_hidden_layers})
-    config.layer_types = None
     deeper = LlamaForCausalLM._from_config(config)
     deeper.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
     deeper.model.norm.load_state_dict(model.model.norm.state_dict())

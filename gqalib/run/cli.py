@@ -40,9 +40,8 @@ def run(options: Namespace) -> int:
     fetch_packages(settings)  # not in the first notebook's kernel, which would show a refusal late
     from gqalib.run import series
 
-    where = {"run_dir": options.run_dir, "notebooks": options.notebooks_dir}
-    which = {"seed": options.seed, "first": options.first, "only": options.only}
-    job = series.Series(options.preset, overrides(options.overrides), **where, **which)
+    which = options.run_dir, options.seed, options.first, options.only, options.notebooks_dir
+    job = series.Series(options.preset, overrides(options.overrides), *which)
     try:
         job.run(options.force, options.at_once)
     except series.NotebookFailed as error:

@@ -145,8 +145,7 @@ def fitting_record(path: Path, parameters: dict[str, Any], seed: int) -> dict[st
     changed = [name for name, value in record["parameters"].items() if now.get(name) != value]
     if not changed and COMMITTED not in path.parents:
         read = fingerprints({name: now[name] for name in record["parameters"]})
-        names = sorted(read.keys() | record["inputs"].keys())
-        changed = [f"file of {name}" for name in names if read.get(name) != record["inputs"].get(name)]
+        changed = [f"file of {name}" for name in sorted(dict(read.items() ^ record["inputs"].items()))]
     if changed or record["seed"] != seed:
         what = f"{path.stem} was made with another {', '.join(changed) or 'seed'}"
         raise InputError(f"{what}: run {path.stem} again with these parameters")
@@ -163,11 +162,9 @@ def committed_seconds(name: str, preset: str, results: Path = COMMITTED) -> floa
 def code_used(path: Path, without: tuple[str, ...] = ()) -> str:
     """`code_hash` of a notebook in the working folder or the repository; of the whole library if it is in neither."""
     place = next((p for p in (path, NOTEBOOKS / path.name) if p.is_file()), None)
-    return code_hash("\n".join(code_of(place) if place else map(_importing, PACKAGE.rglob("*.py"))), without)
-
-
-def _importing(module: Path) -> str:
-    return f"from {'.'.join(module.relative_to(PACKAGE.parent).parent.parts)} import {module.stem}"
+    modules = (module.relative_to(PACKAGE.parent) for module in PACKAGE.rglob("*.py"))
+    sources = code_of(place) if place else [f"from {'.'.join(m.parts[:-1])} import {m.stem}" for m in modules]
+    return code_hash("\n".join(sources), without)
 
 
 @contextlib.contextmanager
@@ -324,9 +321,8 @@ class Notebook:
         every = self.progress("training")
         progress = every.of(*of) if of else every
         folder, saved = progress.folder / name, f"{progress.folder.name} {name}"
-        if model and not (model.is_dir() and every.load(model.name) in (None, saved)):
-            progress.forget(name)
-        if model and progress.load(name) is None:
+        if model and (progress.load(name) is None or not model.is_dir() or every.load(model.name) not in (None, saved)):
+            progress.keep(name, None)  # trained anew
             every.keep(model.name, "")  # should this one be killed after it has saved
         result = progress.once(name, lambda: train(folder))
         if model:

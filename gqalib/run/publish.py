@@ -95,8 +95,7 @@ def cost_table(record: dict[str, Any]) -> pd.DataFrame:
     table = table[table["model"] != "dense"]
     measured = "{speedup:.2f} ({speedup_low:.2f}–{speedup_high:.2f}) of {ceiling:.2f}"
     table["measured"] = [row["note"] or measured.format(**row) for row in table.to_dict("records")]
-    columns = table["model"].unique()
-    return table.pivot(index=["phase", "batch", "context"], columns="model", values="measured")[columns].reset_index()
+    return _wide(table, ["phase", "batch", "context"], "model", "measured")
 
 
 def stages_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -120,11 +120,6 @@ class Progress:
             with replacing(self._file(name, "json")) as file:
                 file.write_text(json.dumps({"part": part} | told), encoding="utf-8")
 
-    def forget(self, name: str) -> None:
-        """Compute a part anew the next time."""
-        for kind in ("json", "safetensors"):
-            self._file(name, kind).unlink(missing_ok=True)
-
     def _file(self, name: str, kind: str) -> Path:
         return self.folder / f"{quote(name, safe=' ,')}.{kind}"
 
@@ -140,9 +135,6 @@ class _NotKept(Progress):
 
     def of(self, *inputs: Any) -> Progress:
         return self
-
-    def run(self, function: Callable, *args: Any, **options: Any) -> Any:
-        return function(*args, **options)
 
     def once(self, name: str, compute: Callable[[], Part]) -> Part:
         return compute()

@@ -57,8 +57,7 @@ class Series:
     def __post_init__(self) -> None:
         self.parameters = asdict(check_preset(self.preset, self.overrides))
         self._check_length()
-        plain = default_run_dir(self.preset, self.overrides, self.seed)
-        self.run_dir = Path(self.run_dir).absolute() if self.run_dir else plain
+        self.run_dir = Path(self.run_dir or default_run_dir(self.preset, self.overrides, self.seed)).absolute()
         self.paths = selected(self.notebooks, self.first, self.only)
 
     def _check_length(self) -> None:
@@ -131,12 +130,9 @@ class Series:
         try:
             record = fitting_record(self.run_dir / f"{path.stem}.json", *where)
             executed = code_of(self.run_dir / path.name)
-            asked = {
-                "library": code_used(path),
-                "upstream": {name: sha256(find_record(name, self.run_dir, *where)) for name in record["upstream"]},
-            }
+            upstream = {name: sha256(find_record(name, self.run_dir, *where)) for name in record["upstream"]}
+            same = record["library"] == code_used(path) and record["upstream"] == upstream
             whole = all((self.run_dir / name).exists() for name in record["artefacts"])
-            same = all(record[key] == value for key, value in asked.items())
         except (InputError, OSError, KeyError, ValueError):
             return False
         return whole and same and executed == code_of(path)
@@ -163,7 +159,7 @@ class Series:
                     progress_bar=False, execution_timeout=TIMEOUT_S, extra_arguments=["--log-level=CRITICAL"],
                 )  # fmt: skip
             except papermill.PapermillExecutionError as error:
-                if error.ename == "InputError":
+                if error.ename in ("InputError", "OutOfReach"):
                     raise InputError(f"{error.evalue} ({path.stem})") from None
                 where = f"{path.stem}, cell {error.cell_index}: {error.source.strip().splitlines()[0]}"
                 said = f"{where}\n{error.ename}: {error.evalue}"
