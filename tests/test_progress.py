@@ -395,6 +395,13 @@ def test_tensors_come_back(kept):
     assert loaded.keys() == tensors.keys() and all(digest(loaded[key]) == digest(tensors[key]) for key in tensors)
 
 
+def test_the_last_part_of_a_name_is_the_one_that_is_kept(kept):
+    for part in ({"a": torch.ones(2)}, None, 1, {"a": torch.zeros(2)}, None):
+        kept().keep("x", part)
+        found = kept().load("x")
+        assert digest(found) == digest(part)
+
+
 def test_a_part_appears_whole_or_not_at_all(kept, tmp_path, monkeypatch):
     kept().keep("x", 1)
     monkeypatch.setattr(resume.os, "replace", lambda *names: (_ for _ in ()).throw(Killed))

@@ -422,6 +422,14 @@ def test_published_notebooks_are_clean(finished, tmp_path):
         publish._page(notebook, executed)
 
 
+@pytest.mark.parametrize("change", [{"overrides": {"dtype": "bfloat16"}}, {"preset": "smollm2"}, {"seed": 1}])
+def test_only_a_plain_run_is_published(change):
+    plain = {"notebook": "01_first", "preset": "tiny", "overrides": {}, "seed": 0}
+    publish._check_plain("tiny", [plain])
+    with pytest.raises(InputError, match="01_first was made with .*: publish a run of plain tiny"):
+        publish._check_plain("tiny", [plain, plain | change])
+
+
 def test_a_page_shows_the_real_model_once_it_has_run(tmp_path, monkeypatch):
     """`tiny`, then `smollm2`, then `tiny` again: its record is replaced, the page stays."""
     monkeypatch.setattr(publish, "update_readme", lambda *_: None)
@@ -437,7 +445,8 @@ def test_a_page_shows_the_real_model_once_it_has_run(tmp_path, monkeypatch):
         nbformat.write(executed, run_dir / page.name)
         parameters = {"model": "mine", "corpus": "mine"}
         record = {"schema": 1, "notebook": page.stem, "preset": preset, "overrides": {}, "parameters": parameters}
-        record |= {"git_commit": "0123456789", "artefacts": [], "said": said, "seconds": 90.0, "machine": "a laptop"}
+        record |= {"seed": 0, "git_commit": "0123456789", "artefacts": [], "said": said}
+        record |= {"seconds": 90.0, "machine": "a laptop"}
         (run_dir / f"{page.stem}.json").write_text(json.dumps(record))
         publish.publish(run_dir, preset, page.parent, tmp_path)
         heading, code = nbformat.read(page, as_version=4).cells

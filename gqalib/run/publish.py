@@ -221,8 +221,8 @@ def _pack_progress(run_dir: Path, names: list[str], target: Path) -> None:
 
 def _check_plain(preset: str, records: list[dict[str, Any]]) -> None:
     for record in records:
-        if record["overrides"] or record["preset"] != preset:
-            made_with = f"preset {record['preset']} and overrides {record['overrides']}"
+        if record["overrides"] or record["seed"] or record["preset"] != preset:
+            made_with = f"preset {record['preset']}, seed {record['seed']} and overrides {record['overrides']}"
             raise InputError(f"{record['notebook']} was made with {made_with}: publish a run of plain {preset}")
 
 

@@ -113,12 +113,14 @@ class Progress:
     def keep(self, name: str, part: Part, seconds: float = 0.0) -> None:
         """Keep a part that took so long; one of this name that is there is replaced."""
         told = {"owner": self.owner, "seconds": f"{seconds:.1f}"}
+        tensors, plain = self._file(name, "safetensors"), self._file(name, "json")
         if isinstance(part, Mapping) and part and all(isinstance(value, torch.Tensor) for value in part.values()):
-            with replacing(self._file(name, "safetensors")) as file:
+            with replacing(tensors) as file:
                 save_file({key: value.detach().cpu().contiguous() for key, value in part.items()}, file, told)
         else:
-            with replacing(self._file(name, "json")) as file:
+            with replacing(plain) as file:
                 file.write_text(json.dumps({"part": part} | told), encoding="utf-8")
+            tensors.unlink(missing_ok=True)  # it would be read first
 
     def _file(self, name: str, kind: str) -> Path:
         return self.folder / f"{quote(name, safe=' ,')}.{kind}"

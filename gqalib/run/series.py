@@ -31,6 +31,7 @@ KERNEL_ENVIRONMENT = {  # never MPLBACKEND: figures would vanish from the execut
     "TQDM_DISABLE": "1",
 }
 TIMEOUT_S = 24 * 3600  # per cell; a hung kernel ends some day
+REFUSALS = {kind.__name__ for kind in (InputError, *InputError.__subclasses__())}  # in a cell: one sentence, no trace
 KERNEL_DIED = 3  # the command line's exit status: the same run may succeed another time
 
 
@@ -159,7 +160,7 @@ class Series:
                     progress_bar=False, execution_timeout=TIMEOUT_S, extra_arguments=["--log-level=CRITICAL"],
                 )  # fmt: skip
             except papermill.PapermillExecutionError as error:
-                if error.ename in ("InputError", "OutOfReach"):
+                if error.ename in REFUSALS:
                     raise InputError(f"{error.evalue} ({path.stem})") from None
                 where = f"{path.stem}, cell {error.cell_index}: {error.source.strip().splitlines()[0]}"
                 said = f"{where}\n{error.ename}: {error.evalue}"
